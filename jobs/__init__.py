@@ -1,0 +1,1 @@
+"""Jobs: `python -m jobs.NAME [config] [key=value ...]`, on a laptop or through `ray job submit`."""

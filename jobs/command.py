@@ -1,0 +1,64 @@
+"""The command line that all jobs share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiger.artifacts import Artifact
+from tiger.config import describe, load
+from tiger.errors import TigerError
+from tiger.run import RunConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sample") -> None:
+    """Runs one job: reads the configuration, calls `stage`, prints one JSON object as the last line of stdout.
+
+    Progress and logs go to stderr. An error with a cure is one line there, and the exit code says its kind: 2
+    configuration, 3 data, 4 artifacts, 5 resources, 6 health. `--debug` adds the traceback.
+    """
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "sentence_transformers", "ray.data", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            _help(doc, default)
+            return
+        name = arguments.pop(0) if arguments and "=" not in arguments[0] else default
+        artifact = stage(load(RunConfig, name, arguments, CONFIGS))
+    except TigerError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+
+
+def _help(doc: str, default: str) -> None:
+    names = sorted(path.stem for path in CONFIGS.glob("*.toml") if "." not in path.stem)
+    print(f"{doc.strip()}\n\nusage: python -m jobs.NAME [config] [key=value ...] [--debug]\n")
+    print(f"config is a TOML file or one of: {', '.join(names)} (default: {default}). Keys, defaults, meanings:\n")
+    section = ""
+    for key, kind, value, meaning in describe(RunConfig):
+        head = key.partition(".")[0]
+        if head != section:
+            section = head
+            print()
+        print(f"  {key} = {_toml(value)}  ({kind})\n      {meaning}")
+    print(
+        "\ndata.kind and tokenizer.kind choose a module; the keys of another kind than the default stand in its file."
+    )
+
+
+def _toml(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,55 @@
+"""Catalog -> embeddings: the texts stream through a pool of sentence-transformers actors on Ray Data."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from jobs.command import command
+from jobs.prepare import prepare
+from tiger import artifacts
+from tiger.artifacts import Artifact, Draft
+from tiger.diagnostics import check_embeddings, require
+from tiger.embedding import EncodeTexts
+from tiger.learning import read_vectors
+from tiger.run import RunConfig
+from tiger.scale.map import Actors, map_table
+
+log = logging.getLogger(__name__)
+
+_LOOK_AT = 20_000  # vectors that the health checks read, at most
+
+
+def embed(run: RunConfig, catalog: Artifact) -> Artifact:
+    config = run.embedding
+    encoder = {
+        "model": config.model,
+        "prompt": config.prompt,
+        "max_tokens": config.max_tokens,
+        "precision": config.precision,
+        "batch_tokens": config.batch_tokens,
+    }
+
+    def make(draft: Draft) -> None:
+        map_table(
+            catalog.folder,
+            "items.parquet",
+            ["item_id", "text"],
+            draft.folder.child("vectors"),
+            EncodeTexts,
+            {"storage": config.storage, **encoder},
+            actors=Actors(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
+            what="embed",
+        )
+        vectors = read_vectors(draft.folder).numpy()
+        tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
+        quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
+        draft.figures = {"items": len(vectors), "dimension": vectors.shape[1], "tokens": quantiles}
+        draft.health = require(check_embeddings(vectors[:: -(-len(vectors) // _LOOK_AT)]))
+
+    return artifacts.build(run.root, "embeddings", config, {"catalog": catalog}, make)
+
+
+if __name__ == "__main__":
+    command(__doc__, lambda run: embed(run, prepare(run)))

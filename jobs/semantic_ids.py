@@ -1,0 +1,63 @@
+"""Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes."""
+
+from __future__ import annotations
+
+import torch
+
+from jobs.command import command
+from jobs.embed import embed
+from jobs.prepare import prepare
+from tiger import artifacts, semantic_ids
+from tiger.artifacts import Artifact, Draft
+from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
+from tiger.learning import encode_all, load_tokenizer, read_vectors, tokenizer_worker
+from tiger.run import RunConfig
+from tiger.scale.train import train
+
+
+def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
+    config = run.tokenizer
+
+    def make(draft: Draft) -> None:
+        arguments = {
+            "config": config.model_dump(mode="json"),
+            "embeddings": embeddings.folder.uri,
+            "target": draft.folder.uri,
+        }
+        draft.figures = train(tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer")
+        vectors = read_vectors(embeddings.folder)
+        tokenizer = load_tokenizer(config, draft.folder, vectors.shape[1])
+        codes = encode_all(tokenizer, vectors, torch.device("cpu"))
+        with torch.no_grad():
+            latents = tokenizer.latent(vectors[:20_000])
+        draft.health = require(check_tokenizer(latents.numpy(), codes.numpy(), config.codebook_size))
+
+    return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)
+
+
+def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
+    def make(draft: Draft) -> None:
+        vectors = read_vectors(embeddings.folder)
+        trained = load_tokenizer(run.tokenizer, tokenizer.folder, vectors.shape[1])
+        codes = encode_all(trained, vectors, torch.device("cpu")).numpy()
+        ids = semantic_ids.assign(codes, run.tokenizer.codebook_size, run.semantic_ids)
+        ids.write(draft.folder)
+        collisions = ids.codes[:, -1]
+        draft.figures = {
+            "items": len(ids),
+            "unique_items": int(ids.unique_before.sum()),
+            "largest_group": int(collisions.max()) + 1,
+            **code_figures(codes, run.tokenizer.codebook_size),
+        }
+        draft.health = require(check_semantic_ids(collisions))
+
+    inputs = {"tokenizer": tokenizer, "embeddings": embeddings}
+    return artifacts.build(run.root, "semantic_ids", run.semantic_ids, inputs, make)
+
+
+def make_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
+    return assign_ids(run, train_tokenizer(run, embeddings), embeddings)
+
+
+if __name__ == "__main__":
+    command(__doc__, lambda run: make_ids(run, embed(run, prepare(run))))

@@ -1,0 +1,294 @@
+"""What a stage leaves behind: a folder `<kind>-<fingerprint>` whose `manifest.json` is written last.
+
+The manifest is the commit point, because object stores have no atomic rename: a folder without one does not exist to
+a reader. It records what the stage was given (configuration, fingerprints of its inputs), what it found (rows, health)
+and the size and sha256 of every file, so that a truncated or altered artifact is refused by name.
+Tables are Parquet, weights are safetensors, everything else is JSON; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+import tiger
+from tiger.config import Config, fingerprint
+from tiger.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
+_RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
+
+
+class Folder:
+    """A folder on any filesystem that pyarrow knows: a local path, `s3://`, `gs://`, ..."""
+
+    def __init__(self, uri: str) -> None:
+        """
+        Args:
+            uri: a local path (made absolute, because Ray's workers have other working folders) or a filesystem URI.
+        """
+        if "://" in uri:
+            self.filesystem, self.path = pafs.FileSystem.from_uri(uri)
+            self.uri = uri.rstrip("/")
+        else:
+            self.filesystem, self.path = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+            self.uri = self.path
+
+    def child(self, name: str) -> Folder:
+        return Folder(f"{self.uri}/{name}")
+
+    def join(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.File
+
+    def files(self) -> dict[str, int]:
+        """{relative name: bytes} of all files below, the manifest and the scratch folder left out, sorted."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        names = {
+            info.path[len(self.path) + 1 :]: info.size
+            for info in self.filesystem.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        }
+        return {k: v for k, v in sorted(names.items()) if k != MANIFEST and not k.startswith(f"{SCRATCH}/")}
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.join(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes a file as a whole: on a local disk a reader sees the old content or the new, nothing between."""
+        path = self.join(name)
+        self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        target = f"{path}.partial" if local else path
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if local:
+            self.filesystem.move(target, path)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Reads one Parquet file, or all files of a folder in the order of their names."""
+        if self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.Directory:
+            parts = [part for part in self.files() if part.startswith(f"{name}/") and part.endswith(".parquet")]
+            return pa.concat_tables([self.read_table(part, columns) for part in parts])
+        return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
+
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        self.write_bytes(name, sink.getvalue())
+
+    def delete(self, name: str = "") -> None:
+        path = self.join(name) if name else self.path
+        if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(path)
+
+    def digest(self, name: str) -> str:
+        """sha256 of a file, read in pieces."""
+        sha = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.join(name)) as stream:
+            while chunk := stream.read(1 << 22):
+                sha.update(chunk)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact, open for reading."""
+
+    folder: Folder
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def health(self) -> list[dict[str, Any]]:
+        return self.manifest["health"]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return self.manifest["figures"]
+
+    @cached_property
+    def inputs(self) -> dict[str, Artifact]:
+        """The artifacts that this one was made from, by kind; they stand beside it."""
+        root, _, _ = self.folder.uri.rpartition("/")
+        return {
+            kind: open_artifact(f"{root}/{kind}-{given}", expected_kind=kind)
+            for kind, given in self.manifest["inputs"].items()
+        }
+
+    def lineage(self) -> Iterator[Artifact]:
+        """This artifact and all that it was made from, inputs before what they went into, each once."""
+        seen: dict[str, Artifact] = {}
+
+        def walk(artifact: Artifact) -> None:
+            for parent in artifact.inputs.values():
+                walk(parent)
+            seen.setdefault(artifact.folder.uri, artifact)
+
+        walk(self)
+        yield from seen.values()
+
+    def verify(self) -> None:
+        """Compares every file with the manifest's sha256.
+
+        Raises:
+            ArtifactError: a file is missing, altered, or not of this artifact; names it.
+        """
+        found = self.folder.files()
+        for name, expected in self.manifest["files"].items():
+            if name not in found:
+                raise ArtifactError(f"{self.folder.uri}: {name} is missing; delete the folder and run the stage again")
+            if self.folder.digest(name) != expected["sha256"]:
+                raise ArtifactError(f"{self.folder.uri}: {name} was altered; delete the folder and run the stage again")
+
+
+@dataclass
+class Draft:
+    """An artifact being made: `folder` to write into; `figures` and `health` to fill for the manifest."""
+
+    folder: Folder
+    fingerprint: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
+
+
+def build(
+    root: str,
+    kind: str,
+    config: Config,
+    inputs: dict[str, Artifact],
+    make: Callable[[Draft], None],
+    *,
+    source: dict[str, str] | None = None,
+) -> Artifact:
+    """Opens the artifact of this configuration and these inputs, or has `make` fill it and publishes it.
+
+    The fingerprint covers the stage's name, its own configuration, its inputs and `source`, not the root.
+
+    Args:
+        make: fills the draft. It may find files of an earlier attempt that was killed.
+        source: {name: sha256} of raw files, for a stage that reads from outside.
+
+    Raises:
+        ArtifactError: a finished artifact of the same fingerprint has a file missing or of another size.
+        TigerError: whatever `make` raises; nothing is published then.
+    """
+    given = {name: artifact.fingerprint for name, artifact in inputs.items()}
+    own = fingerprint(SCHEMA_VERSION, kind, config.identity(), given, source or {})
+    folder = Folder(root).child(f"{kind}-{own}")
+    if folder.exists(MANIFEST):
+        log.info("%s: already there, skipped (%s)", kind, folder.uri)
+        return open_artifact(folder.uri, expected_kind=kind)
+    log.info("%s: started (%s)", kind, folder.uri)
+    draft, begin = Draft(folder, own), time.monotonic()
+    make(draft)
+    folder.delete(SCRATCH)
+    manifest = {
+        "kind": kind,
+        "fingerprint": own,
+        "schema_version": SCHEMA_VERSION,
+        "config": config.model_dump(mode="json", serialize_as_any=True),
+        "inputs": given,
+        "source": source or {},
+        "figures": draft.figures,
+        "health": draft.health,
+        "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
+        "versions": {"tiger": tiger.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    folder.write_json(MANIFEST, manifest)
+    log.info("%s: finished in %.1f s", kind, manifest["seconds"])
+    return Artifact(folder, manifest)
+
+
+_MADE_BY = {
+    "raw": "prepare",
+    "catalog": "prepare",
+    "embeddings": "embed",
+    "tokenizer": "semantic_ids",
+    "semantic_ids": "semantic_ids",
+    "model": "train",
+    "metrics": "evaluate",
+    "recommendations": "recommend",
+}
+
+
+def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
+    """Opens a published artifact; refuses one that is incomplete.
+
+    Raises:
+        ArtifactError: no manifest (names the job that makes it), a newer schema, another kind, or a file that is
+            missing or not of the recorded size. `Artifact.verify` compares contents, too.
+    """
+    folder = Folder(uri)
+    if not folder.exists(MANIFEST):
+        job = _MADE_BY.get(expected_kind or uri.rpartition("/")[2].partition("-")[0], "pipeline")
+        raise ArtifactError(f"{uri} holds no finished artifact; `python -m jobs.{job}` makes it")
+    try:
+        manifest = folder.read_json(MANIFEST)
+        version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(f"{folder.uri} was written by a newer version of this project (schema {version})")
+    if expected_kind and kind != expected_kind:
+        raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
+    found = folder.files()
+    for name, expected in files.items():
+        if found.get(name) != expected["bytes"]:
+            raise ArtifactError(
+                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, recorded were {expected['bytes']}; "
+                "delete the folder and run the stage again"
+            )
+    return Artifact(folder, manifest)
+
+
+def newest(root: str, kind: str | None = None) -> Artifact:
+    """The artifact of this kind (of any, if None) under `root` that was published last.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    base = Folder(root)
+    found = base.filesystem.get_file_info(pafs.FileSelector(base.path, allow_not_found=True))
+    names = [info.base_name for info in found if kind is None or info.base_name.startswith(f"{kind}-")]
+    manifests = base.filesystem.get_file_info([base.join(f"{name}/{MANIFEST}") for name in names])
+    done = [(info.mtime_ns, name) for info, name in zip(manifests, names, strict=True) if info.mtime_ns]
+    if not done:
+        job = _MADE_BY.get(kind or "", "pipeline")
+        raise ArtifactError(f"{root} holds no finished {kind or ''} artifact; `python -m jobs.{job}` makes one")
+    return open_artifact(f"{base.uri}/{max(done)[1]}")

@@ -1,0 +1,77 @@
+"""Beam search that can only end on real items.
+
+All users and beams of a batch go through the model together. The history is encoded once a user and its keys and values
+are shared by the user's beams, which are further queries; copying them per beam is what makes other implementations
+slow. A score is the item's log-probability under the model, not renormalised over what the trie allows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tiger.model import GenerativeRecommender
+from tiger.trie import Trie
+
+
+@torch.inference_mode()
+def beam_search(
+    model: GenerativeRecommender,
+    trie: Trie,
+    history: Tensor,
+    *,
+    beam: int,
+    user: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best items of each user, best first.
+
+    Args:
+        history: int64 [B, N, L] codes, PAD in front of shorter histories.
+        beam: prefixes that are kept at each level, and items that come back; a beam of the catalog's size is exact.
+        user: int64 [B] user tokens, where the model has them.
+        exclude: int64 [B, X] items that must not come back, padded with -1.
+
+    Returns:
+        items int64 [B, R] and scores float32 [B, R], R at most `beam`; item -1 with score -inf where fewer exist.
+    """
+    memory = model.encode(history, user)
+    batch = len(history)
+    nodes = history.new_zeros(batch, 1)
+    scores = torch.zeros(batch, 1, device=history.device)
+    codes, past = None, None
+    for level in range(trie.depth):
+        log_probabilities, past = model.step(level, codes, past, memory)
+        children, child_codes, exists = trie.expand(nodes, level)
+        candidates = scores[..., None] + log_probabilities.gather(-1, child_codes)
+        if exclude is not None and level == trie.depth - 1:
+            items = trie.leaf_items[children]
+            exists = exists & ~(items[..., None] == exclude[:, None, None, :]).any(-1)
+        candidates = candidates.masked_fill(~exists, -torch.inf)
+        width = candidates.shape[-1]
+        keep = min(beam, candidates[0].numel())
+        scores, chosen = candidates.flatten(1).topk(keep, dim=1)
+        nodes = children.flatten(1).gather(1, chosen)
+        codes = child_codes.flatten(1).gather(1, chosen)
+        if level < trie.depth - 1:
+            rows = (
+                torch.arange(batch, device=chosen.device)[:, None] * candidates.shape[1] + chosen // width
+            ).flatten()
+            past = [(key[rows], value[rows]) for key, value in past]
+    items = torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1)
+    return items, scores
+
+
+@torch.inference_mode()
+def score_all(model: GenerativeRecommender, ids: Tensor, history: Tensor, user: Tensor | None = None) -> Tensor:
+    """Log-probability float32 [B, items] of every item, without any search: the truth that beam search is held against.
+
+    Args:
+        ids: int64 [items, L] semantic IDs.
+    """
+    rows = []
+    for index in range(len(history)):
+        repeated = history[index : index + 1].expand(len(ids), -1, -1)
+        users = None if user is None else user[index : index + 1].expand(len(ids))
+        rows.append(-model(repeated, ids, users) * ids.shape[1])
+    return torch.stack(rows)

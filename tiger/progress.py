@@ -1,0 +1,58 @@
+"""Progress of long work with a rate and an ETA: one rewritten line in a terminal, a line now and then in a job log.
+
+What is not for a terminal goes through `logging`, so that a worker's lines find their way to the driver like its logs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts work done and says so, at most every `interval` seconds."""
+
+    def __init__(self, what: str, total: int | None, unit: str, interval: float | None = None) -> None:
+        """
+        Args:
+            what: the stage, as the reader knows it.
+            total: units of work in all, None where that is not known.
+            interval: seconds between two lines; by default 0.2 in a terminal and 10 in a log.
+        """
+        self.what, self.total, self.unit = what, total, unit
+        self.terminal = sys.stderr.isatty()
+        self.interval = interval if interval is not None else (0.2 if self.terminal else 10.0)
+        self.done = 0
+        self.begin = self.said = time.monotonic()
+
+    def add(self, amount: int, note: str = "") -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.said >= self.interval:
+            self.said = now
+            self._say(now, note)
+
+    def close(self, note: str = "") -> None:
+        self._say(time.monotonic(), note, final=True)
+
+    def _say(self, now: float, note: str, final: bool = False) -> None:
+        seconds = max(now - self.begin, 1e-9)
+        rate = self.done / seconds
+        line = f"{self.what}: {self.done:,}"
+        if self.total is not None:
+            line += f" of {self.total:,}"
+        line += f" {self.unit}, {rate:,.1f}/s"
+        if final:
+            line += f", {seconds:.1f} s"
+        elif self.total is not None and rate > 0:
+            line += f", {(self.total - self.done) / rate:,.0f} s to go"
+        if note:
+            line += f"; {note}"
+        if not self.terminal:
+            log.info("%s", line)
+            return
+        sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
+        sys.stderr.flush()

@@ -1,0 +1,169 @@
+"""A trained run, ready to recommend: batch jobs, evaluation and serving all call this.
+
+recommender = Recommender.load("runs/model-1a2b3c4d")
+for recommendation in recommender.recommend([["B000123", "B000456"]], k=10): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import safetensors.torch
+import torch
+
+from tiger.artifacts import Artifact, open_artifact
+from tiger.catalog import Catalog
+from tiger.config import build
+from tiger.decoding import beam_search
+from tiger.errors import ArtifactError, DataError
+from tiger.examples import hash_users, pad_histories
+from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.semantic_ids import SemanticIds
+from tiger.trie import Trie
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """For each history the best items, best first.
+
+    Attributes:
+        items: int64 [U, K] item ids, -1 where the catalog has no more.
+        scores: float32 [U, K] log-probabilities, -inf there.
+    """
+
+    items: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+
+class Recommender:
+    """A model with the trie of its catalog's semantic IDs."""
+
+    def __init__(
+        self, model: GenerativeRecommender, ids: SemanticIds, user_tokens: int = 0, device: str | None = None
+    ) -> None:
+        if model.level_sizes != ids.level_sizes:
+            raise ArtifactError(f"the model reads IDs of levels {model.level_sizes}, these have {ids.level_sizes}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.codes = ids.codes.astype(np.int64)
+        self.trie = Trie(ids).to(self.device)
+        self.user_tokens = user_tokens
+
+    @classmethod
+    def load(cls, run: str | Artifact, device: str | None = None) -> Recommender:
+        """Opens a model artifact, with the semantic IDs that it was trained on.
+
+        Raises:
+            ArtifactError: it is missing, incomplete, altered, or not a model.
+        """
+        artifact = open_artifact(run, expected_kind="model") if isinstance(run, str) else run
+        artifact.verify()
+        config = build(ModelConfig, artifact.manifest["config"])
+        ids = SemanticIds.read(artifact.inputs["semantic_ids"].folder)
+        model = GenerativeRecommender(config, ids.level_sizes)
+        model.load_state_dict(safetensors.torch.load(artifact.folder.read_bytes(WEIGHTS)))
+        return cls(model, ids, config.user_tokens, device)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int] | npt.NDArray[Any]],
+        k: int,
+        *,
+        beam: int = 50,
+        exclude_history: bool = False,
+        users: Sequence[str] | None = None,
+        batch_size: int = 64,
+    ) -> Recommendations:
+        """The `k` best next items of each history.
+
+        Args:
+            histories: item ids in time order, at least one each; the model reads the most recent ones.
+            beam: width of the search, at least `k`.
+            exclude_history: leave out the items of the history itself.
+            users: names of the users, for a model with user tokens.
+
+        Raises:
+            DataError: a history is empty or holds an item that is not in the catalog; names its row.
+            ValueError: `k` is not positive, or users are missing.
+        """
+        if k < 1:
+            raise ValueError(f"k = {k}: at least one item must be asked for")
+        if self.user_tokens and users is None:
+            raise ValueError("this model reads user tokens: pass users")
+        arrays = [np.asarray(history, np.int64) for history in histories]
+        self._check(arrays)
+        items = np.full((len(arrays), k), -1, np.int64)
+        scores = np.full((len(arrays), k), -np.inf, np.float32)
+        flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+        ends = np.cumsum([len(history) for history in arrays], dtype=np.int64)
+        begins = ends - np.array([min(len(history), self.model.max_items) for history in arrays], np.int64)
+        tokens = torch.from_numpy(hash_users(list(users), self.user_tokens)) if users and self.user_tokens else None
+        order = np.argsort(ends - begins, kind="stable")  # equal lengths share a batch
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            found, score = beam_search(
+                self.model,
+                self.trie,
+                pad_histories(flat, begins[rows], ends[rows], self.codes).to(self.device),
+                beam=max(beam, k),
+                user=None if tokens is None else tokens[rows].to(self.device),
+                exclude=self._padded([arrays[row] for row in rows]) if exclude_history else None,
+            )
+            width = min(k, found.shape[1])
+            items[rows, :width] = found[:, :width].cpu().numpy()
+            scores[rows, :width] = score[:, :width].cpu().numpy()
+        return Recommendations(items, scores)
+
+    def _check(self, histories: list[npt.NDArray[np.int64]]) -> None:
+        for row, history in enumerate(histories):
+            if not len(history):
+                raise DataError(f"history {row} is empty: at least one item is needed to recommend the next")
+            if history.min() < 0 or history.max() >= len(self.codes):
+                raise DataError(f"history {row} holds an item outside of 0 .. {len(self.codes) - 1}")
+
+    def _padded(self, histories: list[npt.NDArray[np.int64]]) -> torch.Tensor:
+        longest = max(map(len, histories))
+        rows = [np.pad(history, (0, longest - len(history)), constant_values=-1) for history in histories]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+
+class DecodeUsers:
+    """Recommends to one part of a table: user_id, source_id, history -> user_id, items, scores."""
+
+    def __init__(self, model: str, k: int, beam: int, exclude_history: bool) -> None:
+        self.recommender = Recommender.load(model)
+        self.k, self.beam, self.exclude_history = k, beam, exclude_history
+
+    def __call__(self, part: pa.Table) -> pa.Table:
+        histories = [np.array(history) for history in part["history"].to_pylist()]
+        found = self.recommender.recommend(
+            histories,
+            self.k,
+            beam=self.beam,
+            exclude_history=self.exclude_history,
+            users=part["source_id"].to_pylist(),
+        )
+        flat_items, flat_scores = pa.array(found.items.ravel().astype(np.int32)), pa.array(found.scores.ravel())
+        return pa.table(
+            {
+                "user_id": part["user_id"],
+                "items": pa.FixedSizeListArray.from_arrays(flat_items, self.k),
+                "scores": pa.FixedSizeListArray.from_arrays(flat_scores, self.k),
+            }
+        )
+
+
+def show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], scores: npt.NDArray[Any]) -> str:
+    """One user's history and recommendations as lines for a person: source ids, titles, scores."""
+    lines = [f"  had   {catalog.source_ids[item]:<12} {catalog.titles[item]:.90}" for item in history[-5:]]
+    for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1):
+        if item >= 0:
+            lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""All knobs of a run, in the order of the stages: the table of contents.
+
+Every section stands beside the component that it turns; this file composes them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from tiger.catalog import CatalogConfig
+from tiger.config import Config
+from tiger.datasets import DatasetConfig, synthetic
+from tiger.embedding import EmbeddingConfig
+from tiger.model import ModelConfig
+from tiger.semantic_ids import SemanticIdsConfig
+from tiger.tokenizers import TokenizerConfig, rqvae
+
+
+class EvaluationConfig(Config):
+    """How the trained model is held against the validation and test targets."""
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors"})
+
+    beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
+    max_users: int | None = Field(None, ge=1, description="users per split, drawn by seed; none: all")
+    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
+    seed: int = Field(0, ge=0, description="seed of the draw of users and of the bootstrap")
+
+
+class RecommendConfig(Config):
+    """Recommendations after the users' whole histories."""
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors"})
+
+    users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
+    k: int = Field(10, ge=1, description="items per user")
+    beam: int = Field(50, ge=1, description="width of the beam search")
+    exclude_history: bool = Field(True, description="leave out what the user already had")
+    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
+
+
+class ScaleConfig(Config):
+    """What Ray may use for training. None of it changes what comes out, but for rounding."""
+
+    train_workers: int | None = Field(None, ge=1, description="DDP workers; none: one per GPU, or one without GPUs")
+    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of a worker; none: all cores, or 1 with GPUs")
+    max_failures: int = Field(3, ge=0, description="times that training goes on after a worker or node was lost")
+
+
+class RunConfig(Config):
+    """One run of the pipeline."""
+
+    root: str = Field("runs", description="where artifacts go: a folder, or s3://, gs://, ...")
+    data: Annotated[SerializeAsAny[DatasetConfig], BeforeValidator(DatasetConfig.resolve)] = synthetic.Config()
+    catalog: CatalogConfig = CatalogConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TokenizerConfig.resolve)] = rqvae.Config()
+    semantic_ids: SemanticIdsConfig = SemanticIdsConfig()
+    model: ModelConfig = ModelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    recommend: RecommendConfig = RecommendConfig()
+    scale: ScaleConfig = ScaleConfig()

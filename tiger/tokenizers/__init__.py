@@ -1,0 +1,114 @@
+"""The contract of a tokenizer: embeddings -> exactly `levels` codes an item.
+
+A tokenizer is a module in this folder (or anywhere, by its dotted name) with
+
+    class Config(TokenizerConfig)           its knobs
+    build(config, dim) -> Tokenizer         an untrained tokenizer for embeddings of that dimension
+
+Training calls `initialize` once, on one worker, and sends the state to the others; then `forward` on every batch, as
+many steps as the configuration says (none where `initialize` does all the work), with `refresh` before every epoch, on
+one worker again. Collisions are not its concern:
+`semantic_ids.py` adds a level that tells items of equal codes apart.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tiger.config import PluginConfig, load_plugin
+from tiger.errors import ConfigError
+from tiger.training import TrainingConfig
+
+
+class TokenizerConfig(PluginConfig):
+    """Knobs that every tokenizer has."""
+
+    plugin_package: ClassVar[str] = "tiger.tokenizers"
+    default_kind: ClassVar[str] = "rqvae"
+
+    kind: str = Field("rqvae", description="quantizer: rqvae, rkmeans, or a dotted module name")
+    levels: int = Field(3, ge=1, le=8, description="codes per item, the collision code not counted")
+    codebook_size: int = Field(256, ge=2, le=32_767, description="codes to choose from at each level")
+    kmeans_iterations: int = Field(50, ge=1, description="iterations of k-means per level, at most")
+    kmeans_sample: int = Field(100_000, ge=256, description="items that k-means looks at, at most")
+    training: TrainingConfig = TrainingConfig()
+    seed: int = Field(0, ge=0, description="seed of weights, k-means, dropout and order")
+
+
+class Tokenizer(nn.Module):
+    """Base of all tokenizers; [B, d] embeddings in, int64 [B, levels] codes out."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: TokenizerConfig, dim: int) -> None:
+        super().__init__()
+        self.levels, self.codebook_size, self.dim = config.levels, config.codebook_size, dim
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
+        """Sets the state that data decide: statistics, k-means codebooks. Called once, before training.
+
+        Args:
+            sample: float32 [N, d] embeddings, N at least the codebook size.
+            generator: the source of all randomness.
+        """
+        raise NotImplementedError
+
+    def refresh(self, sample: Tensor) -> None:
+        """Brings state that is not learned by gradients up to date. Called before every epoch, on one worker.
+
+        Args:
+            sample: the same as in `initialize`.
+        """
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Loss of each row, float32 [B]; gradients are synchronised through this method only."""
+        raise NotImplementedError
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Codes int64 [B, levels] of float32 [B, d] embeddings; deterministic."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Embeddings float32 [B, d] that stand for int64 [B, levels] codes."""
+        raise NotImplementedError
+
+    def latent(self, batch: Tensor) -> Tensor:
+        """What is quantized, [B, latent]: the standardised embedding unless there is an encoder."""
+        return self.standardize(batch)
+
+    def fit_statistics(self, sample: Tensor) -> None:
+        """Mean and standard deviation of every dimension; a constant dimension is left at its scale."""
+        spread, mean = torch.std_mean(sample, dim=0, unbiased=False)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(spread > 1e-8, spread, torch.ones_like(spread)))
+
+    def standardize(self, batch: Tensor) -> Tensor:
+        return (batch - self.mean) / self.scale
+
+    def unstandardize(self, batch: Tensor) -> Tensor:
+        return batch * self.scale + self.mean
+
+
+def require_enough_items(config: TokenizerConfig, n_items: int) -> None:
+    """Refuses a codebook larger than the catalog.
+
+    Raises:
+        ConfigError: with the largest size that works.
+    """
+    if n_items < config.codebook_size:
+        raise ConfigError(
+            f"tokenizer.codebook_size = {config.codebook_size} is more than the {n_items} items of the catalog; "
+            f"use at most {n_items}"
+        )
+
+
+def build(config: TokenizerConfig, dim: int) -> Tokenizer:
+    """An untrained tokenizer of the configured kind for embeddings of dimension `dim`."""
+    return load_plugin(TokenizerConfig.plugin_package, config.kind).build(config, dim)

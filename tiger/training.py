@@ -1,0 +1,297 @@
+"""One training loop for every model: plain PyTorch, the same in one process and in a process group.
+
+Everything random is a function of (seed, step, rank), and the order of the data of (seed, epoch), so that a run that
+goes on from a snapshot does exactly what an undisturbed one would have done. Where `torch.distributed` is initialised
+the module is wrapped for DDP, and sums over the group stand in for local sums.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from tiger.config import Config
+from tiger.errors import HealthError
+from tiger.progress import Progress
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class TrainingConfig(Config):
+    """How long and how fast to train. Components subclass it with their own defaults."""
+
+    epochs: int = Field(0, ge=0, description="passes over all examples, at most")
+    batch_size: int = Field(256, ge=1, description="examples per step, over all workers")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before a cosine to zero")
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    validate_every: float = Field(1.0, gt=0, description="epochs between two validations")
+    patience: int = Field(10, ge=1, description="validations without a better one before training stops")
+    precision: Precision = Field("float32", description="auto: bfloat16 where the hardware has it")
+
+    def schedule(self, examples: int, seed: int) -> Schedule:
+        steps = max(1, -(-examples // self.batch_size))
+        return Schedule(config=self, steps_per_epoch=steps, seed=seed)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch.
+
+    Attributes:
+        inputs: arguments of the module's forward, which returns one loss per row.
+        weights: float32 [rows]; 0 for a row that only fills a share that would be empty.
+        total_weight: sum of the weights over all workers.
+    """
+
+    inputs: tuple[Tensor, ...]
+    weights: Tensor
+    total_weight: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A `TrainingConfig` applied to a number of examples."""
+
+    config: TrainingConfig
+    steps_per_epoch: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def validate_every(self) -> int:
+        """Steps between two validations."""
+        return max(1, round(self.config.validate_every * self.steps_per_epoch))
+
+    def learning_rate(self, step: int) -> float:
+        """A linear warm-up, then a cosine to zero at the last step."""
+        peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.steps // 4)
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+@dataclass
+class Hooks:
+    """The loop's ways out: where metrics go, and where snapshots are kept. The defaults keep nothing."""
+
+    report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
+    save: Callable[[dict[str, Any], dict[str, Any]], None] = field(default=lambda state, metrics: None)
+    load: Callable[[], dict[str, Any] | None] = field(default=lambda: None)
+
+
+@dataclass
+class FitResult:
+    """The best look at the validation, how many steps were made, and all that was reported."""
+
+    best: dict[str, float]
+    best_step: int
+    steps: int
+    stopped_early: bool
+    log: list[dict[str, Any]]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over the process group, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(module: nn.Module) -> None:
+    """Gives every worker the parameters and buffers of rank 0."""
+    if dist.is_initialized():
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def share(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """This worker's rows of a global batch, and their weights: every row is seen by one worker, none is dropped.
+
+    A worker that would have no row gets the first one with weight 0, because all must take part in the step.
+    """
+    own = rows[rank() :: world_size()]
+    return (own, torch.ones(len(own))) if len(own) else (rows[:1], torch.zeros(1))
+
+
+def fit(
+    module: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    schedule: Schedule,
+    *,
+    device: torch.device,
+    validate: Callable[[nn.Module], dict[str, float]],
+    objective: str,
+    begin_epoch: Callable[[int], None] | None = None,
+    hooks: Hooks | None = None,
+    name: str = "train",
+) -> FitResult:
+    """Trains `module` in place and leaves it with the weights of the best validation.
+
+    Args:
+        module: its forward takes a batch's inputs and returns one loss per row. Equal on every worker.
+        batches: epoch -> this worker's shares of that epoch's global batches, `schedule.steps_per_epoch` of them.
+        validate: called on every worker with the unwrapped module in eval mode; returns figures that are equal on all.
+        objective: the figure to maximise.
+        begin_epoch: called on every worker before an epoch's first batch; must leave the module equal on all.
+        hooks: where reports and snapshots go.
+
+    Raises:
+        HealthError: a loss is not finite. The optimizer has not made that step; the last snapshot is still good.
+    """
+    hooks, config = hooks or Hooks(), schedule.config
+    module.to(device)
+    parallel = nn.parallel.DistributedDataParallel(module) if world_size() > 1 and schedule.steps else module
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(module, config.weight_decay),
+        lr=config.learning_rate,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    state = _State.restore(hooks.load(), module, optimizer, device)
+    if state.step == 0 and not state.log:
+        _look(state, module, validate, objective, {})
+        hooks.report(state.log[-1])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.precision, device))
+    progress = Progress(name, schedule.steps, "steps") if rank() == 0 else None
+    if progress:
+        progress.done = state.step
+    losses: list[Tensor] = []
+    while state.step < schedule.steps and state.since_best < config.patience:
+        epoch, skip = divmod(state.step, schedule.steps_per_epoch)
+        if begin_epoch and skip == 0:
+            begin_epoch(epoch)
+        for index, batch in enumerate(batches(epoch)):
+            if index < skip:
+                continue
+            torch.manual_seed(_seed(schedule.seed, state.step, rank()))
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(state.step)
+            with autocast:
+                row_losses = parallel(*(tensor.to(device, non_blocking=True) for tensor in batch.inputs))
+            loss = (row_losses.float() * batch.weights.to(device)).sum() / batch.total_weight
+            (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            losses.append(loss.detach())
+            # Looking at the norm waits for the device: on a GPU only now and then, on a CPU it is free.
+            if (device.type == "cpu" or state.step % 50 == 0) and not bool(torch.isfinite(norm)):
+                raise HealthError(
+                    f"{name}: the gradient is not finite at step {state.step} (loss {float(loss.detach())}); lower the "
+                    "learning rate, and look for NaN or huge values in the inputs"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            if progress:
+                progress.add(1)
+            if state.step % schedule.validate_every == 0 or state.step == schedule.steps:
+                global_losses = all_sum(torch.stack(losses)).tolist()
+                losses.clear()
+                figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
+                _look(state, module, validate, objective, figures)
+                said = {key: value for key, value in state.log[-1].items() if key != "losses"}
+                if rank() == 0:
+                    log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
+                hooks.report(said)
+                hooks.save(state.snapshot(module, optimizer), said)
+                if state.since_best >= config.patience:
+                    break
+            if state.step >= schedule.steps:
+                break
+    if progress:
+        progress.close()
+    module.load_state_dict(state.best_weights)
+    return FitResult(state.best, state.best_step, state.step, state.step < schedule.steps, state.log)
+
+
+def _look(
+    state: _State,
+    module: nn.Module,
+    validate: Callable[[nn.Module], dict[str, float]],
+    objective: str,
+    figures: dict[str, Any],
+) -> None:
+    """Validates, and keeps the weights if they are the best so far."""
+    module.eval()
+    found = validate(module)
+    module.train()
+    state.log.append({"step": state.step, **figures, **found})
+    if state.best_step < 0 or found[objective] > state.best[objective]:
+        state.best, state.best_step, state.since_best = found, state.step, 0
+        state.best_weights = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
+    else:
+        state.since_best += 1
+
+
+@dataclass
+class _State:
+    """What a snapshot holds beside the module and the optimizer."""
+
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    since_best: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def snapshot(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"state": vars(self), "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+
+    @classmethod
+    def restore(
+        cls, snapshot: dict[str, Any] | None, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> _State:
+        if snapshot is None:
+            return cls()
+        module.load_state_dict(snapshot["module"])
+        optimizer.load_state_dict(snapshot["optimizer"])
+        state = cls(**snapshot["state"])
+        state.best_weights = {key: tensor.to(device) for key, tensor in state.best_weights.items()}
+        log.info("going on from the snapshot at step %d", state.step)
+        return state
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight matrices decay; gains, biases and embeddings' kin of one dimension do not."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _use_bfloat16(precision: Precision, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
