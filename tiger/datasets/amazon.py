@@ -72,7 +72,7 @@ _URLS = {
 class Config(DatasetConfig):
     """Where the files are: a folder, single files or URLs, or a category to download."""
 
-    kind: str = "amazon"
+    kind: str = Field("amazon", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
     path: str | None = Field(None, description="folder that holds meta_* and the review files")
     items: list[str] = Field([], description="metadata files or URLs, where no folder or category is given")
     interactions: list[str] = Field([], description="review files or URLs, where no folder or category is given")

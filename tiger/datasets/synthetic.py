@@ -82,7 +82,7 @@ _VARIANTS = len(_QUALITIES) * len(_SCENTS) * len(_SIZES)
 class Config(DatasetConfig):
     """Size and difficulty of the generated shop."""
 
-    kind: str = "synthetic"
+    kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
     items: int = Field(1000, ge=200, le=10_000_000, description="items in the catalog")
     users: int = Field(4000, ge=50, le=10_000_000, description="customers, each with at least five purchases")
     mean_length: float = Field(9.0, ge=6, le=30, description="purchases a customer makes on average")

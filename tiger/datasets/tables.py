@@ -41,7 +41,7 @@ _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 class Config(DatasetConfig):
     """Files and the names of their columns."""
 
-    kind: str = "tables"
+    kind: str = Field("tables", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
     items: list[str] = Field(min_length=1, description="item files or URLs: .parquet, .csv, .jsonl (also .gz)")
     interactions: list[str] = Field(min_length=1, description="interaction files or URLs, same formats")
     item_id: str = Field("item_id", description="column of the item's name, in both tables")

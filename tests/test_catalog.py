@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tiger.artifacts import Folder
+from tiger.catalog import CatalogConfig, Histories, make, read_histories
+from tiger.config import build
+from tiger.datasets import INTERACTIONS
+from tiger.errors import DataError
+
+ITEM_SCHEMA = pa.schema(
+    [
+        ("source_id", pa.string()),
+        ("title", pa.string()),
+        ("categories", pa.list_(pa.list_(pa.string()))),
+        ("price", pa.float64()),
+    ]
+)
+
+
+def made(folder: Path, items: list[Any], events: list[tuple[str, str, int]], **config: Any) -> tuple[dict, Histories]:
+    values = {"text_fields": ["title", "categories", "price"], "k_core": 0} | config
+    rows = [item if isinstance(item, dict) else {"source_id": item, "title": f"title of {item}"} for item in items]
+    table = pa.RecordBatch.from_pylist(rows, schema=ITEM_SCHEMA)
+    pairs = [{"user": user, "item": item, "time": 1_400_000_000 + time} for user, item, time in events]
+    batch = pa.RecordBatch.from_pylist(pairs, schema=INTERACTIONS)
+    profile = make(build(CatalogConfig, values), [table], [batch], Folder(str(folder)))
+    return profile, read_histories(Folder(str(folder)))
+
+
+def named(folder: Path, histories: Histories) -> dict[str, list[str]]:
+    names = Folder(str(folder)).read_table("items.parquet")["source_id"].to_pylist()
+    return {user: [names[item] for item in histories.of(row)] for row, user in enumerate(histories.source_ids)}
+
+
+def test_texts_are_cleaned_and_joined(tmp_path: Path) -> None:
+    item = {
+        "source_id": "a",
+        "title": "Tea &amp;amp; Mint\n  é",
+        "categories": [["Beauty", "Bath &amp; Body"], ["Home"]],
+        "price": 9.5,
+    }
+    bare = {"source_id": "b", "title": None, "categories": None, "price": float("nan")}
+    made(tmp_path, [item, bare, "c"], [("u", "a", 0), ("u", "b", 1), ("u", "c", 2)])
+    first, second, _ = Folder(str(tmp_path)).read_table("items.parquet").to_pylist()
+    assert first["text"] == "Tea & Mint é. Beauty > Bath & Body; Home. $9.50"
+    assert first["category_leaf"] == "Bath & Body"
+    assert (second["text"], second["category_leaf"]) == ("", None)
+
+
+def test_a_text_field_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="text_fields names colour; the items have source_id, title"):
+        made(tmp_path, ["a"], [("u", "a", 0)], text_fields=["title", "colour"])
+
+
+def test_of_duplicate_items_the_most_complete_is_kept_in_any_order(tmp_path: Path) -> None:
+    rows = [
+        {"source_id": "a", "title": "B"},
+        {"source_id": "a", "title": "A", "price": 1.0},
+        {"source_id": "a", "title": "C", "price": 1.0},
+    ]
+    for index in range(6):
+        order = np.random.default_rng(index).permutation(3)
+        profile, _ = made(tmp_path / str(index), [rows[i] for i in order] + ["b"], [("u", "a", 0), ("u", "b", 1)])
+        assert profile["dropped"]["duplicate items"] == 2
+        assert Folder(str(tmp_path / str(index))).read_table("items.parquet")["title"][0].as_py() == "A"
+
+
+def test_repeated_interactions(tmp_path: Path) -> None:
+    events = [("u", "a", 5), ("u", "b", 1), ("u", "a", 0), ("u", "a", 0), ("u", "c", 9)]
+    first, histories = made(tmp_path / "first", ["a", "b", "c"], events)
+    assert named(tmp_path / "first", histories) == {"u": ["a", "b", "c"]}
+    assert (first["dropped"]["equal interactions"], first["dropped"]["repeated interactions"]) == (1, 1)
+    _, histories = made(tmp_path / "all", ["a", "b", "c"], events, repeats="all")
+    assert named(tmp_path / "all", histories) == {"u": ["a", "b", "a", "c"]}
+
+
+def test_k_core_is_iterative(tmp_path: Path) -> None:
+    """Dropping user w leaves item c with one user, dropping c leaves v with one item, and so on."""
+    events = [("u", "a", 0), ("u", "b", 1), ("t", "a", 0), ("t", "b", 1), ("v", "a", 0), ("v", "c", 1), ("w", "c", 0)]
+    profile, histories = made(tmp_path, ["a", "b", "c"], events, k_core=2)
+    assert named(tmp_path, histories) == {"t": ["a", "b"], "u": ["a", "b"]}
+    assert profile["dropped"]["interactions outside the k-core"] == 3
+    assert profile["dropped"]["items without interactions"] == 1
+
+
+def test_nothing_left_after_the_k_core(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no user and item with 5 interactions each is left of 1"):
+        made(tmp_path, ["a"], [("u", "a", 0)], k_core=5)
+
+
+def test_ties(tmp_path: Path) -> None:
+    events = [("u", item, 0) for item in "cabed"]
+    for ties, expected in (("file", "cabed"), ("id", "abcde")):
+        _, histories = made(tmp_path / ties, list("abcde"), events, ties=ties)
+        assert named(tmp_path / ties, histories)["u"] == list(expected)
+    orders = set()
+    for seed in range(5):
+        _, histories = made(tmp_path / f"s{seed}", list("abcde"), events, ties="shuffle", seed=seed)
+        orders.add(tuple(named(tmp_path / f"s{seed}", histories)["u"]))
+    assert len(orders) > 1
+    assert all(sorted(order) == list("abcde") for order in orders)
+
+
+def test_the_result_does_not_depend_on_the_order_of_files_with_ties_by_id(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    events = [(f"u{rng.integers(9)}", f"i{rng.integers(12)}", int(rng.integers(4))) for _ in range(150)]
+    results = []
+    for index in range(20):
+        order = rng.permutation(len(events))
+        made(
+            tmp_path / str(index),
+            [f"i{n}" for n in rng.permutation(12)],
+            [events[i] for i in order],
+            ties="id",
+            k_core=3,
+        )
+        results.append((tmp_path / str(index) / "histories.parquet").read_bytes())
+    assert len(set(results)) == 1
+
+
+def test_unknown_items_are_counted_and_too_many_stop(tmp_path: Path) -> None:
+    events = [("u", item, time) for time, item in enumerate("abcx")]
+    profile, histories = made(tmp_path, list("abc"), events, max_unknown_items=0.3)
+    assert profile["dropped"]["interactions with unknown items"] == 1
+    assert named(tmp_path, histories)["u"] == list("abc")
+    with pytest.raises(DataError, match="1 of 4 interactions are with items that have no row.*'x'"):
+        made(tmp_path, list("abc"), events)
+
+
+def test_leave_one_out(tmp_path: Path) -> None:
+    events = [("long", item, time) for time, item in enumerate("abcd")] + [("short", "a", 0), ("short", "b", 1)]
+    profile, histories = made(tmp_path, list("abcd"), events)
+    for split, target, history in (("test", "d", "abc"), ("valid", "c", "ab")):
+        users = histories.evaluation(split)
+        assert [histories.source_ids[user] for user in users.users] == ["long"]  # two items are too few to split
+        assert "abcd"[users.targets[0]] == target
+        assert ["abcd"[item] for item in users.histories()[0]] == list(history)
+    assert profile["training_examples"] == 2  # a -> b of long, a -> b of short; b -> c would show a target
+
+
+def test_by_time(tmp_path: Path) -> None:
+    """Two moments cut all histories; a target is the first item after one, with a history before it."""
+    events = [("u", item, time) for time, item in enumerate("abcdefghij")] + [("late", "j", 9), ("late", "a", 99)]
+    _, histories = made(tmp_path, list("abcdefghij"), events, split="by-time", valid_share=0.2, test_share=0.2)
+    times = np.asarray(Folder(str(tmp_path)).read_table("histories.parquet")["times"].combine_chunks().flatten())
+    begins, ends = histories.offsets[:-1], histories.offsets[1:]
+    newest_training = max(times[b:e].max(initial=0) for b, e in zip(begins, histories.train_end, strict=True))
+    oldest_test = min(times[b:e].min(initial=2**62) for b, e in zip(histories.valid_end, ends, strict=True))
+    for begin, end in zip(histories.train_end, histories.valid_end, strict=True):
+        assert ((newest_training < times[begin:end]) & (times[begin:end] < oldest_test)).all()
+    users = histories.evaluation("test")
+    assert all(len(history) for history in users.histories())
+
+
+def test_no_target_is_ever_a_training_item(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    events = [(f"u{rng.integers(30)}", f"i{rng.integers(40)}", int(rng.integers(1000))) for _ in range(600)]
+    for split in ("leave-one-out", "by-time"):
+        _, histories = made(tmp_path / split, [f"i{n}" for n in range(40)], events, split=split)
+        assert (histories.offsets[:-1] <= histories.train_end).all()
+        assert (histories.train_end <= histories.valid_end).all()
+        assert (histories.valid_end <= histories.offsets[1:]).all()
+        valid, test = histories.evaluation("valid"), histories.evaluation("test")
+        assert (valid.end == histories.train_end[valid.users]).all()
+        assert (test.end == histories.valid_end[test.users]).all()
+
+
+def test_the_profile_counts_missing_and_distinct_values_of_lists(tmp_path: Path) -> None:
+    items = [
+        {"source_id": "a", "title": "x", "categories": [["A"]]},
+        {"source_id": "b", "title": "x", "categories": [["A"]]},
+        {"source_id": "c", "title": None, "categories": []},
+    ]
+    profile, _ = made(tmp_path, items, [("u", item, time) for time, item in enumerate("abc")])
+    assert profile["columns"]["categories"] == {"missing": 1, "distinct": 1}
+    assert profile["columns"]["title"] == {"missing": 1, "distinct": 1}
+    assert profile["history_length"]["100%"] == 3

@@ -1,0 +1,117 @@
+"""Beam search against scoring every item without any search, and against a beam search in plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiger.config import build
+from tiger.decoding import beam_search, score_all
+from tiger.examples import PAD
+from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.trie import Trie
+
+SIZES = (4, 5, 3)
+
+
+def small_model(sizes: tuple[int, ...], seed: int = 0, **changes: object) -> GenerativeRecommender:
+    torch.manual_seed(seed)
+    config = build(ModelConfig, {"d_model": 8, "heads": 2, "head_dim": 4, "d_ff": 16, "layers": 1, **changes})
+    return GenerativeRecommender(config, sizes).eval()
+
+
+def histories(rng: np.random.Generator, codes: np.ndarray, users: int, longest: int) -> torch.Tensor:
+    history = codes[rng.integers(0, len(codes), (users, longest))].astype(np.int64)
+    for row in range(users):
+        history[row, : rng.integers(0, longest)] = PAD
+    return torch.from_numpy(history)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 10**6), items=st.integers(1, 40), extra=st.integers(0, 5))
+def test_a_wide_beam_is_exact(seed: int, items: int, extra: int) -> None:
+    """Eight users a case: 2,400 searches, each equal to scoring all items, also with fewer items than the beam."""
+    rng = np.random.default_rng(seed)
+    ids = random_ids(rng, items, SIZES)
+    model = small_model(SIZES, seed)
+    history = histories(rng, ids.codes, users=8, longest=4)
+    truth = score_all(model, torch.from_numpy(ids.codes.astype(np.int64)), history)
+    found, scores = beam_search(model, Trie(ids), history, beam=items + extra)
+    for row in range(8):
+        real = found[row] >= 0
+        assert sorted(found[row][real].tolist()) == list(range(items))
+        torch.testing.assert_close(scores[row][real], truth[row][found[row][real]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores[row][real], truth[row].sort(descending=True).values, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), items=st.integers(5, 60), beam=st.integers(1, 12))
+def test_a_narrow_beam_equals_plain_python(seed: int, items: int, beam: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = random_ids(rng, items, SIZES)
+    model = small_model(SIZES, seed)
+    history = histories(rng, ids.codes, users=3, longest=3)
+    found, scores = beam_search(model, Trie(ids), history, beam=beam)
+    for row in range(3):
+        expected = plain_beam(model, ids.codes, history[row : row + 1], beam)
+        got = [(int(item), float(score)) for item, score in zip(found[row], scores[row], strict=True) if item >= 0]
+        assert [item for item, _ in got] == [item for item, _ in expected]
+        np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], atol=1e-5)
+
+
+def plain_beam(model: GenerativeRecommender, codes: np.ndarray, history: torch.Tensor, beam: int) -> list:
+    """Prefix by prefix, each scored from scratch by the training-time forward pass."""
+    memory = model.encode(history)
+    prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    for level in range(codes.shape[1]):
+        longer = []
+        for prefix, score in prefixes:
+            allowed = {int(row[level]) for row in codes if tuple(row[:level].tolist()) == prefix}
+            target = torch.zeros(1, codes.shape[1], dtype=torch.int64)
+            target[0, :level] = torch.tensor(prefix, dtype=torch.int64)
+            x = model._decoder_input(target)
+            for layer, key_value in zip(model.decoder, memory.key_values, strict=True):
+                x = layer(x, key_value, memory.mask)
+            log_p = model._logits(model.decoder_norm(x)[:, level], level).log_softmax(-1)[0]
+            longer += [((*prefix, code), score + float(log_p[code].detach())) for code in sorted(allowed)]
+        prefixes = sorted(longer, key=lambda pair: -pair[1])[:beam]
+    item_of = {tuple(row.tolist()): item for item, row in enumerate(codes)}
+    return [(item_of[prefix], score) for prefix, score in prefixes]
+
+
+@pytest.mark.parametrize("users", [1, 5])
+def test_excluded_items_do_not_come_back_and_the_list_stays_full(users: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = random_ids(rng, 50, SIZES)
+    model, trie = small_model(SIZES), Trie(ids)
+    history = histories(rng, ids.codes, users, longest=3)
+    free, _ = beam_search(model, trie, history, beam=50)
+    exclude = torch.cat([free[:, :3], torch.full((users, 1), -1)], dim=1)
+    found, _ = beam_search(model, trie, history, beam=50, exclude=exclude)
+    assert torch.equal(found[:, :47], free[:, 3:])
+    assert (found[:, 47:] == -1).all()
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    rng = np.random.default_rng(1)
+    ids = random_ids(rng, 40, SIZES)
+    model, trie = small_model(SIZES), Trie(ids)
+    history = histories(rng, ids.codes, users=7, longest=5)
+    together, _ = beam_search(model, trie, history, beam=5)
+    alone = torch.cat([beam_search(model, trie, history[row : row + 1], beam=5)[0] for row in range(7)])
+    assert torch.equal(together, alone)
+
+
+def test_user_tokens_change_the_answer() -> None:
+    rng = np.random.default_rng(2)
+    ids = random_ids(rng, 40, SIZES)
+    model, trie = small_model(SIZES, user_tokens=16), Trie(ids)
+    history = histories(rng, ids.codes, users=1, longest=5)
+    scores = [beam_search(model, trie, history, beam=5, user=torch.tensor([user]))[1] for user in (0, 1)]
+    assert not torch.allclose(scores[0], scores[1])
+    with pytest.raises(ValueError, match="user token"):
+        beam_search(model, trie, history, beam=5)

@@ -1,0 +1,113 @@
+"""Planted collapses: each is caught at its stage, with the figure and the likely cause upstream."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tiger import diagnostics as d
+from tiger.errors import HealthError
+
+RNG = np.random.default_rng(0)
+PROFILE = {
+    "items": 100,
+    "training_examples": 500,
+    "test_users": 90,
+    "text_fields": ["title"],
+    "columns": {"title": {"distinct": 99, "missing": 1}, "text": {"distinct": 99, "missing": 1}},
+    "text_characters": {"50%": 80.0},
+}
+
+
+def test_healthy_stages_pass() -> None:
+    vectors = RNG.normal(size=(500, 16)).astype(np.float32)
+    codes = RNG.integers(0, 16, (500, 3))
+    items = np.stack([RNG.permutation(500)[:10] for _ in range(50)])
+    checks = [
+        *d.check_catalog(PROFILE),
+        *d.check_embeddings(vectors),
+        *d.check_tokenizer(vectors, codes, 16),
+        *d.check_semantic_ids(np.zeros(500)),
+        *d.check_model(0.1, 0.02),
+        *d.check_recommendations(items, 500),
+    ]
+    assert all(record["healthy"] for record in d.require(checks))
+
+
+COLLAPSES = {
+    "identical texts": (
+        lambda: d.check_catalog(PROFILE | {"columns": PROFILE["columns"] | {"text": {"distinct": 1, "missing": 0}}}),
+        r"share of distinct texts is 0.01, at least 0.5 is needed; likely cause: the reader found none",
+    ),
+    "empty texts": (
+        lambda: d.check_catalog(PROFILE | {"columns": PROFILE["columns"] | {"text": {"distinct": 60, "missing": 40}}}),
+        r"share of empty texts is 0.4, at most 0.05",
+    ),
+    "identical titles": (
+        lambda: d.check_catalog(PROFILE | {"columns": PROFILE["columns"] | {"title": {"distinct": 2, "missing": 0}}}),
+        r"share of distinct titles is 0.02",
+    ),
+    "identical embeddings": (
+        lambda: d.check_embeddings(np.ones((100, 8), np.float32)),
+        r"embeddings is unhealthy: mean pairwise distance is 0, at least 0.01.*the texts are alike",
+    ),
+    "half of the embeddings identical": (
+        lambda: d.check_embeddings(np.concatenate([RNG.normal(size=(40, 8)), np.zeros((60, 8))]).astype(np.float32)),
+        r"share of distinct vectors is 0.41",
+    ),
+    "encoded vectors on one point": (
+        lambda: d.check_tokenizer(np.ones((100, 8), np.float32), RNG.integers(0, 8, (100, 3)), 8),
+        r"distance of encoded vectors is 0, at least 0.1.*maps all items to one point",
+    ),
+    "one code for all": (
+        lambda: d.check_tokenizer(RNG.normal(size=(100, 8)).astype(np.float32), np.zeros((100, 3), int), 8),
+        r"share of distinct code tuples is 0.01.*codebook collapsed",
+    ),
+    "a dead level": (
+        lambda: d.check_tokenizer(
+            RNG.normal(size=(100, 8)).astype(np.float32),
+            np.stack([RNG.integers(0, 32, 100), np.zeros(100, int), RNG.integers(0, 32, 100)], axis=1),
+            32,
+        ),
+        r"usage of level 2 is 0.03125",
+    ),
+    "most items collide": (lambda: d.check_semantic_ids(np.arange(100)), r"moved by the collision level is 0.99"),
+    "a model that guesses": (lambda: d.check_model(0.001, 0.01), r"Recall@10 / that of guessing is 0.1"),
+    "items outside of the catalog": (
+        lambda: d.check_recommendations(np.array([[0, 1, 99]]), 50),
+        r"invalid items is 1, at most 0",
+    ),
+    "a list that repeats an item": (
+        lambda: d.check_recommendations(np.tile([[0, 1, 1]], (4, 1)), 50, cutoff=3),
+        r"repeated items is 4",
+    ),
+    "one list for all users": (
+        lambda: d.check_recommendations(np.tile(np.arange(10), (99, 1)), 50),
+        r"distinct items is 10, at least 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_collapse_stops_the_stage(name: str) -> None:
+    checks, message = COLLAPSES[name]
+    with pytest.raises(HealthError, match=message):
+        d.require(checks())
+
+
+def test_code_figures_against_the_definition() -> None:
+    codes = np.array([[0, 1], [0, 1], [1, 1], [2, 1]])
+    figures = d.code_figures(codes, 4)
+    assert figures["unique_ratio"] == 0.75
+    assert (figures["usage@1"], figures["usage@2"]) == (0.75, 0.25)
+    shares = np.array([0.5, 0.25, 0.25])
+    assert figures["perplexity@1"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert figures["perplexity@2"] == pytest.approx(1)
+
+
+def test_the_command_explains_itself_and_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    assert d.main(["--help"]) == 0
+    assert d.main([str(tmp_path)]) == 4
+    assert "holds no finished  artifact" in capsys.readouterr().err.replace(
+        "no finished artifact", "no finished  artifact"
+    )

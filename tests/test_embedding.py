@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiger.embedding import EncodeTexts, TextEncoder, cut_by_tokens, unusable
+from tiger.errors import HealthError, ResourceError
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    array = np.array(lengths, np.int64)
+    batches = list(cut_by_tokens(array, budget))
+    assert sorted(np.concatenate([*batches, np.zeros(0, int)]).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * array[batch].max() <= budget
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder(max_tokens=32, batch_tokens=256, device="cpu", precision="float32")
+
+
+TEXTS = ["soap", "lavender soap for dry skin. " * 3, " padded ", "</s> [PAD] <b>text</b>", "word " * 500, "é" * 40, ""]
+
+
+def test_vectors_equal_those_of_sentence_transformers(encoder: TextEncoder) -> None:
+    encoded = encoder.encode(TEXTS)
+    encoder.model.max_seq_length = 32
+    np.testing.assert_allclose(encoded.vectors, encoder.model.encode(TEXTS), atol=1e-5)
+    assert encoded.truncated == 1 + int(encoded.tokens[5] > 32)
+    assert encoded.tokens[4] == 502  # 500 words and two special tokens, counted before cutting
+
+
+def test_a_vector_depends_on_its_text_alone(encoder: TextEncoder) -> None:
+    together, alone = encoder.encode(TEXTS).vectors, [encoder.encode([text]).vectors[0] for text in TEXTS]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+
+
+def test_unusable_vectors() -> None:
+    vectors = np.ones((5, 3), np.float32)
+    vectors[1], vectors[2, 1], vectors[3, 0] = 0, np.nan, np.inf
+    assert unusable(vectors).tolist() == [1, 2, 3]
+
+
+def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = EncodeTexts("float32", max_tokens=16)
+    whole = worker.encoder.encode
+
+    def with_nan(texts: list[str]) -> object:
+        encoded = whole(texts)
+        encoded.vectors[1] = np.nan
+        return encoded
+
+    monkeypatch.setattr(worker.encoder, "encode", with_nan)
+    with pytest.raises(HealthError, match=r"embeddings of 1 items are NaN, infinite or zero, of items \[8\]"):
+        worker(pa.table({"item_id": pa.array([7, 8], pa.int32()), "text": ["a", "b"]}))
+
+
+def test_a_model_that_is_not_there_names_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'packaged'"):
+        TextEncoder(f"{tmp_path}/no-such-model")

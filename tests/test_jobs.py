@@ -1,0 +1,201 @@
+"""The whole path on a real local Ray, on a generated shop of 300 items."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiger import diagnostics
+from tiger.artifacts import Artifact, newest, open_artifact
+from tiger.catalog import Catalog
+from tiger.config import load
+from tiger.recommender import Recommender
+from tiger.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "data.items=300",
+    "data.users=300",
+    "data.noise=0.0",
+    "embedding.max_tokens=24",
+    "embedding.max_actors=1",
+    "tokenizer.codebook_size=16",
+    "tokenizer.training.epochs=20",
+    "model.d_model=32",
+    "model.training.epochs=6",
+    "model.training.batch_size=64",
+    "model.training.warmup_steps=10",
+    "model.validation_users=100",
+    "evaluation.max_actors=1",
+    "recommend.users=20",
+    "recommend.max_actors=1",
+]
+
+
+def run_pipeline(root: Path, *overrides: str) -> Artifact:
+    from jobs.pipeline import pipeline
+
+    return pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "jobs/configs"))
+
+
+def digests(artifact: Artifact) -> dict[str, dict[str, str]]:
+    """sha256 of every file of every artifact, the logs of trainings left out: they hold no times, but say so."""
+    return {
+        part.kind: {name: file["sha256"] for name, file in part.manifest["files"].items()}
+        for part in artifact.lineage()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    os.environ["TIGER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return run_pipeline(tmp_path_factory.mktemp("runs"))
+
+
+def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
+    assert [part.kind for part in finished.lineage()] == [
+        "catalog",
+        "embeddings",
+        "tokenizer",
+        "semantic_ids",
+        "model",
+        "metrics",
+    ]
+    for part in finished.lineage():
+        part.verify()
+        assert part.health
+        assert all(check["healthy"] for check in part.health)
+    figures = finished.folder.read_json("metrics.json")
+    assert (
+        figures["test"]["tiger"]["unmasked"]["recall@10"] > 3 * figures["test"]["popularity"]["unmasked"]["recall@10"]
+    )
+    assert set(figures["valid"]["tiger"]["unmasked"]) == {
+        f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 50)
+    }
+
+
+def test_embeddings_are_one_row_an_item(finished: Artifact) -> None:
+    embeddings = next(part for part in finished.lineage() if part.kind == "embeddings")
+    items = np.sort(np.asarray(embeddings.folder.read_table("vectors")["item_id"]))
+    assert np.array_equal(items, np.arange(embeddings.inputs["catalog"].figures["items"]))
+
+
+def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pytest.LogCaptureFixture) -> None:
+    root = Path(finished.folder.uri).parent
+    with caplog.at_level("INFO"):
+        again = run_pipeline(root)
+    assert again.folder.uri == finished.folder.uri
+    skipped = [record.message.partition(":")[0] for record in caplog.records if "skipped" in record.message]
+    assert skipped == [
+        "catalog",
+        "embeddings",
+        "tokenizer",
+        "semantic_ids",
+        "model",
+        "metrics",
+        "recommendations",
+    ]
+
+
+def test_recommendations_come_back_as_items_titles_and_scores(
+    finished: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    from jobs.recommend import show_some
+
+    recommendations = newest(str(Path(finished.folder.uri).parent), "recommendations")
+    catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
+    table = recommendations.folder.read_table("recommendations")
+    for user, items, scores in zip(*(table[name].to_pylist() for name in ("user_id", "items", "scores")), strict=True):
+        assert not set(items) & set(catalog.histories.of(user).tolist())
+        assert scores == sorted(scores, reverse=True)
+    with caplog.at_level("INFO"):
+        show_some(recommendations)
+    shown = [record.message for record in caplog.records if record.message.startswith("user ")]
+    assert len(shown) == 5
+    assert catalog.titles[table["items"][0][0].as_py()][:60] in shown[0]
+
+
+def test_a_run_is_loaded_by_its_model(finished: Artifact) -> None:
+    recommender = Recommender.load(finished.inputs["model"].folder.uri)
+    found = recommender.recommend([[1, 2, 3]], k=5)
+    assert (found.items >= 0).all()
+
+
+def test_diagnostics_print_the_whole_table(finished: Artifact) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tiger.diagnostics", finished.folder.uri], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("share of distinct titles", "mean pairwise distance", "usage of level 3", "invalid items"):
+        assert words in done.stdout
+    assert "UNHEALTHY" not in done.stdout
+
+
+def test_other_settings_of_one_stage_redo_only_what_follows(finished: Artifact) -> None:
+    root = Path(finished.folder.uri).parent
+    before = {path.name for path in root.iterdir()}
+    run_pipeline(root, "recommend.k=3")
+    assert {path.name.partition("-")[0] for path in root.iterdir() if path.name not in before} == {"recommendations"}
+
+
+def test_a_collapsed_stage_stops_the_pipeline_there(local_ray: None, tmp_path: Path) -> None:
+    """A field that is the same for all items: every text equal, and the run ends before anything is embedded."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.pipeline", *TINY, f"root={tmp_path}", 'catalog.text_fields=["features"]'],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 6
+    assert "error: catalog is unhealthy: share of distinct texts" in done.stderr
+    assert "likely cause: the reader found none of the fields it knows" in done.stderr
+    assert not list(tmp_path.glob("embeddings-*"))
+
+
+@pytest.mark.slow
+def test_equal_seeds_give_equal_artifacts(finished: Artifact, tmp_path: Path) -> None:
+    assert digests(run_pipeline(tmp_path)) == digests(finished)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    """Killed once embeddings are being written; the same command ends with what a run alone leaves."""
+    command = [sys.executable, "-m", "jobs.embed", *TINY, f"root={tmp_path}", "data.items=6000", "data.users=6000"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    parts: list[Path] = []
+    while first.poll() is None and not parts:
+        parts = list(tmp_path.glob("embeddings-*/vectors/*.parquet"))
+    assert parts, "the stage ended before it could be killed"
+    first.kill()
+    first.wait()
+    assert not list(tmp_path.glob("embeddings-*/manifest.json"))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("embeddings-*/vectors/*.parquet")}
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "parts are there already" in second.stderr
+    artifact = open_artifact(json.loads(second.stdout.splitlines()[-1])["artifact"])
+    artifact.verify()
+    items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))
+    assert np.array_equal(items, np.arange(artifact.figures["items"]))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.slow
+def test_pure_noise_teaches_nothing(local_ray: None, tmp_path: Path) -> None:
+    """At noise 1 the model is within noise of popularity: their 95 % intervals overlap."""
+    figures = run_pipeline(tmp_path, "data.noise=1.0", "data.users=1000").folder.read_json("metrics.json")["test"]
+    low, high = figures["tiger"]["interval_95"]["recall@10"]
+    other_low, other_high = figures["popularity"]["interval_95"]["recall@10"]
+    assert low <= other_high
+    assert other_low <= high
+
+
+def test_diagnostics_module_finds_the_newest(finished: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diagnostics.main([str(Path(finished.folder.uri).parent)]) == 0
+    assert "mean pairwise distance" in capsys.readouterr().out

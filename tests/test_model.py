@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids
+from test_decoding import SIZES, histories, small_model
+
+from tiger.config import build
+from tiger.errors import ConfigError
+from tiger.examples import PAD, hash_users
+from tiger.model import PRESETS, GenerativeRecommender, ModelConfig
+
+
+def test_padding_changes_nothing() -> None:
+    """A history alone equals the same history beside longer ones."""
+    model, rng = small_model(SIZES), np.random.default_rng(0)
+    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
+    history, target = torch.from_numpy(codes[rng.integers(0, 20, (1, 3))]), torch.from_numpy(codes[:1])
+    padded = torch.cat([torch.full((1, 4, 3), PAD), history], dim=1)
+    torch.testing.assert_close(model(history, target), model(padded, target))
+
+
+def test_only_the_most_recent_items_are_read() -> None:
+    model, rng = small_model(SIZES, max_items=4), np.random.default_rng(0)
+    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
+    history, target = torch.from_numpy(codes[rng.integers(0, 20, (2, 9))]), torch.from_numpy(codes[:2])
+    torch.testing.assert_close(model(history, target), model(history[:, -4:], target))
+
+
+def test_the_decoder_does_not_see_the_code_it_predicts() -> None:
+    """Changing a code changes the loss of its own level and of later ones, never of earlier ones."""
+    model, rng = small_model(SIZES), np.random.default_rng(0)
+    codes = random_ids(rng, 20, SIZES).codes
+    history = histories(rng, codes, users=1, longest=3)
+    memory = model.encode(history)
+    scores = []
+    for last in (0, 1):
+        x = model._decoder_input(torch.tensor([[1, 2, last]]))
+        for layer, key_value in zip(model.decoder, memory.key_values, strict=True):
+            x = layer(x, key_value, memory.mask)
+        scores.append(x)
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_probabilities_of_all_ids_sum_to_one() -> None:
+    model, rng = small_model(SIZES), np.random.default_rng(0)
+    every = torch.cartesian_prod(*(torch.arange(size) for size in SIZES))
+    history = histories(rng, random_ids(rng, 20, SIZES).codes, users=1, longest=3)
+    losses = model(history.expand(len(every), -1, -1), every) * len(SIZES)
+    assert torch.exp(-losses).sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build(preset: str) -> None:
+    config = build(ModelConfig, {"preset": preset, "dropout": 0.3})
+    assert config.dropout == 0.3
+    assert config.layers == PRESETS[preset]["layers"]
+    model = GenerativeRecommender(config, (4, 4, 4))
+    assert model(torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)).shape == (2,)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="preset"):
+        build(ModelConfig, {"preset": "huge"})
+
+
+def test_user_tokens_are_stable() -> None:
+    assert hash_users(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import random_ids, toy_histories
+from test_decoding import SIZES, small_model
+
+from tiger.baselines import popularity
+from tiger.decoding import score_all
+from tiger.errors import ArtifactError, DataError
+from tiger.recommender import Recommender
+
+
+@pytest.fixture(scope="module")
+def recommender() -> Recommender:
+    return Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, SIZES), device="cpu")
+
+
+def test_against_exact_scores_for_histories_of_all_lengths(recommender: Recommender) -> None:
+    rng = np.random.default_rng(1)
+    histories = [rng.integers(0, 40, rng.integers(1, 30)).tolist() for _ in range(100)]
+    found = recommender.recommend(histories, k=10, beam=40)
+    codes = torch.from_numpy(recommender.codes)
+    for row, history in enumerate(histories):
+        recent = codes[history[-recommender.model.max_items :]]
+        truth = score_all(recommender.model, codes, recent[None])[0].sort(descending=True)
+        np.testing.assert_allclose(found.scores[row], truth.values[:10], atol=1e-5)
+        assert set(found.items[row]) <= set(range(40))
+        assert len(set(found.items[row])) == 10
+
+
+def test_more_than_the_catalog_holds(recommender: Recommender) -> None:
+    found = recommender.recommend([[0]], k=60)
+    assert sorted(found.items[0, :40]) == list(range(40))
+    assert (found.items[0, 40:] == -1).all()
+    assert np.isneginf(found.scores[0, 40:]).all()
+
+
+def test_the_history_can_be_left_out(recommender: Recommender) -> None:
+    history = list(range(20)) + list(range(20))
+    found = recommender.recommend([history, [3]], k=40, exclude_history=True)
+    assert sorted(found.items[0, :20]) == list(range(20, 40))
+    assert 3 not in found.items[1]
+
+
+@pytest.mark.parametrize(
+    ("history", "message"), [([], "history 1 is empty"), ([40], "outside of 0 .. 39"), ([-1], "outside")]
+)
+def test_impossible_histories_name_their_row(recommender: Recommender, history: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recommender.recommend([[0], history], k=3)
+
+
+def test_k_must_be_positive(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="k = 0"):
+        recommender.recommend([[0]], k=0)
+
+
+def test_ids_of_another_tokenizer_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="levels"):
+        Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, (4, 5, 4)), device="cpu")
+
+
+def test_popularity_counts_training_items_only() -> None:
+    histories = toy_histories(np.random.default_rng(0), 200, 15)
+    counts = np.zeros(15, int)
+    for user in range(200):
+        np.add.at(counts, histories.of(user)[:-2], 1)
+    expected = sorted(range(15), key=lambda item: (-counts[item], item))
+    assert popularity(histories, 15, 10).tolist() == expected[:10]
+
+
+def test_a_batch_column_of_lists_keeps_its_histories(recommender: Recommender) -> None:
+    """The way through Arrow that evaluation takes."""
+    histories = [np.array([1, 2, 3]), np.array([4])]
+    column = pa.array(histories, pa.list_(pa.int32()))
+    direct = recommender.recommend(histories, k=5)
+    through = recommender.recommend([np.array(row) for row in column.to_pylist()], k=5)
+    assert np.array_equal(direct.items, through.items)

@@ -1,0 +1,130 @@
+"""The Ray layer on a real local Ray: parts through actors, and a process group that goes on after a loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from tiger.artifacts import Folder
+from tiger.errors import HealthError, ResourceError
+from tiger.run import ScaleConfig
+from tiger.scale.map import Actors, map_table
+from tiger.scale.train import train
+from tiger.training import Hooks
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class Double:
+    """Doubles x; notes every part that it computes; dies or fails once on request."""
+
+    def __init__(self, notes: str, die_at: int | None = None, fail_at: int | None = None) -> None:
+        self.notes, self.die_at, self.fail_at = Path(notes), die_at, fail_at
+
+    def __call__(self, part: pa.Table) -> pa.Table:
+        first = part["x"][0].as_py()
+        if first == self.fail_at:
+            raise HealthError(f"planted at {first}")
+        if first == self.die_at and not (self.notes / "died").exists():
+            (self.notes / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.notes / f"{first}-{os.urandom(4).hex()}").touch()
+        return pa.table({"x": part["x"], "y": [2 * x for x in part["x"].to_pylist()]})
+
+
+def source(folder: Path) -> Folder:
+    folder.mkdir()
+    (folder / "notes").mkdir()
+    Folder(str(folder)).write_table(
+        "source.parquet", pa.table({"x": list(range(95)), "z": [0] * 95}), row_group_size=10
+    )
+    return Folder(str(folder))
+
+
+def run(folder: Folder, maximum: int = 2, **worker: Any) -> int:
+    arguments = {"notes": f"{folder.path}/notes", **worker}
+    target = folder.child("out")
+    return map_table(
+        folder, "source.parquet", ["x"], target, Double, arguments, actors=Actors(maximum=maximum), what="test"
+    )
+
+
+def result(folder: Folder) -> list[tuple[int, int]]:
+    table = folder.read_table("out")
+    return list(zip(table["x"].to_pylist(), table["y"].to_pylist(), strict=True))
+
+
+EXPECTED = [(x, 2 * x) for x in range(95)]
+
+
+def test_a_table_through_actors_restarts_where_it_stopped(tmp_path: Path) -> None:
+    folder = source(tmp_path / "a")
+    with pytest.raises(HealthError, match="planted at 50"):  # our own error, not Ray's wrappers
+        run(folder, maximum=1, fail_at=50)
+    done = {path.name for path in Path(folder.path, "out").glob("*.parquet")}
+    assert "part-00005.parquet" not in done
+    Path(folder.path, "out", "part-00000.parquet").unlink(missing_ok=True)
+    for note in Path(folder.path, "notes").iterdir():
+        note.unlink()
+    assert run(folder) == len(done - {"part-00000.parquet"})
+    assert result(folder) == EXPECTED
+    computed = [path.name.partition("-")[0] for path in Path(folder.path, "notes").iterdir()]
+    assert len(computed) == len(set(computed)) == 10 - len(done - {"part-00000.parquet"})  # nothing twice
+    assert run(folder) == 10
+
+
+def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    folder = source(tmp_path / "a")
+    run(folder, die_at=30)
+    assert Path(folder.path, "notes", "died").exists()
+    assert result(folder) == EXPECTED
+    assert len(list(Path(folder.path, "out").glob("*"))) == 10
+
+
+def test_more_actors_than_the_cluster_can_hold_are_refused() -> None:
+    with pytest.raises(ResourceError, match=r"a pool of 9 actors needs .* the cluster has 4"):
+        Actors(minimum=9).resolve()
+    with pytest.raises(ResourceError, match="training with 8 workers needs 16 CPUs"):
+        train(count, {}, Folder("unused"), ScaleConfig(train_workers=8, cpus_per_worker=2), "test")
+
+
+def count(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+    """Counts to five, saves every step, and is killed once at three."""
+    from tiger.training import all_sum, rank, world_size
+
+    state = hooks.load() or {"step": 0, "starts": 0}
+    state["starts"] += 1
+    while state["step"] < 5:
+        state["step"] += 1
+        hooks.save(state, {"step": state["step"]})
+        died = Path(arguments["died"])
+        if state["step"] == 3 and rank() == 1 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    if "fail" in arguments:
+        raise HealthError("planted")
+    ranks = all_sum(torch.tensor(float(rank() + 1)))
+    return {"steps": state["step"], "starts": state["starts"], "world": world_size(), "ranks": ranks.item()}
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
+    scale = ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
+    found = train(count, {"died": str(tmp_path / "died")}, Folder(str(tmp_path / "out")), scale, "test")
+    assert (tmp_path / "died").exists()
+    assert found == {"steps": 5, "starts": 2, "world": 2, "ranks": 3.0}
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_ends_the_training_at_once_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "died").touch()
+    scale = ScaleConfig(train_workers=1, cpus_per_worker=1)
+    with pytest.raises(HealthError, match="^planted$"):
+        arguments = {"died": str(tmp_path / "died"), "fail": True}
+        train(count, arguments, Folder(str(tmp_path / "out")), scale, "test")

@@ -1,0 +1,152 @@
+"""The loop: the same in one process and in two, and the same with and without an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import random_ids, toy_histories
+
+from tiger.config import build
+from tiger.examples import Examples
+from tiger.learning import learn_model, learn_tokenizer
+from tiger.model import ModelConfig
+from tiger.tokenizers import TokenizerConfig
+from tiger.training import Hooks
+
+CPU = torch.device("cpu")
+TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
+MODEL = {
+    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "dropout": 0.0, "max_items": 5,
+    "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
+}  # fmt: skip
+
+
+def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch.nn.Module, Any]:
+    rng = np.random.default_rng(0)
+    if which == "tokenizer":
+        vectors = torch.from_numpy(rng.normal(size=(551, 12)).astype(np.float32))  # odd: shares are uneven
+        config = TokenizerConfig.resolve(TOKENIZER | changes)
+        return learn_tokenizer(config, vectors, device=CPU, hooks=hooks)
+    ids = random_ids(rng, 60, (8, 8, 8))
+    return learn_model(build(ModelConfig, MODEL | changes), toy_histories(rng, 201, 60), ids, device=CPU, hooks=hooks)
+
+
+def losses(result: Any) -> list[float]:
+    return [loss for look in result.log for loss in look.get("losses", [])]
+
+
+def _one_of_two(rank: int, port: int, which: str, target: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    module, result = learn(which)
+    state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+    Path(target, f"{rank}.json").write_text(json.dumps({"losses": losses(result), "best": result.best, "state": state}))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "model"])
+def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
+    _, alone = learn(which)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_one_of_two, (port, which, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second  # losses, figures and every parameter and buffer
+    assert len(losses(alone)) >= 20
+    np.testing.assert_allclose(first["losses"][:20], losses(alone)[:20], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "model"])
+def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
+    """With dropout on: everything random is a function of the step."""
+
+    class Killed(Exception):
+        pass
+
+    kept: list[bytes] = []
+
+    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        kept.append(buffer.getvalue())
+        if len(kept) == 1:
+            raise Killed
+
+    def load() -> dict[str, Any] | None:
+        import io
+
+        return torch.load(io.BytesIO(kept[-1]), weights_only=True) if kept else None
+
+    undisturbed, expected = learn(which, dropout=0.2)
+    with pytest.raises(Killed):
+        learn(which, Hooks(save=save, load=load), dropout=0.2)
+    module, result = learn(which, Hooks(save=save, load=load), dropout=0.2)
+    assert losses(result) == losses(expected)
+    assert result.best == expected.best
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
+    """A learning rate of almost nothing cannot improve on the first look for long."""
+    _, result = learn("tokenizer", lloyd=False, training={"epochs": 50, "patience": 2, "learning_rate": 1e-12})
+    assert result.stopped_early
+    assert result.steps < 50 * 3
+    assert result.best["objective"] == max(look["objective"] for look in result.log)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------
+
+
+def toy_examples(**changes: int) -> Examples:
+    rng = np.random.default_rng(3)
+    return Examples(
+        toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4)), **{"max_items": 5, "user_tokens": 0} | changes
+    )
+
+
+def test_all_prefixes_of_the_training_part_and_nothing_else() -> None:
+    rng = np.random.default_rng(3)
+    histories, ids = toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4))
+    examples = Examples(histories, ids, 5, 0)
+    expected = []
+    for user in range(40):
+        training = histories.of(user)[:-2]  # leave-one-out: the last two are targets of test and validation
+        expected += [(training[max(0, n - 5) : n].tolist(), int(training[n])) for n in range(1, len(training))]
+    found = []
+    for row in range(len(examples)):
+        history, target = examples.collate(np.array([row]))
+        found.append((ids.item_of(history[0].numpy()).tolist(), int(ids.item_of(target.numpy())[0])))
+    assert sorted(found) == sorted(expected)
+    assert len(examples) == histories.training_examples()
+
+
+def test_an_epoch_shows_every_example_once_and_orders_differ() -> None:
+    examples = toy_examples()
+    first, again, second = (examples.order(0, epoch, 16) for epoch in (0, 0, 1))
+    assert sorted(np.concatenate(first).tolist()) == list(range(len(examples)))
+    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
+    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
+    assert len(first) == examples.steps_per_epoch(16)
+
+
+def test_shorter_histories_are_padded_in_front() -> None:
+    examples = toy_examples()
+    rows = np.array([int(np.flatnonzero(examples.length == n)[0]) for n in (1, 3)])
+    history, _ = examples.collate(rows)
+    assert (history[0, :2] == -1).all()
+    assert (history[0, 2:] >= 0).all()
+    assert (history[1] >= 0).all()
