@@ -29,7 +29,7 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
     arguments = [argument for argument in arguments if argument != "--debug"]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "ray.data", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         if "--help" in arguments or "-h" in arguments:
             _help(doc, default)

@@ -7,21 +7,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from jobs.command import command
 from jobs.train import whole_training
 from tiger import artifacts, baselines, metrics
-from tiger.artifacts import SCRATCH, Artifact, Draft
+from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog, EvaluationUsers, Split
 from tiger.diagnostics import check_recommendations, require
-from tiger.recommender import DecodeUsers
 from tiger.run import RunConfig
-from tiger.scale.map import Actors, map_table
+from tiger.scale.decode import decode_users
 
 log = logging.getLogger(__name__)
 
-_PART_USERS = 1024
 _K = max(metrics.CUTOFFS)
 
 
@@ -32,7 +29,17 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
         figures: dict[str, Any] = {}
         for split in ("valid", "test"):
             users = _users(run, catalog, split)
-            items = _decode(run, model, draft, catalog, users, split)
+            items = decode_users(
+                model,
+                catalog.histories,
+                users.users.tolist(),
+                users.histories(),
+                draft,
+                split,
+                k=_K,
+                beam=run.evaluation.beam,
+                max_actors=run.evaluation.max_actors,
+            )
             popular = baselines.popularity(catalog.histories, catalog.n_items, _K)
             figures[split] = {
                 "users": len(users),
@@ -58,33 +65,6 @@ def _users(run: RunConfig, catalog: Catalog, split: Split) -> EvaluationUsers:
         return users
     drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[:limit]
     return users.take(np.sort(drawn))
-
-
-def _decode(
-    run: RunConfig, model: Artifact, draft: Draft, catalog: Catalog, users: EvaluationUsers, split: str
-) -> npt.NDArray[np.int64]:
-    """Recommended items [U, K], decoded by a pool of actors."""
-    names = catalog.histories.source_ids
-    table = pa.table(
-        {
-            "user_id": pa.array(users.users, pa.int32()),
-            "source_id": [names[user] for user in users.users],
-            "history": pa.array(users.histories(), pa.list_(pa.int32())),
-        }
-    )
-    draft.folder.write_table(f"{SCRATCH}/{split}.parquet", table, row_group_size=_PART_USERS)
-    map_table(
-        draft.folder.child(SCRATCH),
-        f"{split}.parquet",
-        table.column_names,
-        draft.folder.child(split),
-        DecodeUsers,
-        {"model": model.folder.uri, "k": _K, "beam": run.evaluation.beam, "exclude_history": False},
-        actors=Actors(maximum=run.evaluation.max_actors),
-        what=f"evaluate {split}",
-    )
-    found = draft.folder.read_table(split).combine_chunks()
-    return np.asarray(found["items"].combine_chunks().flatten()).reshape(len(users), _K).astype(np.int64)
 
 
 def _figures(items: npt.NDArray[np.int64], users: EvaluationUsers, n_items: int) -> dict[str, Any]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import pyarrow as pa
 
 from jobs.command import command
 from jobs.train import whole_training
 from tiger import artifacts
-from tiger.artifacts import SCRATCH, Artifact, Draft
+from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog
 from tiger.diagnostics import check_recommendations, require
-from tiger.recommender import DecodeUsers, show
+from tiger.recommender import show
 from tiger.run import RunConfig
-from tiger.scale.map import Actors, map_table
+from tiger.scale.decode import decode_users
 
 log = logging.getLogger(__name__)
 
@@ -29,31 +28,18 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
     def make(draft: Draft) -> None:
         histories = catalog.histories
         users = range(min(len(histories), config.users or len(histories)))
-        table = pa.table(
-            {
-                "user_id": pa.array(users, pa.int32()),
-                "source_id": [histories.source_ids[user] for user in users],
-                "history": pa.array([histories.of(user) for user in users], pa.list_(pa.int32())),
-            }
+        items = decode_users(
+            model,
+            histories,
+            users,
+            [histories.of(user) for user in users],
+            draft,
+            "recommendations",
+            k=config.k,
+            beam=config.beam,
+            exclude_history=config.exclude_history,
+            max_actors=config.max_actors,
         )
-        draft.folder.write_table(f"{SCRATCH}/users.parquet", table, row_group_size=1024)
-        map_table(
-            draft.folder.child(SCRATCH),
-            "users.parquet",
-            table.column_names,
-            draft.folder.child("recommendations"),
-            DecodeUsers,
-            {
-                "model": model.folder.uri,
-                "k": config.k,
-                "beam": config.beam,
-                "exclude_history": config.exclude_history,
-            },
-            actors=Actors(maximum=config.max_actors),
-            what="recommend",
-        )
-        found = draft.folder.read_table("recommendations").combine_chunks()
-        items = np.asarray(found["items"].combine_chunks().flatten()).reshape(len(users), config.k).astype(np.int64)
         draft.figures = {"users": len(users), "k": config.k}
         draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
 

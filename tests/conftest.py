@@ -38,11 +38,17 @@ def local_ray() -> Iterator[None]:
     import ray  # isort: skip
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: socket paths have at most 107 bytes
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # workers import what test modules define
     ray.init(
         num_cpus=4, include_dashboard=False, _temp_dir=folder, object_store_memory=200_000_000, log_to_driver=False
     )
     yield
     ray.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
     shutil.rmtree(folder, ignore_errors=True)
 
 

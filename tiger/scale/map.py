@@ -98,6 +98,13 @@ def map_table(
     progress = Progress(what, sum(sizes), "rows", interval=5 if len(sizes) > 4 else None)
     progress.done = sum(sizes) - sum(sizes[part] for part in missing)
     log.info("%s: %d parts through %d to %d actors of %s", what, len(missing), min(minimum, maximum), maximum, each)
+
+    class Bound(_PartWorker):
+        """With its arguments inside: given to Ray they would lie in the object store, which a restart may not find."""
+
+        def __init__(self) -> None:
+            super().__init__(worker, arguments)
+
     # One block per part, so that every part is one task of each operator.
     parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
     stream = (
@@ -109,11 +116,10 @@ def map_table(
             fn_kwargs={"uri": source.uri, "name": name, "columns": columns},
         )
         .map_batches(
-            _PartWorker,
+            Bound,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=min(minimum, maximum), max_size=maximum),
-            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
             **each,
         )
         .map_batches(

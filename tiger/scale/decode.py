@@ -1,0 +1,59 @@
+"""Recommendations for many users: a table of histories through a pool of actors that hold the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tiger.artifacts import SCRATCH, Artifact, Draft
+from tiger.catalog import Histories
+from tiger.recommender import DecodeUsers
+from tiger.scale.map import Actors, map_table
+
+_PART_USERS = 1024
+
+
+def decode_users(
+    model: Artifact,
+    histories: Histories,
+    users: Sequence[int],
+    taken: Sequence[npt.NDArray[np.int32]],
+    draft: Draft,
+    name: str,
+    *,
+    k: int,
+    beam: int,
+    exclude_history: bool = False,
+    max_actors: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """The best items [U, k] of each user, padded with -1; also left in the draft as the table `name`.
+
+    Args:
+        users: user ids, for their names.
+        taken: what each of them has taken so far, item ids in time order.
+        name: user_id int32, items [k] and scores [k] of every user go to `name/part-00000.parquet` and so on.
+    """
+    table = pa.table(
+        {
+            "user_id": pa.array(users, pa.int32()),
+            "source_id": [histories.source_ids[user] for user in users],
+            "history": pa.array(taken, pa.list_(pa.int32())),
+        }
+    )
+    scratch = draft.folder.child(SCRATCH)
+    scratch.write_table(f"{name}.parquet", table, row_group_size=_PART_USERS)
+    map_table(
+        scratch,
+        f"{name}.parquet",
+        table.column_names,
+        draft.folder.child(name),
+        DecodeUsers,
+        {"model": model.folder.uri, "k": k, "beam": beam, "exclude_history": exclude_history},
+        actors=Actors(maximum=max_actors),
+        what=f"decode {name}",
+    )
+    found = draft.folder.read_table(name, ["items"])["items"].combine_chunks()
+    return np.asarray(found.flatten()).reshape(len(users), k).astype(np.int64)
