@@ -82,8 +82,8 @@ def _fetch(url: str, partial: Path) -> int | None:
         resumed = response.status == 206
         length = response.headers.get("Content-Length")
         total = int(length) + (have if resumed else 0) if length else None
-        progress = Progress(f"download {partial.name.removesuffix('.partial')}", total, "bytes")
-        progress.done = have if resumed else 0
+        name = partial.name.removesuffix(".partial")
+        progress = Progress(f"download {name}", total, "bytes", done=have if resumed else 0)
         with partial.open("ab" if resumed else "wb") as file:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

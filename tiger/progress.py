@@ -15,17 +15,20 @@ log = logging.getLogger(__name__)
 class Progress:
     """Counts work done and says so, at most every `interval` seconds."""
 
-    def __init__(self, what: str, total: int | None, unit: str, interval: float | None = None) -> None:
+    def __init__(
+        self, what: str, total: int | None, unit: str, *, done: int = 0, interval: float | None = None
+    ) -> None:
         """
         Args:
             what: the stage, as the reader knows it.
             total: units of work in all, None where that is not known.
+            done: units done by an earlier attempt; they count, but not for the rate.
             interval: seconds between two lines; by default 0.2 in a terminal and 10 in a log.
         """
         self.what, self.total, self.unit = what, total, unit
         self.terminal = sys.stderr.isatty()
         self.interval = interval if interval is not None else (0.2 if self.terminal else 10.0)
-        self.done = 0
+        self.done = self.before = done
         self.begin = self.said = time.monotonic()
 
     def add(self, amount: int, note: str = "") -> None:
@@ -40,7 +43,7 @@ class Progress:
 
     def _say(self, now: float, note: str, final: bool = False) -> None:
         seconds = max(now - self.begin, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.before) / seconds
         line = f"{self.what}: {self.done:,}"
         if self.total is not None:
             line += f" of {self.total:,}"

@@ -174,9 +174,7 @@ def fit(
         _look(state, module, validate, objective, {})
         hooks.report(state.log[-1])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.precision, device))
-    progress = Progress(name, schedule.steps, "steps") if rank() == 0 else None
-    if progress:
-        progress.done = state.step
+    progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
     losses: list[Tensor] = []
     while state.step < schedule.steps and state.since_best < config.patience:
         epoch, skip = divmod(state.step, schedule.steps_per_epoch)

@@ -7,7 +7,7 @@ import os
 
 import ray
 
-from tiger.errors import ResourceError, TigerError
+from tiger.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,3 @@ def require(cpus: float, gpus: float, what: str) -> None:
             f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {has_cpus} and {has_gpus}. Ask for fewer "
             "workers or actors, or for less per worker, or add nodes"
         )
-
-
-def own_error(error: BaseException) -> TigerError | None:
-    """The error of ours inside of Ray's wrappers, if there is one."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, TigerError) and type(current).__module__ == TigerError.__module__:
-            return current
-        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
-    return None

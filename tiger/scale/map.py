@@ -8,6 +8,8 @@ actors there were, or which of them was lost.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import ray.exceptions
 
+from tiger import errors
 from tiger.artifacts import Folder
 from tiger.progress import Progress
 from tiger.scale import cluster
@@ -27,6 +29,7 @@ from tiger.scale import cluster
 log = logging.getLogger(__name__)
 
 _TASK_CPUS = 0.25  # reading and writing mostly wait
+_PART, _ERROR = "__part__", "__error__"  # columns of ours beside the worker's
 
 
 class Worker(Protocol):
@@ -95,8 +98,7 @@ def map_table(
     cluster.connect()
     minimum, maximum, each = actors.resolve()
     maximum = min(maximum, len(missing))
-    progress = Progress(what, sum(sizes), "rows", interval=5 if len(sizes) > 4 else None)
-    progress.done = sum(sizes) - sum(sizes[part] for part in missing)
+    progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[part] for part in missing))
     log.info("%s: %d parts through %d to %d actors of %s", what, len(missing), min(minimum, maximum), maximum, each)
 
     class Bound(_PartWorker):
@@ -126,12 +128,12 @@ def map_table(
             _write, batch_size=None, batch_format="pyarrow", num_cpus=_TASK_CPUS, fn_kwargs={"uri": target.uri}
         )
     )
-    try:
-        for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for rows in written["rows"].to_pylist():
-                progress.add(rows)
-    except ray.exceptions.RayError as error:
-        raise cluster.own_error(error) or error from None
+    for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for rows, error in zip(written["rows"].to_pylist(), written[_ERROR].to_pylist(), strict=True):
+            if error:
+                kind, message = json.loads(error)
+                raise getattr(errors, kind)(message)
+            progress.add(rows)
     progress.close()
     return len(sizes) - len(missing)
 
@@ -148,20 +150,23 @@ def _read(batch: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
     return table.append_column(_PART, pa.array([part] * len(table), pa.int32()))
 
 
-_PART = "__part__"
-
-
 class _PartWorker:
-    """Cuts what Ray Data hands over back into parts, should it have joined some."""
+    """Cuts what Ray Data hands over back into parts, should it have joined some.
+
+    The worker is built with the first part, so that an error of its constructor goes the way of all errors.
+    """
 
     def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any]) -> None:
-        self.worker = worker(**arguments)
+        self.build = functools.cache(functools.partial(worker, **arguments))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         results = []
         for part in table[_PART].unique().to_pylist():
             rows = table.filter(pc.equal(table[_PART], part)).drop_columns(_PART)
-            result = self.worker(rows)
+            try:
+                result = self.build()(rows)
+            except errors.TigerError as error:  # as a row: of an exception Ray Data keeps only the text
+                return pa.table({_ERROR: [json.dumps([type(error).__name__, str(error)])]})
             if len(result) != len(rows):
                 raise AssertionError(f"part {part}: {len(rows)} rows went in, {len(result)} came out")
             results.append(result.append_column(_PART, pa.array([part] * len(result), pa.int32())))
@@ -169,9 +174,11 @@ class _PartWorker:
 
 
 def _write(table: pa.Table, uri: str) -> pa.Table:
+    if _ERROR in table.column_names:
+        return pa.table({"rows": pa.array([0], pa.int64()), _ERROR: table[_ERROR]})
     folder, rows = Folder(uri), []
     for part in table[_PART].unique().to_pylist():
         own = table.filter(pc.equal(table[_PART], part)).drop_columns(_PART)
         folder.write_table(_part_name(part), own)
         rows.append(len(own))
-    return pa.table({"rows": pa.array(rows, pa.int64())})
+    return pa.table({"rows": pa.array(rows, pa.int64()), _ERROR: pa.nulls(len(rows), pa.string())})

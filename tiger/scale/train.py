@@ -71,12 +71,7 @@ def _fit(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        returned: dict[str, Any] = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}).values()
-        own = next(filter(None, map(cluster.own_error, failures)), None)
-        raise own or error from None
+    returned: dict[str, Any] = trainer.fit().return_value
     return returned
 
 
