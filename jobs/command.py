@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tiger.artifacts import Artifact
-from tiger.config import describe, load
+from tiger.config import describe, load, load_plugin, shipped_plugins
+from tiger.datasets import DatasetConfig
 from tiger.errors import TigerError
 from tiger.run import RunConfig
+from tiger.tokenizers import TokenizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -47,18 +49,24 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
 def _help(doc: str, default: str) -> None:
     names = sorted(path.stem for path in CONFIGS.glob("*.toml") if "." not in path.stem)
     print(f"{doc.strip()}\n\nusage: python -m jobs.NAME [config] [key=value ...] [--debug]\n")
-    print(f"config is a TOML file or one of: {', '.join(names)} (default: {default}). Keys, defaults, meanings:\n")
+    print(f"config is a TOML file or one of: {', '.join(names)} (default: {default}). Keys, defaults, meanings:")
     section = ""
     for key, kind, value, meaning in describe(RunConfig):
         head = key.partition(".")[0]
-        if head != section:
-            section = head
-            print()
-        print(f"  {key} = {_toml(value)}  ({kind})\n      {meaning}")
-    print(
-        "\ndata.kind and tokenizer.kind choose a module; the keys of another kind than the default stand in its file."
-    )
+        print(("" if head == section else "\n") + _line(key, kind, value, meaning))
+        section = head
+    for prefix, plugin in (("data", DatasetConfig), ("tokenizer", TokenizerConfig)):
+        for name in shipped_plugins(plugin.plugin_package):
+            if name != plugin.default_kind:
+                print(f"\nwith {prefix}.kind = {_toml(name)}:")
+                config = load_plugin(plugin.plugin_package, name).Config
+                for key, kind, value, meaning in describe(config):
+                    print(_line(f"{prefix}.{key}", kind, value, meaning))
+
+
+def _line(key: str, kind: str, value: Any, meaning: str) -> str:
+    return f"  {key} = {_toml(value)}  ({kind})\n      {meaning}"
 
 
 def _toml(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, default=lambda _: "to be given")

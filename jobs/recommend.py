@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -19,6 +20,7 @@ from tiger.scale.decode import decode_users
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
+_TABLE = "recommendations"
 
 
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
@@ -34,22 +36,36 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             users,
             [histories.of(user) for user in users],
             draft,
-            "recommendations",
+            _TABLE,
             k=config.k,
             beam=config.beam,
             exclude_history=config.exclude_history,
             max_actors=config.max_actors,
         )
+        _write_readable(draft, catalog)
         draft.figures = {"users": len(users), "k": config.k}
         draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
 
     return artifacts.build(run.root, "recommendations", config, {"model": model}, make)
 
 
+def _write_readable(draft: Draft, catalog: Catalog) -> None:
+    """recommendations.jsonl: the user's name, and item names, titles and scores, best first."""
+    table, lines = draft.folder.read_table(_TABLE), []
+    for user, items, scores in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        found = [
+            {"item": catalog.source_ids[item], "title": catalog.titles[item], "score": round(score, 4)}
+            for item, score in zip(items, scores, strict=True)
+            if item >= 0
+        ]
+        lines.append(json.dumps({"user": catalog.histories.source_ids[user], "items": found}, ensure_ascii=False))
+    draft.folder.write_bytes("recommendations.jsonl", ("\n".join(lines) + "\n").encode())
+
+
 def show_some(recommendations: Artifact) -> None:
     """Prints the first users' histories and recommendations with titles."""
     catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
-    found = recommendations.folder.read_table("recommendations").slice(0, _SHOWN)
+    found = recommendations.folder.read_table(_TABLE).slice(0, _SHOWN)
     for user, items, scores in zip(*(found[name].to_pylist() for name in found.column_names), strict=True):
         name, history = catalog.histories.source_ids[user], catalog.histories.of(user)
         log.info("user %s\n%s", name, show(catalog, history, np.array(items), np.array(scores)))

@@ -93,7 +93,7 @@ def test_a_manifest_of_another_time_or_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_newest(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no finished model artifact"):
+    with pytest.raises(ArtifactError, match="no finished model"):
         newest(str(tmp_path), "model")
     made(tmp_path)
     last = made(tmp_path, size=7)

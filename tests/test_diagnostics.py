@@ -108,6 +108,4 @@ def test_code_figures_against_the_definition() -> None:
 def test_the_command_explains_itself_and_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     assert d.main(["--help"]) == 0
     assert d.main([str(tmp_path)]) == 4
-    assert "holds no finished  artifact" in capsys.readouterr().err.replace(
-        "no finished artifact", "no finished  artifact"
-    )
+    assert "holds no finished" in capsys.readouterr().err

@@ -114,6 +114,9 @@ def test_recommendations_come_back_as_items_titles_and_scores(
     for user, items, scores in zip(*(table[name].to_pylist() for name in ("user_id", "items", "scores")), strict=True):
         assert not set(items) & set(catalog.histories.of(user).tolist())
         assert scores == sorted(scores, reverse=True)
+    readable = [json.loads(line) for line in recommendations.folder.read_bytes("recommendations.jsonl").splitlines()]
+    assert [row["user"] for row in readable] == catalog.histories.source_ids[:20]
+    assert readable[3]["items"][0]["title"] == catalog.titles[table["items"][3][0].as_py()]
     with caplog.at_level("INFO"):
         show_some(recommendations)
     shown = [record.message for record in caplog.records if record.message.startswith("user ")]

@@ -290,5 +290,5 @@ def newest(root: str, kind: str | None = None) -> Artifact:
     done = [(info.mtime_ns, name) for info, name in zip(manifests, names, strict=True) if info.mtime_ns]
     if not done:
         job = _MADE_BY.get(kind or "", "pipeline")
-        raise ArtifactError(f"{root} holds no finished {kind or ''} artifact; `python -m jobs.{job}` makes one")
+        raise ArtifactError(f"{root} holds no finished {kind or 'stage'}; `python -m jobs.{job}` makes one")
     return open_artifact(f"{base.uri}/{max(done)[1]}")

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tiger.artifacts import Artifact, Folder, newest, open_artifact
-from tiger.errors import HealthError, TigerError
+from tiger.artifacts import MANIFEST, Artifact, Folder, newest, open_artifact
+from tiger.errors import ArtifactError, HealthError, TigerError
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +79,18 @@ def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
 
 
 def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float]:
-    """Usage and perplexity of every level, and the share of distinct tuples.
+    """Usage, perplexity and distinct prefixes of every level, and the share of distinct tuples.
 
-    usage@l is the share of the level's codes that any item has; perplexity@l is exp(entropy) of the codes' frequencies,
-    the number of codes that a level with even use would need for the same entropy.
+    unique@l is the number of distinct prefixes of l codes per item, unique_ratio that of all L codes. usage@l is the
+    share of the level's codes that any item has; perplexity@l is exp(entropy) of the codes' frequencies, the number of
+    codes that a level with even use would need for the same entropy.
 
     Args:
         codes: [N, L], the collision level left out.
     """
     figures = {"unique_ratio": len(np.unique(codes, axis=0)) / len(codes)}
     for level in range(codes.shape[1]):
+        figures[f"unique@{level + 1}"] = len(np.unique(codes[:, : level + 1], axis=0)) / len(codes)
         counts = np.bincount(codes[:, level], minlength=codebook_size)
         share = counts[counts > 0] / len(codes)
         figures[f"usage@{level + 1}"] = float((counts > 0).sum() / codebook_size)
@@ -177,14 +179,32 @@ def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 1
 
 
 def table(artifact: Artifact) -> str:
-    """All checks of an artifact and of everything it was made from, in the order of the stages."""
+    """All checks and figures of an artifact and of everything it was made from, in the order of the stages."""
     lines = [f"{'stage':<16} {'check':<46} {'value':>12} {'threshold':>14}  verdict"]
+    figures = []
     for part in artifact.lineage():
         for check in part.health:
             bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
             verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
             lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
-    return "\n".join(lines)
+        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.figures)]
+    return "\n".join([*lines, "", f"{'stage':<16} {'figure':<46} {'value':>12}", *figures])
+
+
+def _newest_run(root: str) -> Artifact:
+    """The last run that was evaluated; where there is none, the last artifact of any kind."""
+    try:
+        return newest(root, "metrics")
+    except ArtifactError:
+        return newest(root)
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def main(arguments: list[str]) -> int:
@@ -194,7 +214,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         folder = Folder(arguments[0])
-        artifact = open_artifact(arguments[0]) if folder.exists("manifest.json") else newest(arguments[0], None)
+        artifact = open_artifact(arguments[0]) if folder.exists(MANIFEST) else _newest_run(arguments[0])
         print(table(artifact))
         return 0 if all(check["healthy"] for part in artifact.lineage() for check in part.health) else 6
     except TigerError as error:

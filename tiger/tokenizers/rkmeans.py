@@ -12,12 +12,20 @@ from torch import Tensor
 
 from tiger.tokenizers import TokenizerConfig
 from tiger.tokenizers._residual import ResidualTokenizer
+from tiger.training import TrainingConfig
+
+
+class NoTraining(TrainingConfig):
+    """k-means is all there is."""
+
+    epochs: int = Field(0, ge=0, le=0, description="always 0: there is nothing to train")
 
 
 class Config(TokenizerConfig):
-    """All knobs are those of the contract; there is nothing to train."""
+    """All knobs are those of the contract."""
 
     kind: str = Field("rkmeans", description="quantizer: residual k-means")
+    training: NoTraining = NoTraining()
 
 
 class ResidualKMeans(ResidualTokenizer):
