@@ -172,6 +172,31 @@ def _nearest(name: str, candidates: typing.Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def dump_toml(values: dict[str, Any]) -> str:
+    """Nested tables of plain values as TOML; None, which TOML does not have, is left out."""
+    lines: list[str] = []
+
+    def table(prefix: str, inner: dict[str, Any]) -> None:
+        plain = {key: value for key, value in inner.items() if value is not None and not isinstance(value, dict)}
+        if plain and prefix:
+            lines.append(f"\n[{prefix}]")
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+        for key, value in inner.items():
+            if isinstance(value, dict):
+                table(f"{prefix}.{key}" if prefix else key, value)
+
+    table("", values)
+    return "\n".join(lines).strip() + "\n"
+
+
+def with_override(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested tables in which the dotted `key` has `value`."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        return {**values, key: value}
+    return {**values, head: with_override(values.get(head) or {}, rest, value)}
+
+
 def describe(model: type[Config], values: dict[str, Any] | None = None) -> Iterator[tuple[str, str, Any, str]]:
     """Yields (dotted key, type, default, meaning) of every knob, in the order of the classes.
 

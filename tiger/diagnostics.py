@@ -98,6 +98,29 @@ def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float
     return figures
 
 
+def nearest_neighbours(
+    vectors: npt.NDArray[np.float32], k: int = 10, sample: int = 1000, seed: int = 0
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Items int64 [S] drawn by seed, and the k items nearest to each by cosine, [S, k], itself left out."""
+    drawn = np.random.default_rng(seed).permutation(len(vectors))[:sample]
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    similarity = unit[drawn] @ unit.T
+    similarity[np.arange(len(drawn)), drawn] = -np.inf
+    return drawn, np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+
+
+def neighbour_overlap(
+    codes: npt.NDArray[Any], neighbours: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> dict[str, float]:
+    """overlap@l: of an item's nearest neighbours in embedding space, the share with the same first l codes.
+
+    Uniqueness alone can be bought with noise; codes that keep neighbours together cannot.
+    """
+    items, nearest = neighbours
+    same = np.cumprod(codes[nearest] == codes[items][:, None], axis=2).mean(axis=(0, 1))
+    return {f"overlap@{level + 1}": float(share) for level, share in enumerate(same)}
+
+
 # --- verdicts ---------------------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ Plain PyTorch in one process or in a process group; `scale/train.py` starts the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -32,10 +34,22 @@ from tiger.trie import Trie
 _CHUNK = 65_536
 
 
+Judge = Callable[[npt.NDArray[np.int64], dict[str, float]], dict[str, float]]
+
+
 def learn_tokenizer(
-    config: TokenizerConfig, vectors: Tensor, *, device: torch.device, hooks: Hooks | None = None
+    config: TokenizerConfig,
+    vectors: Tensor,
+    *,
+    device: torch.device,
+    hooks: Hooks | None = None,
+    judge: Judge | None = None,
 ) -> tuple[Tokenizer, FitResult]:
     """Trains a tokenizer on embeddings float32 [N, d], the same on every worker.
+
+    Args:
+        judge: (codes [N, L], figures of a look) -> further figures; its `objective` chooses the checkpoint. By default
+            that is the reconstruction error, the less the better.
 
     Raises:
         ConfigError: the codebook is larger than the catalog.
@@ -73,7 +87,8 @@ def learn_tokenizer(
         # Relative to the spread of the standardised embeddings: 1 is what the mean alone would reach.
         figures = {"reconstruction_error": float(error.mean()) / vectors.shape[1]}
         figures |= code_figures(codes.numpy(), config.codebook_size)
-        return figures | {"objective": -figures["reconstruction_error"]}
+        figures["objective"] = -figures["reconstruction_error"]
+        return figures | (judge(codes.numpy(), figures) if judge else {})
 
     result = training.fit(
         tokenizer,

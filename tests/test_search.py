@@ -1,0 +1,136 @@
+"""The search: its space, its objective, and a real sweep on a local Ray that is killed and goes on."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tiger.artifacts import Folder
+from tiger.config import build, dump_toml, load, with_override
+from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
+from tiger.errors import ConfigError
+from tiger.run import RunConfig
+from tiger.search import SearchConfig, Weights, apply, judge, picture
+
+CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
+    search = load(SearchConfig, str(path), [], CONFIGS)
+    run = load(RunConfig, path.stem.removesuffix(".search"), [], CONFIGS)
+    for key, space in search.space.items():
+        for value in space.choices or [space.low, space.high]:
+            apply(run, {key: value}, search.looks)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "low must be less": {"space": {"tokenizer.latent": {"low": 2, "high": 1}}},
+    "needs low > 0": {"space": {"tokenizer.latent": {"low": 0, "high": 1, "log": True}}},
+    "either choices, or low and high": {"space": {"tokenizer.latent": {"low": 1}}},
+    "model.d_ff is no key": {"space": {"model.d_ff": {"choices": [1]}}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_impossible_spaces_are_refused(message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(SearchConfig, REFUSED[message])
+
+
+def test_a_key_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?"):
+        apply(RunConfig(), {"tokenizer.latnt": 3}, 10)
+
+
+@pytest.mark.parametrize("name", ["sample", "beauty"])
+def test_a_configuration_written_as_toml_comes_back(name: str) -> None:
+    run = load(RunConfig, name, [], CONFIGS)
+    again = build(RunConfig, tomllib.loads(dump_toml(run.model_dump(mode="json", serialize_as_any=True))))
+    assert again == run
+    assert with_override({"a": {"b": 1, "c": 2}}, "a.b", 5) == {"a": {"b": 5, "c": 2}}
+
+
+def clusters() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(20, 8)).repeat(20, axis=0) + 0.2 * rng.normal(size=(400, 8))).astype(np.float32)
+
+
+def test_neighbours_against_the_definition() -> None:
+    vectors = clusters()
+    items, nearest = nearest_neighbours(vectors, k=5, sample=30)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for item, found in zip(items, nearest, strict=True):
+        others = np.delete(np.arange(400), item)
+        expected = others[np.argsort(-(unit[others] @ unit[item]))[:5]]
+        assert set(found) == set(expected)
+    codes = np.random.default_rng(0).integers(0, 3, (400, 2))
+    overlap = neighbour_overlap(codes, (items, nearest))
+    first = np.mean([[codes[n, 0] == codes[i, 0] for n in row] for i, row in zip(items, nearest, strict=True)])
+    both = np.mean([[(codes[n] == codes[i]).all() for n in row] for i, row in zip(items, nearest, strict=True)])
+    assert (overlap["overlap@1"], overlap["overlap@2"]) == pytest.approx((first, both))
+
+
+def test_uniqueness_bought_with_noise_does_not_win() -> None:
+    """Random codes are all unique, codes of the clusters are not; overlap and error tell which ones are good."""
+    vectors, rng = clusters(), np.random.default_rng(1)
+    neighbours = nearest_neighbours(vectors)
+    noise = np.stack(np.unravel_index(rng.permutation(8**3)[:400], (8, 8, 8)), axis=1)
+    honest = np.stack([np.arange(400) // 20 % 8, np.arange(400) // 20 // 8, rng.integers(0, 8, 400)], axis=1)
+    scores = {}
+    for name, codes, error in (("noise", noise, 1.0), ("honest", honest, 0.1)):
+        figures = code_figures(codes, 8) | {"reconstruction_error": error}
+        scores[name] = judge(Weights(), neighbours)(codes, figures)["objective"], figures["unique_ratio"]
+    assert scores["noise"][1] > scores["honest"][1]
+    assert scores["honest"][0] > scores["noise"][0]
+
+
+def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
+    trials = [{"a": 0.001 * 10**n, "b": ["x", "y"][n % 2], "objective": n / 4} for n in range(4)]
+    svg = picture([*trials, {"a": 1, "b": "x", "objective": None}], ["a", "b"])
+    assert svg.count("<circle") == 8
+    assert len(re.findall('fill="#1f6feb"', svg)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished trials are not run again: their rows are what they were."""
+    from ray import tune
+
+    from tiger.scale import tune as scale_tune
+
+    run = build(RunConfig, {"tokenizer": {"codebook_size": 16, "training": {"epochs": 6, "batch_size": 64}}})
+    space = {"tokenizer.dropout": {"choices": [0.1, 0.0]}, "tokenizer.latent": {"low": 4, "high": 32, "integer": True}}
+    search = build(SearchConfig, {"trials": 5, "looks": 3, "grace": 1, "concurrent": 1, "space": space})
+    vectors = torch.from_numpy(clusters())
+
+    class Killed(Exception):
+        pass
+
+    original = scale_tune._Live.on_trial_complete
+
+    def kill_after_two(self: Any, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        original(self, iteration, trials, trial, **info)
+        if self.progress.done == 2:
+            raise Killed
+
+    monkeypatch.setattr(scale_tune._Live, "on_trial_complete", kill_after_two)
+    with pytest.raises(Exception, match="|"):
+        scale_tune.search_tokenizer(run, search, vectors, Folder(str(tmp_path)))
+    finished = tune.ExperimentAnalysis(f"{tmp_path}/scratch/tune").dataframe()
+    monkeypatch.setattr(scale_tune._Live, "on_trial_complete", original)
+    table = scale_tune.search_tokenizer(run, search, vectors, Folder(str(tmp_path)))
+    rows = table.to_pylist()
+    assert len(rows) == 5
+    assert len({row["trial"] for row in rows}) == 5
+    assert set(finished["trial_id"]) <= {row["trial"] for row in rows}
+    assert rows[0]["objective"] == max(row["objective"] for row in rows)
+    assert all(row["status"] == "finished" for row in rows)

@@ -1,0 +1,149 @@
+"""The search for a tokenizer: its space, its objective, and what it leaves behind. No Ray here.
+
+A search is a TOML file beside the configuration, `beauty-cpu.search.toml` beside `beauty-cpu.toml`.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, SerializeAsAny, model_validator
+
+from tiger.config import Config, build, with_override
+from tiger.diagnostics import neighbour_overlap
+from tiger.learning import Judge
+from tiger.run import RunConfig
+from tiger.tokenizers import TokenizerConfig
+
+
+class Space(Config):
+    """Values of one key: `choices`, or all numbers from `low` to `high`."""
+
+    choices: list[Any] | None = Field(None, min_length=1, description="values to choose from")
+    low: float | None = Field(None, description="least value")
+    high: float | None = Field(None, description="largest value")
+    log: bool = Field(False, description="draw evenly on a logarithmic scale")
+    integer: bool = Field(False, description="draw whole numbers")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Space:
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("give either choices, or low and high")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError("low must be less than high")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError("a logarithmic scale needs low > 0")
+        return self
+
+
+class Weights(Config):
+    """objective = unique x unique ratio - reconstruction x error + overlap x overlap@1."""
+
+    unique: float = Field(1.0, ge=0, description="weight of the unique-code ratio, in [0, 1]")
+    reconstruction: float = Field(1.0, ge=0, description="weight of the relative reconstruction error, 1 for the mean")
+    overlap: float = Field(1.0, ge=0, description="weight of the neighbour overlap at depth 1, in [0, 1]")
+
+
+class SearchConfig(Config):
+    """How many trials, of what, judged how."""
+
+    trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random draws")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as there is room for")
+    cpus_per_trial: float = Field(1, gt=0, description="CPUs of a trial")
+    gpus_per_trial: float = Field(0, ge=0, le=1, description="share of a GPU of a trial")
+    looks: int = Field(10, ge=2, description="times that a whole trial is looked at, and may be stopped early")
+    grace: int = Field(2, ge=1, description="looks before a trial may be stopped")
+    reduction: float = Field(3, gt=1, description="ASHA goes on with one in so many trials")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
+    weights: Weights = Weights()
+    space: dict[str, Space] = Field({}, description="dotted keys of the configuration and their values")
+
+    @model_validator(mode="after")
+    def _tokenizer_only(self) -> SearchConfig:
+        wrong = [key for key in self.space if not key.startswith("tokenizer.")]
+        if wrong:
+            raise ValueError(f"the search is over the tokenizer; {', '.join(wrong)} is no key of it")
+        return self
+
+
+class SweepConfig(Config):
+    """What decides a search's outcome."""
+
+    tokenizer: SerializeAsAny[TokenizerConfig]
+    search: SearchConfig
+
+
+def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfig:
+    """The configuration with a trial's values, looked at `looks` times during training.
+
+    Raises:
+        ConfigError: a key does not exist or a value is impossible.
+    """
+    plain = run.model_dump(mode="json", serialize_as_any=True)
+    for key, value in values.items():
+        plain = with_override(plain, key, value)
+    if looks is None:
+        return build(RunConfig, plain)
+    epochs = build(RunConfig, plain).tokenizer.training.epochs
+    plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
+    return build(RunConfig, plain)
+
+
+def judge(weights: Weights, neighbours: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:
+    """The objective, as `learn_tokenizer` takes it."""
+
+    def figures(codes: npt.NDArray[np.int64], found: dict[str, float]) -> dict[str, float]:
+        overlap = neighbour_overlap(codes, neighbours)
+        objective = (
+            weights.unique * found["unique_ratio"]
+            - weights.reconstruction * found["reconstruction_error"]
+            + weights.overlap * overlap["overlap@1"]
+        )
+        return overlap | {"objective": objective}
+
+    return figures
+
+
+def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:
+    """The objective against each searched key, one panel a key, as SVG; the best trial is filled."""
+    width, height, margin = 240, 180, 40
+    scored = [trial for trial in trials if trial["objective"] is not None]
+    best = max(scored, key=lambda trial: trial["objective"])
+    low, high = (bound(trial["objective"] for trial in scored) for bound in (min, max))
+    panels = []
+    for index, key in enumerate(keys):
+        values = [trial[key] for trial in scored]
+        if all(isinstance(value, (int, float)) for value in values) and len(set(values)) > 1:
+            numbers = np.array(values, float)
+            if numbers.min() > 0 and numbers.max() / numbers.min() > 10:
+                numbers = np.log(numbers)
+            shares = (numbers - numbers.min()) / (numbers.max() - numbers.min())
+            ends = (f"{min(values):.3g}", f"{max(values):.3g}")
+        else:
+            names = sorted({str(value) for value in values})
+            shares = np.array([(names.index(str(value)) + 0.5) / len(names) for value in values])
+            ends = (names[0], names[-1] if len(names) > 1 else "")
+        dots = "".join(
+            f'<circle cx="{margin + share * (width - 2 * margin):.1f}" '
+            f'cy="{height - margin - (trial["objective"] - low) / max(high - low, 1e-9) * (height - 2 * margin):.1f}" '
+            f'r="4" stroke="#1f6feb" fill="{"#1f6feb" if trial is best else "none"}"/>'
+            for share, trial in zip(shares, scored, strict=True)
+        )
+        panels.append(
+            f'<g transform="translate({index % 3 * width},{index // 3 * height})">'
+            f'<rect x="{margin}" y="{margin - 10}" width="{width - 2 * margin}" height="{height - 2 * margin + 10}" '
+            f'fill="none" stroke="#ccc"/><text x="{width / 2}" y="20" text-anchor="middle">{html.escape(key)}</text>'
+            f'<text x="{margin}" y="{height - 22}">{html.escape(ends[0])}</text>'
+            f'<text x="{width - margin}" y="{height - 22}" text-anchor="end">{html.escape(ends[1])}</text>'
+            f'<text x="{margin - 4}" y="{margin}" text-anchor="end">{high:.2f}</text>'
+            f'<text x="{margin - 4}" y="{height - margin}" text-anchor="end">{low:.2f}</text>{dots}</g>'
+        )
+    columns, rows = min(3, len(keys)), -(-len(keys) // 3)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" height="{rows * height}" '
+        f'font-family="sans-serif" font-size="10">{"".join(panels)}</svg>\n'
+    )
