@@ -9,9 +9,10 @@ import numpy as np
 from jobs.command import command
 from jobs.prepare import prepare
 from tiger import artifacts
-from tiger.artifacts import Artifact, Draft
+from tiger.artifacts import Artifact, Draft, Folder
 from tiger.diagnostics import check_embeddings, require
-from tiger.embedding import EncodeTexts
+from tiger.embedding import EncodeTexts, adopt_vectors
+from tiger.errors import DataError
 from tiger.learning import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.map import Actors, map_table
@@ -49,6 +50,25 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
         draft.health = require(check_embeddings(vectors[:: -(-len(vectors) // _LOOK_AT)]))
 
     return artifacts.build(run.root, "embeddings", config, {"catalog": catalog}, make)
+
+
+def adopt(run: RunConfig) -> Artifact:
+    """Embeddings made elsewhere, where `embedding.vectors` names them: no catalog, no text."""
+    config = run.embedding
+    folder, _, name = (config.vectors or "").rpartition("/")
+    source = Folder(folder or ".")
+    if not source.exists(name):
+        raise DataError(f"{config.vectors} does not exist; correct embedding.vectors")
+
+    def make(draft: Draft) -> None:
+        vectors, items = adopt_vectors(source.read_table(name), name, config.storage)
+        draft.folder.write_table("vectors/part-00000.parquet", vectors)
+        draft.folder.write_table("items.parquet", items)
+        array = read_vectors(draft.folder).numpy()
+        draft.figures = {"items": len(array), "dimension": array.shape[1]}
+        draft.health = require(check_embeddings(array[:: -(-len(array) // _LOOK_AT)]))
+
+    return artifacts.build(run.root, "embeddings", config, {}, make, source={name: source.digest(name)})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes."""
+"""Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes.
+
+With embedding.vectors=FILE.parquet (item_id, vector) from anywhere it needs no catalog and no text.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from jobs.command import command
-from jobs.embed import embed
+from jobs.embed import adopt, embed
 from jobs.prepare import prepare
 from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
@@ -41,7 +44,8 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         trained = load_tokenizer(run.tokenizer, tokenizer.folder, vectors.shape[1])
         codes = encode_all(trained, vectors, torch.device("cpu")).numpy()
         ids = semantic_ids.assign(codes, run.tokenizer.codebook_size, run.semantic_ids)
-        ids.write(draft.folder)
+        owner = embeddings.inputs.get("catalog", embeddings)
+        ids.write(draft.folder, owner.folder.read_table("items.parquet", ["source_id"])["source_id"])
         collisions = ids.codes[:, -1]
         draft.figures = {
             "items": len(ids),
@@ -60,4 +64,4 @@ def make_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
 
 
 if __name__ == "__main__":
-    command(__doc__, lambda run: make_ids(run, embed(run, prepare(run))))
+    command(__doc__, lambda run: make_ids(run, adopt(run) if run.embedding.vectors else embed(run, prepare(run))))

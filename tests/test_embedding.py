@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiger.embedding import EncodeTexts, TextEncoder, cut_by_tokens, unusable
-from tiger.errors import HealthError, ResourceError
+from tiger.embedding import EncodeTexts, TextEncoder, adopt_vectors, cut_by_tokens, unusable
+from tiger.errors import DataError, HealthError, ResourceError
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
@@ -64,3 +66,28 @@ def test_a_model_that_is_not_there_names_the_cure(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'packaged'"):
         TextEncoder(f"{tmp_path}/no-such-model")
+
+
+def test_vectors_from_elsewhere_are_numbered_by_their_names() -> None:
+    table = pa.table({"item_id": ["b", "a"], "vector": [[1.0, 2.0], [3.0, 4.0]]})
+    vectors, items = adopt_vectors(table, "x.parquet", "float16")
+    assert vectors.to_pylist() == [{"item_id": 0, "vector": [3.0, 4.0]}, {"item_id": 1, "vector": [1.0, 2.0]}]
+    assert items.to_pylist() == [{"item_id": 0, "source_id": "a"}, {"item_id": 1, "source_id": "b"}]
+
+
+BAD_TABLES = {
+    "no column vector; found: item_id, emb": {"item_id": [1], "emb": [[1.0]]},
+    "1 items stand twice, 'a' among them": {"item_id": ["a", "b", "a"], "vector": [[1.0]] * 3},
+    "vectors have 2 different lengths": {"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]},
+    "1 rows without item_id, 0 without vector": {"item_id": ["a", None], "vector": [[1.0], [2.0]]},
+    "vectors of 1 items are NaN, infinite or zero, of ['b'] among them": {
+        "item_id": ["a", "b"],
+        "vector": [[1.0], [0.0]],
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_TABLES)
+def test_unusable_vectors_from_elsewhere_are_refused(message: str) -> None:
+    with pytest.raises((DataError, HealthError), match=re.escape(f"x.parquet: {message}")):
+        adopt_vectors(pa.table(BAD_TABLES[message]), "x.parquet", "float32")

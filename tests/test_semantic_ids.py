@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def test_a_group_that_outgrows_its_level_is_named() -> None:
 
 def test_written_ids_come_back(tmp_path: Path) -> None:
     ids = assign(np.array([[0, 1], [0, 1], [2, 2]]), 3, SemanticIdsConfig(collision_codes=5))
-    ids.write(Folder(str(tmp_path)))
+    ids.write(Folder(str(tmp_path)), pa.chunked_array([["a", "b", "c"]]))
     again = SemanticIds.read(Folder(str(tmp_path)))
     assert np.array_equal(again.codes, ids.codes)
     assert again.level_sizes == (3, 3, 5)

@@ -1,7 +1,8 @@
-"""A real `ray job submit` against a real head with token authentication: exit codes, logs, what the upload leaves out."""
+"""A real `ray job submit` against a real head with token authentication: exit codes, logs, who is let in."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -57,10 +58,8 @@ def head() -> Iterator[dict[str, str]]:
         time.sleep(1)
     yield environment | {"RAY_API_SERVER_ADDRESS": address}
     os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
-    except subprocess.TimeoutExpired:
-        pass
     for entry in Path("/proc").glob("[0-9]*/cmdline"):  # what has left the group, told by our folder's name
         try:
             if folder.encode() in entry.read_bytes():

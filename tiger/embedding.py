@@ -16,11 +16,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import Field
 
 from tiger.config import Config
-from tiger.errors import HealthError, ResourceError
+from tiger.errors import DataError, HealthError, ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class EmbeddingConfig(Config):
         {"batch_tokens", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"}
     )
 
+    vectors: str | None = Field(
+        None, description="for jobs.semantic_ids: Parquet of item_id and vector from elsewhere, instead of any text"
+    )
     model: str = Field(PACKAGED, description="sentence-transformers model: a hub name, a path, or packaged (MiniLM)")
     prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
     max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
@@ -176,6 +180,44 @@ class EncodeTexts:
                 "tokens": pa.array(encoded.tokens, pa.int32()),
             }
         )
+
+
+def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, pa.Table]:
+    """Vectors made elsewhere, in the form of the embedding stage.
+
+    Args:
+        table: item_id (text or integers) and vector (lists of one length, or fixed-size lists).
+        name: the file, for errors.
+
+    Returns:
+        item_id int32, vector; and item_id, source_id: items are numbered in the order of their source ids.
+
+    Raises:
+        DataError: a column is missing, an item stands twice or has no id, or vectors differ in length.
+        HealthError: a vector is NaN, infinite or zero; names the items.
+    """
+    if missing := {"item_id", "vector"} - set(table.column_names):
+        raise DataError(f"{name}: no column {', '.join(sorted(missing))}; found: {', '.join(table.column_names)}")
+    names = pc.cast(table["item_id"], pa.string()).combine_chunks()
+    order = pc.sort_indices(names)
+    names, lists = names.take(order), table["vector"].combine_chunks().take(order)
+    if names.null_count or lists.null_count:
+        raise DataError(f"{name}: {names.null_count} rows without item_id, {lists.null_count} without vector")
+    if len(doubled := np.flatnonzero(np.asarray(pc.equal(names[1:], names[:-1])))):
+        raise DataError(f"{name}: {len(doubled):,} items stand twice, {names[int(doubled[0])].as_py()!r} among them")
+    lengths = pc.unique(pc.list_value_length(lists))
+    if len(lengths) != 1:
+        raise DataError(f"{name}: vectors have {len(lengths)} different lengths")
+    vectors = np.asarray(lists.flatten()).astype(np.float32).reshape(len(names), -1)
+    if len(bad := unusable(vectors)):
+        first = names.take(pa.array(bad[:10])).to_pylist()
+        raise HealthError(f"{name}: vectors of {len(bad)} items are NaN, infinite or zero, of {first} among them")
+    item_id = pa.array(np.arange(len(names), dtype=np.int32))
+    stored = pa.array(vectors.astype({"float32": np.float32, "float16": np.float16}[storage]).ravel())
+    return (
+        pa.table({"item_id": item_id, "vector": pa.FixedSizeListArray.from_arrays(stored, vectors.shape[1])}),
+        pa.table({"item_id": item_id, "source_id": names}),
+    )
 
 
 def cut_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -82,14 +82,15 @@ class SemanticIds:
             raise ArtifactError(f"{folder.uri}/ids.parquet: item_id is not 0 .. {len(items) - 1} in order")
         return cls(codes, tuple(folder.read_json("levels.json")["level_sizes"]))
 
-    def write(self, folder: Folder) -> None:
-        """ids.parquet (item_id int32, codes int16 [L+1], unique bool) and levels.json."""
+    def write(self, folder: Folder, source_ids: pa.ChunkedArray) -> None:
+        """ids.parquet (item_id int32, source_id, codes int16 [L+1], unique bool) and levels.json."""
         width = self.codes.shape[1]
         folder.write_table(
             "ids.parquet",
             pa.table(
                 {
                     "item_id": np.arange(len(self), dtype=np.int32),
+                    "source_id": source_ids,
                     "codes": pa.FixedSizeListArray.from_arrays(pa.array(self.codes.ravel()), width),
                     "unique": self.unique_before,
                 }
