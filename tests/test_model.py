@@ -21,6 +21,35 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(model(history, target), model(padded, target))
 
 
+def test_fast_one_pass_equals_one_example_per_target() -> None:
+    """Nothing of a target or of what follows it reaches its history; padding changes nothing."""
+    model, rng = small_model(SIZES, mode="fast", max_items=6), np.random.default_rng(0)
+    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
+    sequence = torch.from_numpy(codes[rng.integers(0, 20, (3, 7))])
+    together = model(sequence, torch.full((3,), 6))
+    alone = sum(model(sequence[:, : length + 1], torch.ones(3, dtype=torch.int64)) for length in range(1, 7))
+    torch.testing.assert_close(together, alone)
+    last_two = model(sequence, torch.full((3,), 2))
+    torch.testing.assert_close(
+        last_two, sum(model(sequence[:, : length + 1], torch.ones(3, dtype=torch.int64)) for length in (5, 6))
+    )
+    padded = torch.cat([torch.full((3, 4, 3), PAD), sequence], dim=1)
+    torch.testing.assert_close(model(padded, torch.full((3,), 6)), together)
+
+
+def test_fast_targets_see_the_most_recent_items_only() -> None:
+    """With an encoder that carries nothing from item to item, an item before the window changes nothing."""
+    model, rng = small_model(SIZES, mode="fast", max_items=2), np.random.default_rng(0)
+    torch.nn.init.zeros_(model.encoder[0].attention.out.weight)
+    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
+    sequence, one = torch.from_numpy(codes[rng.integers(0, 20, (1, 6))]), torch.ones(1, dtype=torch.int64)
+    outside, inside = sequence.clone(), sequence.clone()
+    outside[0, 2] = (sequence[0, 2] + 1) % 3
+    inside[0, 3] = (sequence[0, 3] + 1) % 3
+    assert torch.equal(model(sequence, one), model(outside, one))
+    assert not torch.equal(model(sequence, one), model(inside, one))
+
+
 def test_only_the_most_recent_items_are_read() -> None:
     model, rng = small_model(SIZES, max_items=4), np.random.default_rng(0)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
@@ -38,7 +67,7 @@ def test_the_decoder_does_not_see_the_code_it_predicts() -> None:
     for last in (0, 1):
         x = model._decoder_input(torch.tensor([[1, 2, last]]))
         for layer, key_value in zip(model.decoder, memory.key_values, strict=True):
-            x = layer(x, key_value, memory.mask)
+            x = layer(x, len(SIZES), key_value, memory.mask, None)
         scores.append(x)
     torch.testing.assert_close(scores[0], scores[1])
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from conftest import random_ids, toy_histories
 
 from tiger.config import build
-from tiger.examples import Examples
+from tiger.examples import Examples, Sequences
 from tiger.learning import learn_model, learn_tokenizer
 from tiger.model import ModelConfig
 from tiger.tokenizers import TokenizerConfig
@@ -37,6 +37,7 @@ def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch
         config = TokenizerConfig.resolve(TOKENIZER | changes)
         return learn_tokenizer(config, vectors, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
+    changes = {"mode": which} | changes
     return learn_model(build(ModelConfig, MODEL | changes), toy_histories(rng, 201, 60), ids, device=CPU, hooks=hooks)
 
 
@@ -54,7 +55,7 @@ def _one_of_two(rank: int, port: int, which: str, target: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "model"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
     _, alone = learn(which)
     with socket.socket() as probe:
@@ -67,7 +68,7 @@ def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(first["losses"][:20], losses(alone)[:20], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "model"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
 def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     """With dropout on: everything random is a function of the step."""
 
@@ -132,6 +133,26 @@ def test_all_prefixes_of_the_training_part_and_nothing_else() -> None:
         found.append((ids.item_of(history[0].numpy()).tolist(), int(ids.item_of(target.numpy())[0])))
     assert sorted(found) == sorted(expected)
     assert len(examples) == histories.training_examples()
+
+
+def test_sequences_have_the_same_targets_and_histories() -> None:
+    rng = np.random.default_rng(3)
+    histories, ids = toy_histories(rng, 40, 30, longest=25), random_ids(rng, 30, (4, 4, 4))
+    examples, sequences = Examples(histories, ids, 5, 0), Sequences(histories, ids, 5)
+    assert len(sequences) == len(examples)
+    found = []
+    for row in range(len(sequences.length)):
+        sequence, targets = sequences.collate(np.array([row]))
+        items = ids.item_of(sequence[0].numpy()).tolist()
+        found += [(items[max(0, n - 5) : n], items[n]) for n in range(len(items) - int(targets[0]), len(items))]
+    expected = []
+    for row in range(len(examples)):
+        history, target = examples.collate(np.array([row]))
+        expected.append((ids.item_of(history[0].numpy()).tolist(), int(ids.item_of(target.numpy())[0])))
+    assert sorted(found) == sorted(expected)
+    order = sequences.order(0, 0, 32)
+    assert sorted(np.concatenate(order).tolist()) == list(range(len(sequences.length)))
+    assert sequences.steps_per_epoch(32) == len(sequences.order(1, 7, 32))
 
 
 def test_an_epoch_shows_every_example_once_and_orders_differ() -> None:

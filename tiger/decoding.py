@@ -72,6 +72,11 @@ def score_all(model: GenerativeRecommender, ids: Tensor, history: Tensor, user: 
     rows = []
     for index in range(len(history)):
         repeated = history[index : index + 1].expand(len(ids), -1, -1)
-        users = None if user is None else user[index : index + 1].expand(len(ids))
-        rows.append(-model(repeated, ids, users) * ids.shape[1])
+        if model.fast:
+            sequence = torch.cat([repeated[:, -model.max_items :], ids[:, None]], dim=1)
+            losses = model(sequence, torch.ones(len(ids), dtype=torch.int64, device=ids.device))
+        else:
+            users = None if user is None else user[index : index + 1].expand(len(ids))
+            losses = model(repeated, ids, users)
+        rows.append(-losses * ids.shape[1])
     return torch.stack(rows)

@@ -79,6 +79,63 @@ class Examples:
         return history, target, torch.from_numpy(self.user_token[rows])
 
 
+class Sequences:
+    """The training part again, as whole sequences: one pass over a sequence trains every position as a target.
+
+    A training part of more than `max_items` + 1 items is cut into windows whose targets follow each other without gap
+    or overlap; a window begins `max_items` before its first target, so that every target has its whole history.
+    """
+
+    def __init__(self, histories: Histories, ids: SemanticIds, max_items: int) -> None:
+        self.codes, self.items, self.max_items = ids.codes.astype(np.int64), histories.items, max_items
+        begins, ends, firsts = [], [], []
+        for begin, end in zip(histories.offsets[:-1].tolist(), histories.train_end.tolist(), strict=True):
+            for first in range(begin + 1, end, max_items):
+                begins.append(max(begin, first - max_items))
+                ends.append(min(first + max_items, end))
+                firsts.append(first)
+        self.begin, self.end = np.array(begins, np.int64), np.array(ends, np.int64)
+        self.length = self.end - self.begin
+        self.targets = self.end - np.array(firsts, np.int64)
+
+    def __len__(self) -> int:
+        return int(self.targets.sum())
+
+    def _rows(self, length: int, batch_size: int) -> int:
+        return max(1, batch_size // (length - 1))
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return len(self.order(0, 0, batch_size))
+
+    def order(self, seed: int, epoch: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
+        """Global batches of about `batch_size` targets, by length as in `Examples.order`."""
+        random = np.random.default_rng([seed, epoch])
+        shuffled = random.permutation(len(self.length))
+        batches, remainders = [], []
+        for length in np.unique(self.length).tolist():
+            rows, size = shuffled[self.length[shuffled] == length], self._rows(length, batch_size)
+            full = len(rows) // size * size
+            batches += [rows[b : b + size] for b in range(0, full, size)]
+            remainders.append(rows[full:])
+        rest = np.concatenate(remainders)
+        while len(rest):
+            size = self._rows(int(self.length[rest[:batch_size]].max()), batch_size)
+            batches.append(rest[:size])
+            rest = rest[size:]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """This worker's shares of the epoch's global batches; a row's loss is the sum over its targets."""
+        for rows in self.order(seed, epoch, batch_size):
+            own, weights = share(torch.from_numpy(rows))
+            yield Batch(self.collate(own.numpy()), weights, float(self.targets[rows].sum()))
+
+    def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Sequence codes [B, N, L], PAD in front, and how many of the last items are targets, int64 [B]."""
+        sequence = pad_histories(self.items, self.begin[rows], self.end[rows], self.codes)
+        return sequence, torch.from_numpy(self.targets[rows])
+
+
 def pad_histories(
     items: npt.NDArray[np.integer],
     begins: npt.NDArray[np.int64],

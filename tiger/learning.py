@@ -22,13 +22,13 @@ from tiger.config import build as build_config
 from tiger.decoding import beam_search
 from tiger.diagnostics import code_figures
 from tiger.errors import ArtifactError
-from tiger.examples import Examples, hash_users, pad_histories
+from tiger.examples import Examples, Sequences, hash_users, pad_histories
 from tiger.metrics import ranking, target_ranks
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.recommender import WEIGHTS
 from tiger.semantic_ids import SemanticIds
 from tiger.tokenizers import Tokenizer, TokenizerConfig, build, require_enough_items
-from tiger.training import Batch, FitResult, Hooks
+from tiger.training import Batch, FitResult, Hooks, Schedule
 from tiger.trie import Trie
 
 _CHUNK = 65_536
@@ -124,7 +124,11 @@ def learn_model(
     torch.manual_seed(config.seed)
     model = GenerativeRecommender(config, ids.level_sizes)
     training.broadcast(model)
-    examples = Examples(histories, ids, config.max_items, config.user_tokens)
+    examples: Examples | Sequences
+    if config.mode == "fast":
+        examples = Sequences(histories, ids, config.max_items)
+    else:
+        examples = Examples(histories, ids, config.max_items, config.user_tokens)
     trie = Trie(ids).to(device)
     users = histories.evaluation("valid")
     chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
@@ -147,7 +151,7 @@ def learn_model(
     result = training.fit(
         model,
         lambda epoch: examples.batches(config.seed, epoch, config.training.batch_size),
-        config.training.schedule(len(examples), config.seed),
+        Schedule(config.training, examples.steps_per_epoch(config.training.batch_size), config.seed),
         device=device,
         validate=validate,
         objective="ndcg@10",

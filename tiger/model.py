@@ -57,6 +57,10 @@ class ModelConfig(Config):
     d_ff: int | None = Field(None, ge=8, description="width of the feed-forward layers")
     layers: int | None = Field(None, ge=1, description="layers of the encoder, and of the decoder")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout on every sublayer's output")
+    mode: Literal["faithful", "fast"] = Field(
+        "faithful",
+        description="faithful: one example per target, as in the paper; fast: one pass trains all targets of a history",
+    )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
@@ -70,6 +74,8 @@ class ModelConfig(Config):
         if not isinstance(values, dict):
             return values
         preset = PRESETS.get(values.get("preset", "small"), {})  # an unknown name is refused by its type
+        if values.get("mode") == "fast" and values.get("user_tokens"):
+            raise ValueError("mode = fast has no user token: set user_tokens = 0 or mode = faithful")
         return {**values, **{key: value for key, value in preset.items() if values.get(key) is None}}
 
 
@@ -83,18 +89,38 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(d_model, 2 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, d_model, bias=False)
 
-    def keys_values(self, x_BSM: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [B, H, S, E]."""
+    def keys_values(self, x_BSM: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [B, H, S, E]; keys turned by their places [S], where places are relative."""
         both = self.key_value(x_BSM).unflatten(-1, (2, self.heads, -1))
         key, value = both.permute(2, 0, 3, 1, 4)
-        return key, value
+        return (key if places is None else turn(key, places)), value
 
     def forward(
-        self, x_BQM: Tensor, key_value: tuple[Tensor, Tensor], mask: Tensor | None = None, causal: bool = False
+        self,
+        x_BQM: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        causal: bool = False,
+        places: Tensor | None = None,
     ) -> Tensor:
         query_BHQE = self.query(x_BQM).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if places is not None:
+            query_BHQE = turn(query_BHQE, places)
         mixed_BHQE = F.scaled_dot_product_attention(query_BHQE, *key_value, attn_mask=mask, is_causal=causal)
         return self.out(mixed_BHQE.transpose(1, 2).flatten(2))
+
+
+def turn(x_BHSE: Tensor, places: Tensor) -> Tensor:
+    """Rotary places (Su et al. 2021, RoFormer): a score depends on the difference of two places only.
+
+    Wavelengths run from 6 to 600 items, because histories are short.
+    """
+    half = x_BHSE.shape[-1] // 2
+    angles = places[:, None] * torch.logspace(0, -2, half, device=x_BHSE.device)
+    cos, sin = angles.cos().to(x_BHSE.dtype), angles.sin().to(x_BHSE.dtype)
+    first, second = x_BHSE[..., :half], x_BHSE[..., half : 2 * half]
+    turned = [first * cos - second * sin, first * sin + second * cos, x_BHSE[..., 2 * half :]]
+    return torch.cat(turned, dim=-1)
 
 
 class FeedForward(nn.Sequential):
@@ -109,9 +135,10 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BSM: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BSM: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
         normed = self.attention_norm(x_BSM)
-        x_BSM = x_BSM + self.dropout(self.attention(normed, self.attention.keys_values(normed), mask))
+        key_value = self.attention.keys_values(normed, places)
+        x_BSM = x_BSM + self.dropout(self.attention(normed, key_value, mask, places=places))
         return x_BSM + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSM)))
 
 
@@ -123,14 +150,31 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLM: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """All places of a target at once, each attending to those before it."""
-        normed = self.self_norm(x_BLM)
+    def forward(
+        self,
+        x_BQM: Tensor,
+        levels: int,
+        memory: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        places: Tensor | None,
+    ) -> Tensor:
+        """All codes of all targets at once, each attending to the codes of its own target that come before it.
+
+        Args:
+            x_BQM: `levels` queries a target, targets one after another.
+            places: of the queries, [Q].
+        """
+        normed = self.self_norm(x_BQM).unflatten(1, (-1, levels)).flatten(0, 1)
         attended = self.self_attention(normed, self.self_attention.keys_values(normed), causal=True)
-        return self._rest(x_BLM + self.dropout(attended), memory, mask)
+        return self._rest(x_BQM + self.dropout(attended.view_as(x_BQM)), memory, mask, places)
 
     def step(
-        self, x_BQM: Tensor, past: tuple[Tensor, Tensor] | None, memory: tuple[Tensor, Tensor], mask: Tensor | None
+        self,
+        x_BQM: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        memory: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        places: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One place of Q beams a user; `past` holds keys and values [B * Q, H, places so far, E] of the beams."""
         normed = self.self_norm(x_BQM).flatten(0, 1).unsqueeze(1)
@@ -138,18 +182,21 @@ class DecoderLayer(nn.Module):
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         attended = self.self_attention(normed, (key, value)).view_as(x_BQM)
-        return self._rest(x_BQM + attended, memory, mask), (key, value)
+        return self._rest(x_BQM + attended, memory, mask, places), (key, value)
 
-    def _rest(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, mask))
+    def _rest(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None, places: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, mask, places=places))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class Memory:
-    """A batch of encoded histories: per decoder layer the keys and values [B, H, S, E], made once a user."""
+    """A batch of encoded histories: per decoder layer the keys and values [B, H, S, E], made once a user.
 
-    def __init__(self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
-        self.key_values, self.mask = key_values, mask
+    `next_place` [1] is the place of the item to be generated, where places are relative.
+    """
+
+    def __init__(self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None, next_place: Tensor | None) -> None:
+        self.key_values, self.mask, self.next_place = key_values, mask, next_place
 
 
 class GenerativeRecommender(nn.Module):
@@ -163,11 +210,11 @@ class GenerativeRecommender(nn.Module):
         super().__init__()
         d_model, layers = config.d_model or 0, config.layers or 0  # the preset has filled them
         shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
-        self.level_sizes, self.max_items = level_sizes, config.max_items
+        self.level_sizes, self.max_items, self.fast = level_sizes, config.max_items, config.mode == "fast"
         starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
         self.register_buffer("level_start", starts, persistent=False)
         self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
-        self.recency = nn.Embedding(config.max_items, d_model)
+        self.recency = None if self.fast else nn.Embedding(config.max_items, d_model)
         self.start = nn.Parameter(torch.empty(d_model))
         self.level_embedding = nn.Embedding(len(level_sizes), d_model)
         self.user_embedding = nn.Embedding(config.user_tokens, d_model) if config.user_tokens else None
@@ -182,45 +229,103 @@ class GenerativeRecommender(nn.Module):
     level_start: Tensor
 
     def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the target's codes, averaged over its levels, float32 [B].
+        """Loss of each row, float32 [B]: the cross-entropy of a target's codes, averaged over its levels.
 
         Args:
-            history: int64 [B, N, L], PAD in front of shorter histories.
-            target: int64 [B, L].
+            history: int64 [B, N, L], PAD in front of shorter histories. In fast mode a sequence whose last items are
+                targets and histories of later targets at once.
+            target: int64 [B, L]. In fast mode int64 [B], how many of the last items are targets; the loss is the sum
+                over them.
             user: int64 [B] user tokens, where the model has them.
         """
+        if self.fast:
+            return self._sequence_loss(history, target)
         memory = self.encode(history, user)
         x_BLM = self._decoder_input(target)
         for layer, key_value in zip(self.decoder, memory.key_values, strict=True):
-            x_BLM = layer(x_BLM, key_value, memory.mask)
-        x_BLM = self.decoder_norm(x_BLM)
-        losses = [
-            F.cross_entropy(self._logits(x_BLM[:, level], level).float(), target[:, level], reduction="none")
-            for level in range(len(self.level_sizes))
-        ]
-        return torch.stack(losses).mean(0)
+            x_BLM = layer(x_BLM, len(self.level_sizes), key_value, memory.mask, None)
+        return self._cross_entropy(self.decoder_norm(x_BLM), target)
+
+    def _sequence_loss(self, sequence: Tensor, targets: Tensor) -> Tensor:
+        """One pass over a sequence for all its targets.
+
+        The encoder is causal over items, so that its state at an item knows nothing of later ones; a target's queries
+        attend to the `max_items` items before it.
+        """
+        levels, n_items = len(self.level_sizes), sequence.shape[1]
+        history, target = sequence[:, :-1], sequence[:, 1:]
+        x_BSM, keep_BN = self._encode_causal(history)
+        item = torch.arange(n_items - 1, device=sequence.device)
+        # Target t is item t + 1 of the sequence: it sees the items up to t, the last max_items of them.
+        before_TN = (item[None, :] <= item[:, None]) & (item[None, :] > item[:, None] - self.max_items)
+        wanted_BT = item >= n_items - 1 - targets[:, None]
+        seen_BTN = before_TN & (keep_BN[:, None, :] | ~wanted_BT[:, :, None])  # no query may be without any key
+        mask = seen_BTN.repeat_interleave(levels, 1).repeat_interleave(levels, 2)[:, None]
+        x_BQM = self._decoder_input(target.clamp_min(0).flatten(0, 1)).unflatten(0, target.shape[:2]).flatten(1, 2)
+        places_Q = (item + 1).repeat_interleave(levels)
+        for layer in self.decoder:
+            key_value = layer.cross_attention.keys_values(x_BSM, item.repeat_interleave(levels))
+            x_BQM = layer(x_BQM, levels, key_value, mask, places_Q)
+        flat = self.decoder_norm(x_BQM).unflatten(1, (-1, levels)).flatten(0, 1)
+        loss_BT = self._cross_entropy(flat, target.clamp_min(0).flatten(0, 1)).view_as(wanted_BT)
+        return (loss_BT * wanted_BT).sum(1)
 
     def encode(self, history: Tensor, user: Tensor | None = None) -> Memory:
         """Reads histories int64 [B, N, L]; at most the last `max_items` of them."""
         history = history[:, -self.max_items :]
-        padded = history == PAD
-        tokens = torch.where(padded, 0, history + self.level_start)
-        places = self.max_items - history.shape[1] + torch.arange(history.shape[1], device=history.device)
-        x_BSM = (self.code_embedding(tokens) + self.recency(places)[:, None]).flatten(1, 2)
-        keep_BS = ~padded.flatten(1)
+        if self.fast:
+            x_BSM, keep_BN = self._encode_causal(history)
+            keep_BS = keep_BN.repeat_interleave(history.shape[2], 1)
+            item = torch.arange(history.shape[1] + 1, device=history.device)
+            places = item[:-1].repeat_interleave(history.shape[2])
+            key_values = [layer.cross_attention.keys_values(x_BSM, places) for layer in self.decoder]
+            return Memory(key_values, self._key_mask(keep_BS), item[-1:])
+        recency = torch.arange(self.max_items - history.shape[1], self.max_items, device=history.device)
+        assert self.recency is not None
+        x_BSM = (self._embed(history) + self.recency(recency)[:, None]).flatten(1, 2)
+        keep_BS = (history != PAD).flatten(1)
         if self.user_embedding is not None:
             if user is None:
                 raise ValueError("this model reads a user token: pass the users")
             x_BSM = torch.cat([self.user_embedding(user)[:, None], x_BSM], dim=1)
             keep_BS = F.pad(keep_BS, (1, 0), value=True)
-        # Without padding there is no mask, and attention takes its fastest path; on a GPU asking would wait for it.
-        needs_mask = history.device.type != "cpu" or not bool(keep_BS.all())
-        mask = keep_BS[:, None, None, :] if needs_mask else None
+        mask = self._key_mask(keep_BS)
         x_BSM = self.dropout(x_BSM)
         for layer in self.encoder:
-            x_BSM = layer(x_BSM, mask)
+            x_BSM = layer(x_BSM, mask, None)
         x_BSM = self.encoder_norm(x_BSM)
-        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask)
+        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask, None)
+
+    def _encode_causal(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder states [B, S, M] that know their own item and those before it, and which items exist, [B, N]."""
+        keep_BN, levels = history[:, :, 0] != PAD, history.shape[2]
+        item = torch.arange(history.shape[1], device=history.device)
+        seen_BNN = (item[None, :] <= item[:, None]) & (keep_BN[:, None, :] | ~keep_BN[:, :, None])
+        mask = seen_BNN.repeat_interleave(levels, 1).repeat_interleave(levels, 2)[:, None]
+        x_BSM, places = self.dropout(self._embed(history).flatten(1, 2)), item.repeat_interleave(levels)
+        for layer in self.encoder:
+            x_BSM = layer(x_BSM, mask, places)
+        return self.encoder_norm(x_BSM), keep_BN
+
+    def _embed(self, history: Tensor) -> Tensor:
+        return self.code_embedding(torch.where(history == PAD, 0, history + self.level_start))
+
+    @staticmethod
+    def _key_mask(keep_BS: Tensor) -> Tensor | None:
+        """[B, 1, 1, S], or None without padding: attention takes its fastest path then.
+
+        On a GPU the mask is always there, because asking would wait for the device.
+        """
+        if keep_BS.device.type == "cpu" and bool(keep_BS.all()):
+            return None
+        return keep_BS[:, None, None, :]
+
+    def _cross_entropy(self, x_BLM: Tensor, target: Tensor) -> Tensor:
+        losses = [
+            F.cross_entropy(self._logits(x_BLM[:, level], level).float(), target[:, level], reduction="none")
+            for level in range(len(self.level_sizes))
+        ]
+        return torch.stack(losses).mean(0)
 
     def step(
         self, level: int, codes: Tensor | None, past: list[tuple[Tensor, Tensor]] | None, memory: Memory
@@ -241,7 +346,7 @@ class GenerativeRecommender(nn.Module):
             x_BQM = self.code_embedding(codes + self.level_start[level - 1]) + self.level_embedding.weight[level]
         present = []
         for index, (layer, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):
-            x_BQM, kept = layer.step(x_BQM, past[index] if past else None, key_value, memory.mask)
+            x_BQM, kept = layer.step(x_BQM, past[index] if past else None, key_value, memory.mask, memory.next_place)
             present.append(kept)
         return self._logits(self.decoder_norm(x_BQM), level).float().log_softmax(-1), present
 
