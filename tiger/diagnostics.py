@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tiger.artifacts import MANIFEST, Artifact, Folder, newest, open_artifact
 from tiger.errors import ArtifactError, HealthError, TigerError
+from tiger.semantic_ids import packed
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float
     Args:
         codes: [N, L], the collision level left out.
     """
-    figures = {"unique_ratio": len(np.unique(codes, axis=0)) / len(codes)}
+    figures = {"unique_ratio": len(np.unique(packed(codes))) / len(codes)}
     for level in range(codes.shape[1]):
-        figures[f"unique@{level + 1}"] = len(np.unique(codes[:, : level + 1], axis=0)) / len(codes)
+        figures[f"unique@{level + 1}"] = len(np.unique(packed(codes[:, : level + 1]))) / len(codes)
         counts = np.bincount(codes[:, level], minlength=codebook_size)
         share = counts[counts > 0] / len(codes)
         figures[f"usage@{level + 1}"] = float((counts > 0).sum() / codebook_size)

@@ -5,6 +5,7 @@ One sort over all items, on one machine: 10 million items take seconds, and the 
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +22,25 @@ class SemanticIdsConfig(Config):
     """The level that resolves collisions."""
 
     collision_codes: int = Field(256, ge=1, le=32_767, description="items of equal codes that can be told apart")
+
+
+def packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None) -> npt.NDArray[np.int64]:
+    """One integer per row of codes [N, L], in the lexical order of the rows: sorting it is ten times faster.
+
+    Args:
+        sizes: codes of every level; by default what the rows need. Rows packed with equal sizes can be compared.
+
+    Raises:
+        DataError: the levels have more than 2**63 tuples.
+    """
+    sizes = sizes or tuple(int(column.max(initial=0)) + 1 for column in codes.T)
+    if math.prod(sizes) >= 2**63:
+        raise DataError(f"levels of {sizes} codes have more than 2**63 tuples; use fewer or smaller levels")
+    keys = np.zeros(len(codes), np.int64)
+    for column, size in zip(codes.T, sizes, strict=True):
+        keys *= size
+        keys += column
+    return keys
 
 
 class SemanticIds:
@@ -43,7 +63,7 @@ class SemanticIds:
             raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is outside of {level_sizes}")
         self.codes, self.level_sizes = codes, tuple(level_sizes)
         sorted_keys = self._sorted[0]
-        same = np.flatnonzero((sorted_keys[1:] == sorted_keys[:-1]).all(axis=1))
+        same = np.flatnonzero(np.diff(sorted_keys) == 0)
         if len(same):
             first, second = self._sorted[1][same[0] : same[0] + 2]
             raise ArtifactError(f"items {first} and {second} share the semantic ID {codes[first].tolist()}")
@@ -52,25 +72,31 @@ class SemanticIds:
         return len(self.codes)
 
     @cached_property
-    def _sorted(self) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        order = np.lexsort(self.codes.T[::-1])
-        return self.codes[order], order
+    def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Packed IDs in ascending order, and the items they belong to."""
+        keys = packed(self.codes, self.level_sizes)
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
+
+    @property
+    def sorted_items(self) -> npt.NDArray[np.int64]:
+        """Items in the lexical order of their IDs, [N]."""
+        return self._sorted[1]
 
     @cached_property
     def unique_before(self) -> npt.NDArray[np.bool_]:
         """Which items' codes were unique without the collision level, [N]."""
-        _, inverse, counts = np.unique(self.codes[:, :-1], axis=0, return_inverse=True, return_counts=True)
-        return counts[inverse.ravel()] == 1
+        _, inverse, counts = np.unique(packed(self.codes[:, :-1]), return_inverse=True, return_counts=True)
+        return counts[inverse] == 1
 
     def item_of(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Items [M] of semantic IDs [M, L+1]; -1 for an ID that no item has."""
+        asked = np.asarray(codes).reshape(-1, self.codes.shape[1])
+        possible = np.all((asked >= 0) & (asked < np.array(self.level_sizes)), axis=1)
         keys, order = self._sorted
-        combined = np.concatenate([keys, np.asarray(codes, np.int16).reshape(-1, keys.shape[1])])
-        _, inverse = np.unique(combined, axis=0, return_inverse=True)
-        inverse = inverse.ravel()
-        item_by_rank = np.full(inverse.max(initial=-1) + 1, -1, np.int64)
-        item_by_rank[inverse[: len(keys)]] = order
-        return item_by_rank[inverse[len(keys) :]]
+        wanted = packed(np.where(possible[:, None], asked, 0), self.level_sizes)
+        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(possible & (keys[place] == wanted), order[place], -1)
 
     @classmethod
     def read(cls, folder: Folder) -> SemanticIds:
@@ -108,11 +134,10 @@ def assign(codes: npt.NDArray[np.integer], codebook_size: int, config: SemanticI
     Raises:
         DataError: more items share their codes than the level has codes; names the group and some of its items.
     """
-    codes = np.ascontiguousarray(codes)
-    order = np.lexsort((np.arange(len(codes)), *codes.T[::-1]))
-    ordered = codes[order]
-    starts_group = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
-    starts = np.flatnonzero(starts_group)
+    keys = packed(codes)
+    order = np.argsort(keys, kind="stable")  # stable: in the order of item ids within a group
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     sizes = np.diff(np.append(starts, len(codes)))
     largest = int(sizes.argmax())
     if sizes[largest] > config.collision_codes:

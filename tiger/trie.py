@@ -25,9 +25,8 @@ class Trie(nn.Module):
 
     def __init__(self, ids: SemanticIds) -> None:
         super().__init__()
-        codes = ids.codes.astype(np.int64)
-        order = np.lexsort(codes.T[::-1])
-        ordered = codes[order]
+        order = ids.sorted_items
+        ordered = ids.codes[order].astype(np.int64)
         self.depth = ordered.shape[1]
         self.widest: list[int] = []  # most children of any node, per depth
         differs = np.zeros(len(ordered), bool)

@@ -1,0 +1,59 @@
+"""Unique IDs, the trie, and its answers for millions of items: seconds and peak memory.
+
+    uv run python benchmarks/million_ids.py [items=10000000]
+
+Codes are drawn at random from 3 x 256, so that at 10 million items six of ten collide.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+
+from tiger.semantic_ids import SemanticIdsConfig, assign
+from tiger.trie import Trie
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def expand_seconds(trie: Trie, level: int, nodes: int, rounds: int = 50) -> float:
+    """Median seconds to expand 32 users x 50 beams at a level, at nodes drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    times = []
+    for _ in range(rounds):
+        beams = torch.randint(0, nodes, (32, 50), generator=generator)
+        begin = time.perf_counter()
+        trie.expand(beams, level)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def main() -> None:
+    items = int(dict(argument.split("=", 1) for argument in sys.argv[1:]).get("items", 10_000_000))
+    codes = np.random.default_rng(0).integers(0, 256, (items, 3), dtype=np.int16)
+    before = peak_gigabytes()
+    begin = time.perf_counter()
+    ids = assign(codes, 256, SemanticIdsConfig())
+    seconds = time.perf_counter() - begin
+    print(f"unique IDs of {items:,} items: {seconds:.1f} s, peak {peak_gigabytes():.2f} GB ({before:.2f} before)")
+    begin = time.perf_counter()
+    trie = Trie(ids)
+    print(f"trie: {time.perf_counter() - begin:.1f} s, peak {peak_gigabytes():.2f} GB")
+    small = Trie(assign(codes[:12_000], 256, SemanticIdsConfig()))
+    for level in range(4):
+        counts = [len(each.get_buffer(f"first_child_{level}")) - 1 for each in (small, trie)]
+        seconds = [expand_seconds(each, level, count) for each, count in zip((small, trie), counts, strict=True)]
+        print(
+            f"level {level}: {counts[0]:,} and {counts[1]:,} nodes, at most {small.widest[level]} and "
+            f"{trie.widest[level]} children, expanding 1,600 beams {seconds[0] * 1e3:.2f} and {seconds[1] * 1e3:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
