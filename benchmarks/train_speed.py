@@ -27,7 +27,7 @@ from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.run import RunConfig
 from tiger.semantic_ids import SemanticIds
 
-SECONDS, ROUNDS = 8.0, 5
+SECONDS, ROUNDS = 6.0, 5
 Step = Callable[[], int]
 
 

@@ -20,27 +20,29 @@ from tiger.scale.decode import decode_users
 log = logging.getLogger(__name__)
 
 _K = max(metrics.CUTOFFS)
+_SPLITS: tuple[Split, ...] = ("valid", "test")
 
 
 def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     catalog = Catalog(model.inputs["catalog"])
 
     def make(draft: Draft) -> None:
-        figures: dict[str, Any] = {}
-        for split in ("valid", "test"):
-            users = _users(run, catalog, split)
-            items = decode_users(
-                model,
-                catalog.histories,
-                users.users.tolist(),
-                users.histories(),
-                draft,
-                split,
-                k=_K,
-                beam=run.evaluation.beam,
-                max_actors=run.evaluation.max_actors,
-            )
-            popular = baselines.popularity(catalog.histories, catalog.n_items, _K)
+        histories, figures = catalog.histories, {}
+        splits = {split: _users(run, catalog, split) for split in _SPLITS}
+        lists = decode_users(  # both splits through one pool: an actor takes longer to start than to decode thousands
+            model,
+            histories,
+            [user for users in splits.values() for user in users.users.tolist()],
+            [history for users in splits.values() for history in users.histories()],
+            draft,
+            "lists",
+            k=_K,
+            beam=run.evaluation.beam,
+            max_actors=run.evaluation.max_actors,
+        )
+        popular = baselines.popularity(histories, catalog.n_items, _K)
+        for split, users in splits.items():
+            items, lists = lists[: len(users)], lists[len(users) :]
             figures[split] = {
                 "users": len(users),
                 "tiger": _figures(items, users, catalog.n_items),
