@@ -27,7 +27,8 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     catalog = Catalog(model.inputs["catalog"])
 
     def make(draft: Draft) -> None:
-        histories, figures = catalog.histories, {}
+        histories = catalog.histories
+        figures: dict[str, Any] = {}
         splits = {split: _users(run, catalog, split) for split in _SPLITS}
         lists = decode_users(  # both splits through one pool: an actor takes longer to start than to decode thousands
             model,

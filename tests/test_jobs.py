@@ -28,6 +28,7 @@ TINY = [
     "tokenizer.codebook_size=16",
     "tokenizer.training.epochs=20",
     "model.d_model=32",
+    "model.mode=fast",
     "model.training.epochs=16",
     "model.training.batch_size=64",
     "model.training.learning_rate=3e-3",

@@ -100,13 +100,6 @@ def map_table(
     maximum = min(maximum, len(missing))
     progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[part] for part in missing))
     log.info("%s: %d parts through %d to %d actors of %s", what, len(missing), min(minimum, maximum), maximum, each)
-
-    class Bound(_PartWorker):
-        """With its arguments inside: given to Ray they would lie in the object store, which a restart may not find."""
-
-        def __init__(self) -> None:
-            super().__init__(worker, arguments)
-
     # One block per part, so that every part is one task of each operator.
     parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
     stream = (
@@ -118,10 +111,11 @@ def map_table(
             fn_kwargs={"uri": source.uri, "name": name, "columns": columns},
         )
         .map_batches(
-            Bound,
+            _PartWorker,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=min(minimum, maximum), max_size=maximum),
+            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
             **each,
         )
         .map_batches(
