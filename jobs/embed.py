@@ -71,5 +71,10 @@ def adopt(run: RunConfig) -> Artifact:
     return artifacts.build(run.root, "embeddings", config, {}, make, source={name: source.digest(name)})
 
 
+def embeddings_of(run: RunConfig) -> Artifact:
+    """Embeddings from elsewhere where the configuration names them, else those of the catalog's texts."""
+    return adopt(run) if run.embedding.vectors else embed(run, prepare(run))
+
+
 if __name__ == "__main__":
     command(__doc__, lambda run: embed(run, prepare(run)))

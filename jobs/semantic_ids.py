@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 
 from jobs.command import command
-from jobs.embed import adopt, embed
-from jobs.prepare import prepare
+from jobs.embed import embeddings_of
 from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
 from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
@@ -64,4 +63,4 @@ def make_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
 
 
 if __name__ == "__main__":
-    command(__doc__, lambda run: make_ids(run, adopt(run) if run.embedding.vectors else embed(run, prepare(run))))
+    command(__doc__, lambda run: make_ids(run, embeddings_of(run)))

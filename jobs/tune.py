@@ -9,8 +9,7 @@ import logging
 import sys
 
 from jobs.command import CONFIGS, command
-from jobs.embed import embed
-from jobs.prepare import prepare
+from jobs.embed import embeddings_of
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft
 from tiger.config import dump_toml, load
@@ -58,6 +57,6 @@ if __name__ == "__main__":
             else str(CONFIGS / f"{name}.search.toml")
         )
         search = load(SearchConfig, file, [override.removeprefix("search.") for override in mine], CONFIGS)
-        return tune(run, search, embed(run, prepare(run)))
+        return tune(run, search, embeddings_of(run))
 
     command(__doc__, _tune)

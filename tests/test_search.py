@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 
-from tiger.artifacts import Folder
 from tiger.config import build, dump_toml, load, with_override
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
 from tiger.errors import ConfigError
@@ -100,37 +103,40 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-def test_a_sweep_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finished trials are not run again: their rows are what they were."""
-    from ray import tune
-
-    from tiger.scale import tune as scale_tune
-
-    run = build(RunConfig, {"tokenizer": {"codebook_size": 16, "training": {"epochs": 6, "batch_size": 64}}})
-    space = {"tokenizer.dropout": {"choices": [0.1, 0.0]}, "tokenizer.latent": {"low": 4, "high": 32, "integer": True}}
-    search = build(SearchConfig, {"trials": 5, "looks": 3, "grace": 1, "concurrent": 1, "space": space})
-    vectors = torch.from_numpy(clusters())
-
-    class Killed(Exception):
-        pass
-
-    original = scale_tune._Live.on_trial_complete
-
-    def kill_after_two(self: Any, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        original(self, iteration, trials, trial, **info)
-        if self.progress.done == 2:
-            raise Killed
-
-    monkeypatch.setattr(scale_tune._Live, "on_trial_complete", kill_after_two)
-    with pytest.raises(Exception, match="|"):
-        scale_tune.search_tokenizer(run, search, vectors, Folder(str(tmp_path)))
-    finished = tune.ExperimentAnalysis(f"{tmp_path}/scratch/tune").dataframe()
-    monkeypatch.setattr(scale_tune._Live, "on_trial_complete", original)
-    table = scale_tune.search_tokenizer(run, search, vectors, Folder(str(tmp_path)))
-    rows = table.to_pylist()
-    assert len(rows) == 5
+def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """The driver is killed after two trials; the same command runs the others and none of the two again."""
+    names = [f"item {n:03d}" for n in range(400)]
+    pq.write_table(pa.table({"item_id": names, "vector": list(clusters())}), tmp_path / "vectors.parquet")
+    (tmp_path / "x.toml").write_text(
+        f'root = "{tmp_path}/runs"\n[embedding]\nvectors = "{tmp_path}/vectors.parquet"\n'
+        "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
+    )
+    (tmp_path / "x.search.toml").write_text(
+        'trials = 5\nlooks = 3\ngrace = 1\nconcurrent = 1\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
+        '[space."tokenizer.latent"]\nlow = 4\nhigh = 32\ninteger = true\n'
+    )
+    command = [sys.executable, "-m", "jobs.tune", str(tmp_path / "x.toml")]
+    first = subprocess.Popen(
+        command, cwd=CONFIGS.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    done: list[str] = []
+    assert first.stderr
+    for line in first.stderr:
+        done += re.findall(r"tune: (\S+) ended", line)
+        if len(done) == 2:
+            break
+    assert len(done) == 2, "the sweep ended before it could be killed"
+    first.kill()
+    first.wait()
+    second = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "going on with the trials" in second.stderr
+    assert not set(re.findall(r"tune: (\S+) ended", second.stderr)) & set(done)
+    sweep = Path(json.loads(second.stdout.splitlines()[-1])["artifact"])
+    rows = pq.read_table(sweep / "trials.parquet").to_pylist()
     assert len({row["trial"] for row in rows}) == 5
-    assert set(finished["trial_id"]) <= {row["trial"] for row in rows}
+    assert set(done) <= {row["trial"] for row in rows}
     assert rows[0]["objective"] == max(row["objective"] for row in rows)
-    assert all(row["status"] == "finished" for row in rows)
+    best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
+    assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
+    assert (sweep / "search.svg").read_text().count("<circle") == 10
