@@ -214,7 +214,9 @@ def test_semantic_ids_of_embeddings_from_anywhere(local_ray: None, tmp_path: Pat
 @pytest.mark.slow
 def test_pure_noise_teaches_nothing(local_ray: None, tmp_path: Path) -> None:
     """At noise 1 the model is within noise of popularity: their 95 % intervals overlap."""
-    figures = run_pipeline(tmp_path, "data.noise=1.0", "data.users=1000").folder.read_json("metrics.json")["test"]
+    figures = run_pipeline(
+        tmp_path, "data.noise=1.0", "data.users=1000", "model.validation_users=1000"
+    ).folder.read_json("metrics.json")["test"]
     low, high = figures["tiger"]["interval_95"]["recall@10"]
     other_low, other_high = figures["popularity"]["interval_95"]["recall@10"]
     assert low <= other_high

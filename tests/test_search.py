@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tiger.config import build, dump_toml, load, with_override
@@ -100,43 +95,3 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
     svg = picture([*trials, {"a": 1, "b": "x", "objective": None}], ["a", "b"])
     assert svg.count("<circle") == 8
     assert len(re.findall('fill="#1f6feb"', svg)) == 2
-
-
-@pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
-    """The driver is killed after two trials; the same command runs the others and none of the two again."""
-    names = [f"item {n:03d}" for n in range(400)]
-    pq.write_table(pa.table({"item_id": names, "vector": list(clusters())}), tmp_path / "vectors.parquet")
-    (tmp_path / "x.toml").write_text(
-        f'root = "{tmp_path}/runs"\n[embedding]\nvectors = "{tmp_path}/vectors.parquet"\n'
-        "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
-    )
-    (tmp_path / "x.search.toml").write_text(
-        'trials = 5\nlooks = 3\ngrace = 1\nconcurrent = 1\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
-        '[space."tokenizer.latent"]\nlow = 4\nhigh = 32\ninteger = true\n'
-    )
-    command = [sys.executable, "-m", "jobs.tune", str(tmp_path / "x.toml")]
-    first = subprocess.Popen(
-        command, cwd=CONFIGS.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    done: list[str] = []
-    assert first.stderr
-    for line in first.stderr:
-        done += re.findall(r"tune: (\S+) ended", line)
-        if len(done) == 2:
-            break
-    assert len(done) == 2, "the sweep ended before it could be killed"
-    first.kill()
-    first.wait()
-    second = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert "going on with the trials" in second.stderr
-    assert not set(re.findall(r"tune: (\S+) ended", second.stderr)) & set(done)
-    sweep = Path(json.loads(second.stdout.splitlines()[-1])["artifact"])
-    rows = pq.read_table(sweep / "trials.parquet").to_pylist()
-    assert len({row["trial"] for row in rows}) == 5
-    assert set(done) <= {row["trial"] for row in rows}
-    assert rows[0]["objective"] == max(row["objective"] for row in rows)
-    best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
-    assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
-    assert (sweep / "search.svg").read_text().count("<circle") == 10
