@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tiger.scale  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
 from tiger.catalog import Histories
 from tiger.semantic_ids import SemanticIds
 
@@ -33,9 +34,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A Ray of our own: four logical CPUs, its own short folder, no dashboard."""
-    import tiger.scale  # noqa: F401  settles Ray's environment before the import below
-
-    import ray  # isort: skip
+    import ray
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: socket paths have at most 107 bytes
     before = os.environ.get("PYTHONPATH")
