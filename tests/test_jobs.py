@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     parts: list[Path] = []
     while first.poll() is None and not parts:
+        time.sleep(0.1)
         parts = list(tmp_path.glob("embeddings-*/vectors/*.parquet"))
     assert parts, "the stage ended before it could be killed"
     first.kill()
@@ -208,18 +210,6 @@ def test_semantic_ids_of_embeddings_from_anywhere(local_ray: None, tmp_path: Pat
     ids = make_ids(run, adopt(run)).folder.read_table("ids.parquet")
     assert ids["source_id"].to_pylist() == names
     assert len({tuple(codes) for codes in ids["codes"].to_pylist()}) == 200
-
-
-@pytest.mark.slow
-def test_pure_noise_teaches_nothing(local_ray: None, tmp_path: Path) -> None:
-    """At noise 1 the model is within noise of popularity: their 95 % intervals overlap."""
-    figures = run_pipeline(
-        tmp_path, "data.noise=1.0", "data.users=1000", "model.validation_users=1000"
-    ).folder.read_json("metrics.json")["test"]
-    low, high = figures["tiger"]["interval_95"]["recall@10"]
-    other_low, other_high = figures["popularity"]["interval_95"]["recall@10"]
-    assert low <= other_high
-    assert other_low <= high
 
 
 def test_diagnostics_module_finds_the_newest(finished: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
