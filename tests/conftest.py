@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the real data are skipped, with the reason, where the files are not."""
     if not BEAUTY.is_dir():
         for item in items:
-            if "beauty" in item.keywords:
+            if item.get_closest_marker("beauty"):
                 item.add_marker(pytest.mark.skip(reason=f"the Amazon Beauty files are not in {BEAUTY}"))
 
 
