@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tiger import diagnostics
@@ -193,23 +191,6 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))
     assert np.array_equal(items, np.arange(artifact.figures["items"]))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-
-
-@pytest.mark.slow
-def test_semantic_ids_of_embeddings_from_anywhere(local_ray: None, tmp_path: Path) -> None:
-    """No catalog, no text: a Parquet file of names and vectors, by two workers."""
-    from jobs.embed import adopt
-    from jobs.semantic_ids import make_ids
-
-    vectors = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
-    names = [f"item {n:03d}" for n in range(200)]
-    pq.write_table(pa.table({"item_id": names, "vector": list(vectors)}), tmp_path / "vectors.parquet")
-    overrides = [f"embedding.vectors={tmp_path}/vectors.parquet", f"root={tmp_path}", "tokenizer.codebook_size=16"]
-    overrides += ["tokenizer.training.epochs=5", "scale.train_workers=2", "scale.cpus_per_worker=1"]
-    run = load(RunConfig, None, overrides, ROOT / "jobs/configs")
-    ids = make_ids(run, adopt(run)).folder.read_table("ids.parquet")
-    assert ids["source_id"].to_pylist() == names
-    assert len({tuple(codes) for codes in ids["codes"].to_pylist()}) == 200
 
 
 def test_diagnostics_module_finds_the_newest(finished: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
