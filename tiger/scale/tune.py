@@ -6,13 +6,16 @@ go into the object store once and are read from there by all trials of a node.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import operator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from optuna.samplers import TPESampler
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -20,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tiger.artifacts import SCRATCH, Folder
 from tiger.diagnostics import nearest_neighbours
-from tiger.errors import HealthError, ResourceError
+from tiger.errors import HealthError
 from tiger.learning import learn_tokenizer
 from tiger.progress import Progress
 from tiger.run import RunConfig
@@ -138,10 +141,9 @@ def _decoded(values: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
 def _sampler(run: RunConfig, search: SearchConfig) -> Any:
     """The first trial is the configuration as it stands, where the space holds it."""
     current: dict[str, Any] = {}
+    plain = run.model_dump(mode="json", serialize_as_any=True)
     for key, space in search.space.items():
-        value: Any = run.model_dump(mode="json", serialize_as_any=True)
-        for part in key.split("."):
-            value = value[part]
+        value: Any = functools.reduce(operator.getitem, key.split("."), plain)
         if space.choices is not None:
             if value in space.choices:
                 current[key] = json.dumps(value)
@@ -150,10 +152,6 @@ def _sampler(run: RunConfig, search: SearchConfig) -> Any:
     points = [current] if len(current) == len(search.space) else None
     if search.sampler == "random":
         return BasicVariantGenerator(points_to_evaluate=points, random_state=search.seed)
-    try:
-        from optuna.samplers import TPESampler
-    except ImportError as error:
-        raise ResourceError("the TPE sampler needs Optuna: `uv pip install optuna`") from error
     return OptunaSearch(points_to_evaluate=points, sampler=TPESampler(seed=search.seed))
 
 
