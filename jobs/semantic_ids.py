@@ -42,17 +42,22 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         vectors = read_vectors(embeddings.folder)
         trained = load_tokenizer(run.tokenizer, tokenizer.folder, vectors.shape[1])
         codes = encode_all(trained, vectors, torch.device("cpu")).numpy()
-        ids = semantic_ids.assign(codes, run.tokenizer.codebook_size, run.semantic_ids)
+        costs = lambda items: trained.last_costs(vectors[items]).numpy()  # noqa: E731
+        ids = semantic_ids.assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
         owner = embeddings.inputs.get("catalog", embeddings)
         ids.write(draft.folder, owner.folder.read_table("items.parquet", ["source_id"])["source_id"])
-        collisions = ids.codes[:, -1]
+        nearest, assigned = code_figures(codes, run.tokenizer.codebook_size), ids.codes[:, : ids.levels]
+        error = float(trained.errors(vectors, torch.from_numpy(assigned).long()).mean()) / vectors.shape[1]
         draft.figures = {
             "items": len(ids),
-            "unique_items": int(ids.unique_before.sum()),
-            "largest_group": int(collisions.max()) + 1,
-            **code_figures(codes, run.tokenizer.codebook_size),
+            "codes_per_item": len(ids.level_sizes),
+            "moved_items": int((assigned != codes).any(axis=1).sum()),
+            "largest_group": int(ids.collisions.max()) + 1,
+            "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
+            "reconstruction_error": error,
+            **code_figures(assigned, run.tokenizer.codebook_size),
         }
-        draft.health = require(check_semantic_ids(collisions))
+        draft.health = require(check_semantic_ids(ids.collisions))
 
     inputs = {"tokenizer": tokenizer, "embeddings": embeddings}
     return artifacts.build(run.root, "semantic_ids", run.semantic_ids, inputs, make)

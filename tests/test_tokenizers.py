@@ -9,15 +9,17 @@ import torch
 from tiger.config import shipped_plugins
 from tiger.diagnostics import code_figures
 from tiger.errors import ConfigError, HealthError
+from tiger.kmeans import balancing_prices, kmeans, nearest
 from tiger.learning import encode_all, learn_tokenizer
 from tiger.tokenizers import TokenizerConfig
+from tiger.tokenizers._residual import rotated
 
 KINDS = shipped_plugins("tiger.tokenizers")
 CPU = torch.device("cpu")
 
 
 def config(kind: str, **changes: object) -> TokenizerConfig:
-    training = {} if kind == "rkmeans" else {"training": {"epochs": 20, "batch_size": 128}}
+    training = {"training": {"epochs": 20, "batch_size": 128}} if kind == "rqvae" else {}
     return TokenizerConfig.resolve({"kind": kind, "codebook_size": 16, **training, **changes})
 
 
@@ -28,7 +30,7 @@ def clusters(items: int = 800, dim: int = 24) -> torch.Tensor:
 
 
 def test_the_shipped_kinds() -> None:
-    assert {"rqvae", "rkmeans"} <= set(KINDS)
+    assert {"rqvae", "rkmeans", "opq"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,14 +92,91 @@ def test_a_constant_dimension_is_harmless(kind: str) -> None:
     assert torch.isfinite(tokenizer.decode(tokenizer.encode(vectors))).all()
 
 
-def test_lloyd_refits_keep_codes_alive_where_gradients_alone_lose_them() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_costs_against_decoding_every_last_code(kind: str) -> None:
+    """The order of the costs is that of the errors, for tokenizers whose decoder is linear."""
+    changes = {"hidden": (), "training": {"epochs": 0}} if kind == "rqvae" else {}
+    vectors = clusters()
+    tokenizer, _ = learn_tokenizer(config(kind, **changes), vectors, device=CPU)
+    some = vectors[:20]
+    codes, costs = tokenizer.encode(some), tokenizer.last_costs(some)
+    assert costs.shape == (20, 16)
+    errors = []
+    for code in range(16):
+        changed = codes.clone()
+        changed[:, -1] = code
+        errors.append(tokenizer.errors(some, changed))
+    truth = torch.stack(errors, dim=1)
+    differences = truth - truth[:, :1]
+    torch.testing.assert_close(costs - costs[:, :1], differences, atol=2e-2 * float(differences.abs().max()), rtol=0)
+
+
+VARIANTS: list[dict[str, object]] = [
+    {"codebook_update": "ema", "ema_decay": 0.9},
+    {"codebook_update": "gradient"},
+    {"codebook_update": "gradient", "reset_dead": False},
+    {"gradient": "rotation"},
+    {"distance": "euclidean"},
+    {"distance": "cosine"},
+    {"linear_path": False},
+    {"latent": 8},
+    {"latent": 32},
+    {"reconstruction": "mean"},
+    {"balance_last_level": True},
+    {"hidden": ()},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_option_trains_and_keeps_its_codes(variant: dict[str, object]) -> None:
+    vectors = clusters()
+    tokenizer, result = learn_tokenizer(config("rqvae", **variant), vectors, device=CPU)
+    figures = code_figures(encode_all(tokenizer, vectors, CPU).numpy(), 16)
+    assert all(figures[f"usage@{level}"] > 0.8 for level in (1, 2, 3))
+    assert result.best["reconstruction_error"] < 0.85
+    assert torch.isfinite(tokenizer.last_costs(vectors[:9])).all()
+
+
+def test_training_goes_on_from_where_k_means_ends() -> None:
+    vectors = clusters()
+    plain = config("rqvae", hidden=(), training={"epochs": 0})
+    _, start = learn_tokenizer(plain, vectors, device=CPU)
+    _, kmeans = learn_tokenizer(config("rkmeans"), vectors, device=CPU)
+    _, trained = learn_tokenizer(config("rqvae"), vectors, device=CPU)
+    assert start.best["reconstruction_error"] == pytest.approx(kmeans.best["reconstruction_error"], abs=1e-5)
+    assert trained.best["reconstruction_error"] < kmeans.best["reconstruction_error"]
+
+
+def test_without_linear_path_gradients_alone_lose_codes_and_refits_or_resets_keep_them() -> None:
     vectors = clusters(1600)
     usage = {}
-    for lloyd in (True, False):
-        _, result = learn_tokenizer(config("rqvae", lloyd=lloyd, codebook_size=64), vectors, device=CPU)
-        usage[lloyd] = result.log[-1]["usage@1"]
-    assert usage[True] > 0.95
-    assert usage[True] > usage[False]
+    for update, reset in (("lloyd", True), ("gradient", True), ("gradient", False)):
+        variant = {"codebook_update": update, "reset_dead": reset, "linear_path": False, "codebook_size": 64}
+        _, result = learn_tokenizer(config("rqvae", **variant), vectors, device=CPU)
+        usage[update, reset] = result.log[-1]["usage@1"]
+    assert usage["lloyd", True] > 0.95
+    assert usage["gradient", True] > usage["gradient", False]
+
+
+def test_balancing_prices_even_out_the_last_level() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(2000, 4, generator=generator) ** 3
+    centroids = kmeans(points, 16, iterations=20, generator=generator)
+    before = nearest(points, centroids)[0].bincount(minlength=16)
+    after = nearest(points, centroids, balancing_prices(points, centroids))[0].bincount(minlength=16)
+    assert after.max() * 3 < before.max()
+
+
+def test_the_rotation_trick_turns_gradients_and_keeps_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(6, 5, generator=generator, requires_grad=True)
+    quantized = torch.randn(6, 5, generator=generator)
+    passed = rotated(latent, quantized)
+    torch.testing.assert_close(passed, quantized)
+    passed.sum().backward()
+    stretch = quantized.norm(dim=1) / latent.detach().norm(dim=1)
+    assert latent.grad is not None
+    torch.testing.assert_close(latent.grad.norm(dim=1), stretch * 5**0.5)  # a rotation keeps lengths
 
 
 def test_an_exploding_learning_rate_stops_before_the_step() -> None:

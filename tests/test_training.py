@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import random_ids, toy_histories
 
+from tiger import training
 from tiger.config import build
+from tiger.errors import HealthError
 from tiger.examples import Examples, Sequences
 from tiger.learning import learn_model, learn_tokenizer
 from tiger.model import ModelConfig
@@ -45,27 +47,66 @@ def losses(result: Any) -> list[float]:
     return [loss for look in result.log for loss in look.get("losses", [])]
 
 
-def _one_of_two(rank: int, port: int, which: str, target: str) -> None:
+def _worker(rank: int, port: int, workers: int, which: str, changes: dict[str, Any], target: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    module, result = learn(which)
-    state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
-    Path(target, f"{rank}.json").write_text(json.dumps({"losses": losses(result), "best": result.best, "state": state}))
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    if "diverging" in changes:
+        try:
+            _diverge(rank)
+        except HealthError as error:
+            Path(target, f"{rank}.json").write_text(json.dumps(str(error)))
+    else:
+        module, result = learn(which, **changes)
+        state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+        left = {"losses": losses(result), "best": result.best, "state": state}
+        Path(target, f"{rank}.json").write_text(json.dumps(left))
     dist.destroy_process_group()
+
+
+def _diverge(rank: int) -> None:
+    """A tokenizer whose refresh is not broadcast: worker 1 adds one millionth to a number of its codebook."""
+    module = torch.nn.Linear(3, 1)
+    torch.nn.init.ones_(module.weight)
+    module.register_buffer("codebook", torch.ones(4))
+    if rank == 1:
+        module.codebook[2] += 1e-6
+    training.require_equal(module, "tokenizer")
+
+
+def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
+    """What each worker of a process group left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, (port, workers, which, changes, str(target)), nprocs=workers)
+    return [json.loads((target / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
     _, alone = learn(which)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_one_of_two, (port, which, str(tmp_path)), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = group(2, which, tmp_path)
     assert first == second  # losses, figures and every parameter and buffer
     assert len(losses(alone)) >= 20
     np.testing.assert_allclose(first["losses"][:20], losses(alone)[:20], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_averages_and_resets_are_the_same_on_every_worker(update: str, workers: int, tmp_path: Path) -> None:
+    """551 rows in batches of 100: the last batch, of 51, is uneven on 2 and on 4 workers, and no row is lost."""
+    changes = {"codebook_update": update, "balance_last_level": True, "linear_path": False}
+    _, alone = learn("tokenizer", **changes)
+    first, *others = group(workers, "tokenizer", tmp_path, **changes)
+    assert all(other == first for other in others)
+    np.testing.assert_allclose(first["losses"][:6], losses(alone)[:6], atol=1e-3, rtol=1e-3)
+
+
+def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
+    said = group(2, "tokenizer", tmp_path, diverging=True)
+    assert said[0] == said[1]
+    assert "the workers' states have come apart in codebook (1 of 3 tensors)" in said[0]
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
@@ -103,7 +144,9 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
 
 def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
     """A learning rate of almost nothing cannot improve on the first look for long."""
-    _, result = learn("tokenizer", lloyd=False, training={"epochs": 50, "patience": 2, "learning_rate": 1e-12})
+    _, result = learn(
+        "tokenizer", codebook_update="gradient", training={"epochs": 50, "patience": 2, "learning_rate": 1e-12}
+    )
     assert result.stopped_early
     assert result.steps < 50 * 3
     assert result.best["objective"] == max(look["objective"] for look in result.log)

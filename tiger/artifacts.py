@@ -31,7 +31,7 @@ from tiger.errors import ArtifactError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
@@ -251,7 +251,7 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
     """Opens a published artifact; refuses one that is incomplete.
 
     Raises:
-        ArtifactError: no manifest (names the job that makes it), a newer schema, another kind, or a file that is
+        ArtifactError: no manifest (names the job that makes it), another schema, another kind, or a file that is
             missing or not of the recorded size. `Artifact.verify` compares contents, too.
     """
     folder = Folder(uri)
@@ -263,8 +263,10 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
         version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
-    if version > SCHEMA_VERSION:
-        raise ArtifactError(f"{folder.uri} was written by a newer version of this project (schema {version})")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder.uri} was written by another version of this project (schema {version}, here {SCHEMA_VERSION})"
+        )
     if expected_kind and kind != expected_kind:
         raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
     found = folder.files()

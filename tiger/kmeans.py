@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _CHUNK = 65_536  # rows at a time: 64 MB of distances at 256 centroids
 
 
-def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Index of the nearest centroid (the lowest of equals) and the squared distance to it.
 
     Args:
         points: [N, d].
         centroids: [K, d].
+        prices: [K], added to the squared distances: see `balancing_prices`.
 
     Returns:
-        int64 [N], and float [N], at least 0.
+        int64 [N], and float [N]: at least 0, prices included.
     """
     norms = centroids.square().sum(1)
+    if prices is not None:
+        norms = norms + prices
     indices, distances = [], []
     for chunk in points.split(_CHUNK):
         score, index = (norms - 2 * (chunk @ centroids.T)).min(dim=1)
@@ -49,20 +54,55 @@ def kmeans(points: Tensor, k: int, *, iterations: int, generator: torch.Generato
     return centroids
 
 
-def lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def lloyd(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One iteration: every centroid moves to the mean of its points, a dead one to the point worst represented.
 
     Returns:
         the new centroids [k, d], and the points' indices into the old ones, int64 [N].
     """
-    index, distance = nearest(points, centroids)
+    index, distance = nearest(points, centroids, prices)
     sums, counts = cluster_sums(points, index, len(centroids))
     moved = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
+    return revive(moved, counts, points, distance), index
+
+
+def revive(centroids: Tensor, counts: Tensor, points: Tensor, distance: Tensor) -> Tensor:
+    """Centroids without points move to the points that are worst represented.
+
+    Args:
+        centroids: [k, d].
+        counts: [k] points of each.
+        points: [N, d].
+        distance: [N] of each point to its centroid.
+    """
     dead = (counts == 0).nonzero().squeeze(1)[: len(points)]
     if len(dead):
-        worst = distance.argsort(descending=True, stable=True)[: len(dead)]
-        moved[dead] = points[worst]
-    return moved, index
+        centroids = centroids.clone()
+        centroids[dead] = points[distance.argsort(descending=True, stable=True)[: len(dead)]]
+    return centroids
+
+
+def balancing_prices(points: Tensor, centroids: Tensor, *, softness: float = 0.1, iterations: int = 50) -> Tensor:
+    """Prices [k] under which all centroids are about equally popular: the dual of balanced optimal transport.
+
+    Sinkhorn's algorithm (Cuturi 2013) on squared distances. Kept with the centroids, the prices let every point be
+    assigned by itself, where a transport plan would hold for these points only.
+
+    Args:
+        points: float32 [N, d]; distances take N x k floats.
+        softness: regularisation relative to the mean distance to the nearest centroid.
+    """
+    cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
+    epsilon = float(softness * cost.min(dim=1).values.clamp_min(0).mean())
+    prices = points.new_zeros(len(centroids))
+    if epsilon == 0:
+        return prices
+    share = math.log(len(points) / len(centroids))
+    for _ in range(iterations):
+        of_points = -torch.logsumexp((-prices - cost) / epsilon, dim=1, keepdim=True)
+        prices = epsilon * (torch.logsumexp(of_points - cost / epsilon, dim=0) - share)
+        prices = prices - prices.mean()
+    return prices
 
 
 def cluster_sums(points: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:

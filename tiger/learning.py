@@ -77,13 +77,8 @@ def learn_tokenizer(
 
     def validate(module: nn.Module) -> dict[str, float]:
         codes = encode_all(tokenizer, vectors, device)
-        error = torch.cat(
-            [
-                (tokenizer.standardize(tokenizer.decode(c.to(device))) - tokenizer.standardize(v.to(device)))
-                .square().sum(1).cpu()
-                for c, v in zip(codes.split(_CHUNK), vectors.split(_CHUNK), strict=True)
-            ]
-        )  # fmt: skip
+        chunks = zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True)
+        error = torch.cat([tokenizer.errors(v.to(device), c.to(device)).cpu() for v, c in chunks])
         # Relative to the spread of the standardised embeddings: 1 is what the mean alone would reach.
         figures = {"reconstruction_error": float(error.mean()) / vectors.shape[1]}
         figures |= code_figures(codes.numpy(), config.codebook_size)

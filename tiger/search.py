@@ -38,6 +38,11 @@ class Space(Config):
             raise ValueError("a logarithmic scale needs low > 0")
         return self
 
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest value of a space of numbers."""
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
+
 
 class Weights(Config):
     """objective = unique x unique ratio - reconstruction x error + overlap x overlap@1."""

@@ -7,6 +7,7 @@ the module is wrapped for DDP, and sums over the group stand in for local sums.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -127,6 +128,35 @@ def broadcast(module: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def require_equal(module: nn.Module, name: str) -> None:
+    """Compares every parameter and buffer, bit by bit, over all workers.
+
+    Raises:
+        HealthError: on every worker, where one differs; names the tensors. DDP averages gradients only, so nothing
+            else would ever say that workers train different models.
+    """
+    if not dist.is_initialized():
+        return
+    state = module.state_dict()
+    digests = torch.tensor([_digest(tensor) for tensor in state.values()])
+    device = next(iter(state.values())).device
+    least, most = digests.to(device), digests.to(device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    differing = [key for key, low, high in zip(state, least.tolist(), most.tolist(), strict=True) if low != high]
+    if differing:
+        raise HealthError(
+            f"{name}: the workers' states have come apart in {', '.join(differing[:5])} ({len(differing)} of "
+            f"{len(state)} tensors); something changes the module outside of the gradients on some workers only"
+        )
+
+
+def _digest(tensor: Tensor) -> int:
+    """63 bits of the sha256 of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
+
+
 def share(rows: Tensor) -> tuple[Tensor, Tensor]:
     """This worker's rows of a global batch, and their weights: every row is seen by one worker, none is dropped.
 
@@ -159,7 +189,8 @@ def fit(
         hooks: where reports and snapshots go.
 
     Raises:
-        HealthError: a loss is not finite. The optimizer has not made that step; the last snapshot is still good.
+        HealthError: the workers' states differ at a look; or a loss is not finite, then the optimizer has not made that
+            step, and the last snapshot is still good.
     """
     hooks, config = hooks or Hooks(), schedule.config
     module.to(device)
@@ -171,7 +202,7 @@ def fit(
     )
     state = _State.restore(hooks.load(), module, optimizer, device)
     if state.step == 0 and not state.log:
-        _look(state, module, validate, objective, {})
+        _look(state, module, validate, objective, {}, name)
         hooks.report(state.log[-1])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.precision, device))
     progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
@@ -207,7 +238,7 @@ def fit(
                 global_losses = all_sum(torch.stack(losses)).tolist()
                 losses.clear()
                 figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
-                _look(state, module, validate, objective, figures)
+                _look(state, module, validate, objective, figures, name)
                 said = {key: value for key, value in state.log[-1].items() if key != "losses"}
                 if rank() == 0:
                     log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
@@ -229,8 +260,14 @@ def _look(
     validate: Callable[[nn.Module], dict[str, float]],
     objective: str,
     figures: dict[str, Any],
+    name: str,
 ) -> None:
-    """Validates, and keeps the weights if they are the best so far."""
+    """Validates, and keeps the weights if they are the best so far.
+
+    Raises:
+        HealthError: the workers' states differ.
+    """
+    require_equal(module, name)
     module.eval()
     found = validate(module)
     module.train()

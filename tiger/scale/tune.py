@@ -2,6 +2,10 @@
 
 A trainer inside a trial would cost 25 to 45 s a trial and needs the dashboard to let go of its resources. The vectors
 go into the object store once and are read from there by all trials of a node.
+
+Finished trials are noted in a journal of plain JSON, one file a trial, written when the trial ends. A sweep that was
+killed reads it and goes on: sampler and scheduler are told what was found, and no finished trial runs again. Tune's own
+restart state is not used: it is pickled, and it is written every few seconds, so that trials go missing from it.
 """
 
 from __future__ import annotations
@@ -10,15 +14,17 @@ import functools
 import json
 import logging
 import operator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna.distributions as distributions
 import pyarrow as pa
 import torch
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from tiger.artifacts import SCRATCH, Folder
@@ -34,13 +40,17 @@ from tiger.training import Hooks
 log = logging.getLogger(__name__)
 
 _METRIC = "objective"
+_FAILED = -1e9  # the objective of a trial that could not be trained: Tune and Optuna take numbers only
 
 
 def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor, target: Folder) -> pa.Table:
-    """Runs the trials, or goes on with those that an earlier, killed search left in the target's scratch folder.
+    """Runs the trials, or those that an earlier, killed search has left to do.
+
+    Args:
+        target: the artifact being made; the journal lies in its scratch folder.
 
     Returns:
-        one row a trial: `trial`, its values, the figures of its best look, `epochs` made, `status`.
+        one row a trial, the best first: `trial`, its values, the figures of its best look, `epochs` made, `status`.
 
     Raises:
         HealthError: no trial ended with a figure.
@@ -51,47 +61,38 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
     if search.gpus_per_trial:
         room = cluster.cluster_gpus() / search.gpus_per_trial
     concurrent = search.concurrent or max(1, int(room))
-    plain = run.model_dump(mode="json", serialize_as_any=True)
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            _trial,
-            run=plain,
-            search=search.model_dump(mode="json"),
-            vectors=vectors.numpy(),
-            neighbours=nearest_neighbours(vectors.numpy()),
-        ),
-        {"cpu": search.cpus_per_trial} | ({"gpu": search.gpus_per_trial} if search.gpus_per_trial else {}),
-    )
-    path = f"{target.uri}/{SCRATCH}/tune"
-    progress = Progress("tune", search.trials, "trials")
-    if tune.Tuner.can_restore(path):
-        log.info("tune: going on with the trials in %s", path)
-        tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True)
-    else:
+    journal = _Journal(target.child(f"{SCRATCH}/trials"), search)
+    left = search.trials - len(journal.trials)
+    if journal.trials:
+        log.info("tune: %d of %d trials are in the journal and do not run again", len(journal.trials), search.trials)
+    if left > 0:
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                _trial,
+                run=run.model_dump(mode="json", serialize_as_any=True),
+                search=search.model_dump(mode="json"),
+                vectors=vectors.numpy(),
+                neighbours=nearest_neighbours(vectors.numpy()),
+            ),
+            {"cpu": search.cpus_per_trial} | ({"gpu": search.gpus_per_trial} if search.gpus_per_trial else {}),
+        )
         tuner = tune.Tuner(
             trainable,
-            param_space={key: _domain(space) for key, space in search.space.items()},
             tune_config=tune.TuneConfig(
-                metric=_METRIC,
-                mode="max",
-                num_samples=search.trials,
-                max_concurrent_trials=concurrent,
-                search_alg=_sampler(run, search),
-                scheduler=ASHAScheduler(
-                    max_t=search.looks, grace_period=search.grace, reduction_factor=search.reduction
-                ),
+                num_samples=left,
+                search_alg=ConcurrencyLimiter(_searcher(run, search, journal), concurrent),
+                scheduler=_scheduler(search, journal),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="tune",
+                name=f"tune-{len(journal.trials)}",
                 storage_path=f"{target.uri}/{SCRATCH}",
-                callbacks=[_Live(progress)],
+                callbacks=[journal],
                 verbose=0,
             ),
         )
-    results = tuner.fit()
-    progress.close()
-    return _table(results, search)
+        tuner.fit()
+    return _table(journal.trials, search)
 
 
 def _trial(
@@ -111,6 +112,8 @@ def _trial(
             tune.report(figures | {"epochs": figures["step"] / steps_per_epoch})
 
     device = torch.device("cuda" if settings.gpus_per_trial and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
     try:
         learn_tokenizer(
             config,
@@ -121,16 +124,86 @@ def _trial(
         )
     except HealthError as error:
         log.warning("trial ended: %s", error)
-        tune.report({_METRIC: -1e9, "failure": str(error), "epochs": 0.0})
+        tune.report({_METRIC: _FAILED, "failure": str(error), "epochs": 0.0})
 
 
-def _domain(space: Space) -> Any:
+class _Journal(tune.Callback):
+    """The trials that ended, one JSON file each: `values` (as the sampler has them), `looks`, `status`."""
+
+    def __init__(self, folder: Folder, search: SearchConfig) -> None:
+        self.folder, self.search = folder, search
+        self.trials: list[dict[str, Any]] = [
+            folder.read_json(name) for name in folder.files() if name.endswith(".json")
+        ]
+        self._looks: dict[str, list[dict[str, Any]]] = {}
+        self._progress = Progress("tune", search.trials, "trials", done=len(self.trials))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        kept = {key: value for key, value in result.items() if isinstance(value, (int, float, str)) and "/" not in key}
+        self._looks.setdefault(trial.trial_id, []).append(kept)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note(trial, "finished")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._note(trial, "failed")
+
+    def _note(self, trial: Any, status: str) -> None:
+        looks = self._looks.pop(trial.trial_id, [])
+        if not looks or any("failure" in look for look in looks):
+            status = "failed"
+        number = len(self.trials)
+        entry = {"trial": number, "values": trial.config, "looks": looks, "status": status}
+        self.folder.write_json(f"{number:05d}.json", entry)
+        self.trials.append(entry)
+        best = max(map(_value, self.trials))
+        log.info(
+            "tune: trial %d %s after %d of %d looks with %.4f; best so far %.4f; %s",
+            number, status, len(looks), self.search.looks, _value(entry), best, _decoded(trial.config, self.search),
+        )  # fmt: skip
+        self._progress.add(1)
+        if len(self.trials) == self.search.trials:
+            self._progress.close()
+
+
+def _value(trial: dict[str, Any]) -> float:
+    return max((look[_METRIC] for look in trial["looks"]), default=_FAILED)
+
+
+def _searcher(run: RunConfig, search: SearchConfig, journal: _Journal) -> OptunaSearch:
+    """Told of the trials in the journal; at the start, of the configuration as it stands, where the space holds it."""
+    points = None if journal.trials else _standing(run, search)
+    seed = search.seed + len(journal.trials)  # going on must not draw the same values again
+    sampler: BaseSampler = TPESampler(seed=seed) if search.sampler == "tpe" else RandomSampler(seed=seed)
+    space = {key: _distribution(space) for key, space in search.space.items()}
+    searcher = OptunaSearch(space, _METRIC, "max", points_to_evaluate=points, sampler=sampler)
+    for trial in journal.trials:
+        searcher.add_evaluated_point(trial["values"], _value(trial))
+    return searcher
+
+
+def _scheduler(search: SearchConfig, journal: _Journal) -> ASHAScheduler:
+    """With the looks of the trials in the journal on its rungs."""
+    scheduler = ASHAScheduler(
+        metric=_METRIC, mode="max", max_t=search.looks, grace_period=search.grace, reduction_factor=search.reduction
+    )
+    for trial in journal.trials:
+        known = SimpleNamespace(trial_id=f"journal-{trial['trial']}")
+        scheduler.on_trial_add(None, known)
+        for look in trial["looks"]:
+            scheduler.on_trial_result(None, known, look)
+    return scheduler
+
+
+def _distribution(space: Space) -> distributions.BaseDistribution:
     if space.choices is not None:
-        return tune.choice([json.dumps(choice) for choice in space.choices])  # Optuna's choices are scalars
+        return distributions.CategoricalDistribution([json.dumps(choice) for choice in space.choices])  # scalars only
+    low, high = space.bounds()
     if space.integer:
-        bounds = int(space.low or 0), int(space.high or 0)
-        return tune.lograndint(*bounds) if space.log else tune.randint(*bounds)
-    return tune.loguniform(space.low, space.high) if space.log else tune.uniform(space.low, space.high)
+        return distributions.IntDistribution(int(low), int(high), log=space.log)
+    return distributions.FloatDistribution(low, high, log=space.log)
 
 
 def _decoded(values: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
@@ -138,49 +211,39 @@ def _decoded(values: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
     return {key: json.loads(value) if search.space[key].choices is not None else value for key, value in values.items()}
 
 
-def _sampler(run: RunConfig, search: SearchConfig) -> Any:
-    """The first trial is the configuration as it stands, where the space holds it."""
-    current: dict[str, Any] = {}
+def _standing(run: RunConfig, search: SearchConfig) -> list[dict[str, Any]] | None:
+    values: dict[str, Any] = {}
     plain = run.model_dump(mode="json", serialize_as_any=True)
     for key, space in search.space.items():
         value: Any = functools.reduce(operator.getitem, key.split("."), plain)
         if space.choices is not None:
-            if value in space.choices:
-                current[key] = json.dumps(value)
-        elif (space.low or 0) <= value <= (space.high or 0):
-            current[key] = value
-    points = [current] if len(current) == len(search.space) else None
-    if search.sampler == "random":
-        return BasicVariantGenerator(points_to_evaluate=points, random_state=search.seed)
-    return OptunaSearch(points_to_evaluate=points, sampler=TPESampler(seed=search.seed))
+            if value not in space.choices:
+                return None
+            values[key] = json.dumps(value)
+        else:
+            low, high = space.bounds()
+            if not low <= value <= high:
+                return None
+            values[key] = value
+    return [values]
 
 
-class _Live(tune.Callback):
-    """A line for every trial that ended, with the best so far."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.best = progress, -np.inf
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        value = trial.last_result.get(_METRIC, -np.inf)
-        self.best = max(self.best, value)
-        log.info("tune: %s ended with %.4f after %s looks, best %.4f", trial.trial_id, value, iteration, self.best)
-        self.progress.add(1)
-
-
-def _table(results: tune.ResultGrid, search: SearchConfig) -> pa.Table:
+def _table(trials: list[dict[str, Any]], search: SearchConfig) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    for result in results:
-        history = result.metrics_dataframe
-        figures = dict(result.metrics or {})
-        if history is not None and _METRIC in history:
-            figures = history.loc[history[_METRIC].idxmax()].to_dict() | {"epochs": float(history["epochs"].max())}
-        names = [name for name in figures if "@" in name]
-        names += ["unique_ratio", "reconstruction_error", _METRIC, "epochs"]
-        kept = {name: float(figures[name]) if name in figures else None for name in names}
-        values = _decoded(result.config or {}, search)
-        status = "failed" if result.error or "failure" in figures else "finished"
-        rows.append({"trial": figures.get("trial_id"), **values, **kept, "status": status})
+    for trial in trials:
+        best: dict[str, Any] = max(trial["looks"], key=operator.itemgetter(_METRIC), default={})
+        names = ["unique_ratio", "reconstruction_error", _METRIC, *(name for name in best if "@" in name)]
+        figures = {name: None if best.get(_METRIC, _FAILED) == _FAILED else best.get(name) for name in names}
+        epochs = max((look["epochs"] for look in trial["looks"]), default=0.0)
+        rows.append(
+            {"trial": trial["trial"], **_decoded(trial["values"], search), **figures}
+            | {"epochs": epochs, "seconds": sum(look["time_this_iter_s"] for look in trial["looks"])}
+            | {
+                "status": trial["status"],
+                "failure": next((x["failure"] for x in trial["looks"] if "failure" in x), None),
+            }
+        )
     if not any(row["status"] == "finished" for row in rows):
         raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row[_METRIC] or -np.inf, reverse=True))
+    rows.sort(key=lambda row: (_FAILED if row[_METRIC] is None else row[_METRIC], -row["trial"]), reverse=True)
+    return pa.Table.from_pylist(rows)

@@ -7,8 +7,8 @@ A tokenizer is a module in this folder (or anywhere, by its dotted name) with
 
 Training calls `initialize` once, on one worker, and sends the state to the others; then `forward` on every batch, as
 many steps as the configuration says (none where `initialize` does all the work), with `refresh` before every epoch, on
-one worker again. Collisions are not its concern:
-`semantic_ids.py` adds a level that tells items of equal codes apart.
+one worker again. Collisions are not its concern: `semantic_ids.py` tells items of equal codes apart, with the help of
+`last_costs`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,19 @@ class TokenizerConfig(PluginConfig):
     plugin_package: ClassVar[str] = "tiger.tokenizers"
     default_kind: ClassVar[str] = "rqvae"
 
-    kind: str = Field("rqvae", description="quantizer: rqvae, rkmeans, or a dotted module name")
+    kind: str = Field("rqvae", description="quantizer: rqvae, rkmeans, opq, or a dotted module name")
     levels: int = Field(3, ge=1, le=8, description="codes per item, the collision code not counted")
     codebook_size: int = Field(256, ge=2, le=32_767, description="codes to choose from at each level")
     kmeans_iterations: int = Field(50, ge=1, description="iterations of k-means per level, at most")
     kmeans_sample: int = Field(100_000, ge=256, description="items that k-means looks at, at most")
     training: TrainingConfig = TrainingConfig()
     seed: int = Field(0, ge=0, description="seed of weights, k-means, dropout and order")
+
+
+class NoTraining(TrainingConfig):
+    """For tokenizers that `initialize` makes complete."""
+
+    epochs: int = Field(0, ge=0, le=0, description="always 0: there is nothing to train")
 
 
 class Tokenizer(nn.Module):
@@ -78,6 +84,17 @@ class Tokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Embeddings float32 [B, d] that stand for int64 [B, levels] codes."""
         raise NotImplementedError
+
+    def last_costs(self, batch: Tensor) -> Tensor:
+        """What each code would cost an item at the last level, its codes before given: float32 [B, K].
+
+        Squared errors, or anything that can be summed over items to say which assignment of last codes is better.
+        """
+        raise NotImplementedError
+
+    def errors(self, batch: Tensor, codes: Tensor) -> Tensor:
+        """Squared errors [B] of codes [B, levels], in standardised embeddings, summed over dimensions."""
+        return (self.standardize(self.decode(codes)) - self.standardize(batch)).square().sum(1)
 
     def latent(self, batch: Tensor) -> Tensor:
         """What is quantized, [B, latent]: the standardised embedding unless there is an encoder."""

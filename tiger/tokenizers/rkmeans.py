@@ -1,7 +1,7 @@
 """Residual k-means: level by level, k-means on what the levels before have left over.
 
 No gradient, seconds on a CPU, no dead codes: the baseline that a learned tokenizer has to beat (OneRec's RQ-KMeans,
-arXiv 2502.18965, section 3).
+arXiv 2502.18965, section 3). For catalogs larger than memory `scale/quantize.py` fits the same over a Ray Dataset.
 """
 
 from __future__ import annotations
@@ -10,21 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiger.tokenizers import TokenizerConfig
-from tiger.tokenizers._residual import ResidualTokenizer
-from tiger.training import TrainingConfig
+from tiger.tokenizers import NoTraining
+from tiger.tokenizers._residual import ResidualConfig, ResidualTokenizer
 
 
-class NoTraining(TrainingConfig):
-    """k-means is all there is."""
-
-    epochs: int = Field(0, ge=0, le=0, description="always 0: there is nothing to train")
-
-
-class Config(TokenizerConfig):
-    """All knobs are those of the contract."""
+class Config(ResidualConfig):
+    """Knobs of k-means over catalogs beyond memory, beside those of residual quantization."""
 
     kind: str = Field("rkmeans", description="quantizer: residual k-means")
+    streamed: bool = Field(False, description="read the vectors part by part, on all nodes: for catalogs beyond memory")
+    passes: int = Field(10, ge=1, description="passes over all vectors per level, with streamed = true")
     training: NoTraining = NoTraining()
 
 
@@ -34,7 +29,7 @@ class ResidualKMeans(ResidualTokenizer):
         self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, dim))
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.standardize(self.decode(self.encode(batch)) - batch + self.mean).square().sum(1)
+        return self.errors(batch, self.encode(batch))
 
 
 def build(config: Config, dim: int) -> ResidualKMeans:

@@ -1,9 +1,11 @@
 """RQ-VAE: an autoencoder whose latent is a sum of one vector from each of several codebooks (TIGER, section 3.1;
 Zeghidour et al. 2021 for the residual quantizer).
 
-What keeps it from collapsing, each measured in LOG.md: standardised inputs, k-means codebooks on the residuals of
-*encoded* vectors at the start and one Lloyd iteration of it before every epoch, a shallow encoder with He-uniform
-weights, a reconstruction loss summed over dimensions, AdamW.
+Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
+identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
+ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
+measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level before every epoch, directions
+instead of vectors at the later levels, a reconstruction loss summed over dimensions, AdamW.
 
 Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
 """
@@ -11,42 +13,51 @@ Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tiger.kmeans import lloyd, nearest
-from tiger.tokenizers import TokenizerConfig
-from tiger.tokenizers._residual import ResidualTokenizer
-from tiger.training import TrainingConfig
+from tiger.kmeans import cluster_sums, lloyd, nearest, revive
+from tiger.tokenizers._residual import Level, ResidualConfig, ResidualTokenizer, rotated
+from tiger.training import TrainingConfig, all_sum
 
 
 class RQVAETraining(TrainingConfig):
     """How the autoencoder is trained."""
 
-    epochs: int = Field(100, ge=0, description="passes over all items, at most")
+    epochs: int = Field(40, ge=0, description="passes over all items, at most")
     batch_size: int = Field(256, ge=1, description="items per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    validate_every: float = Field(10.0, gt=0, description="epochs between two looks at usage and reconstruction")
+    validate_every: float = Field(5.0, gt=0, description="epochs between two looks at usage and reconstruction")
     patience: int = Field(10, ge=1, description="looks without a better reconstruction before training stops")
 
 
-class Config(TokenizerConfig):
+class Config(ResidualConfig):
     """Shape of the autoencoder, its loss, and its training."""
 
     kind: str = Field("rqvae", description="quantizer: residual-quantized autoencoder")
     hidden: tuple[int, ...] = Field((256, 128), description="widths of the encoder's layers; the decoder mirrors them")
-    latent: int = Field(64, ge=2, description="dimension of the quantized vector")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout after every hidden layer")
+    latent: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
+    linear_path: bool = Field(True, description="a linear path beside the layers, started as principal directions")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
     commitment: float = Field(0.25, ge=0, description="weight of the loss that draws the latent to its codes (beta)")
-    lloyd: bool = Field(True, description="refit the codebooks by one k-means iteration before every epoch")
+    codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
+        "lloyd", description="gradients and a k-means iteration before every epoch; moving averages; gradients alone"
+    )
+    ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
+    reset_dead: bool = Field(True, description="codes that no item has move to badly represented items, every epoch")
+    gradient: Literal["straight-through", "rotation"] = Field(
+        "straight-through", description="how the gradient passes the quantization"
+    )
+    reconstruction: Literal["sum", "mean"] = Field("sum", description="the squared error, over dimensions")
     training: RQVAETraining = RQVAETraining()
 
 
-def _mlp(widths: list[int], dropout: float) -> nn.Sequential:
+def _mlp(widths: list[int], dropout: float, last_is_zero: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
         linear = nn.Linear(fan_in, fan_out)
@@ -55,50 +66,128 @@ def _mlp(widths: list[int], dropout: float) -> nn.Sequential:
         layers.append(linear)
         if index < len(widths) - 2:
             layers += [nn.ReLU(), nn.Dropout(dropout)]
+        elif last_is_zero:
+            nn.init.zeros_(linear.weight)
     return nn.Sequential(*layers)
 
 
+class _Coder(nn.Module):
+    """Encoder or decoder: layers, and a linear path beside them."""
+
+    def __init__(self, widths: list[int], dropout: float, linear_path: bool) -> None:
+        super().__init__()
+        self.layers = _mlp(widths, dropout, linear_path)
+        self.linear = nn.Linear(widths[0], widths[-1]) if linear_path else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return y if self.linear is None else y + self.linear(x)
+
+
 class RQVAE(ResidualTokenizer):
+    ema_sums: Tensor
+    ema_counts: Tensor
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        widths = [dim, *config.hidden, config.latent]
-        self.encoder = _mlp(widths, config.dropout)
-        self.decoder = _mlp(widths[::-1], config.dropout)
-        self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, config.latent))
-        self.commitment, self.lloyd = config.commitment, config.lloyd
+        latent = config.latent or dim
+        widths = [dim, *config.hidden, latent]
+        self.encoder = _Coder(widths, config.dropout, config.linear_path)
+        self.decoder = _Coder(widths[::-1], config.dropout, config.linear_path)
+        self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
+        self.config = config
+        if config.codebook_update == "ema":
+            self.codebooks.requires_grad_(False)
+            self.register_buffer("ema_sums", torch.zeros_like(self.codebooks))
+            self.register_buffer("ema_counts", torch.zeros(config.levels, config.codebook_size))
+
+    @torch.no_grad()
+    def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
+        self.fit_statistics(sample)
+        if self.encoder.linear is not None and self.decoder.linear is not None:
+            directions = _principal_directions(self.standardize(sample), self.codebooks.shape[2])
+            self.encoder.linear.weight.copy_(directions.T)
+            self.decoder.linear.weight.copy_(directions)
+            for linear in (self.encoder.linear, self.decoder.linear):
+                nn.init.zeros_(linear.bias)
+        super().initialize(sample, generator)
+        if self.config.codebook_update == "ema":
+            self._restart_averages()
+
+    def _restart_averages(self) -> None:
+        """The averages start as if every code had been chosen once a step, where it stands."""
+        self.ema_counts.fill_(1.0)
+        self.ema_sums.copy_(self.codebooks)
 
     @torch.no_grad()
     def refresh(self, sample: Tensor) -> None:
-        """One Lloyd iteration per level on the residuals of the encoded vectors; a dead code gets an item again.
+        """Lloyd: one iteration per level on the rests of the encoded vectors; otherwise, dead codes get an item again.
 
         The encoder moves faster than gradients can pull the codes after it: without this, seven of eight codes of the
         first level were dead after ten epochs on Beauty.
         """
-        if self.lloyd:
-            self._set_codebooks(sample, lambda residual, codebook: lloyd(residual, codebook)[0])
+        if self.config.codebook_update == "lloyd":
+            self.refit(sample, lambda points, codebook: lloyd(points, codebook)[0])
+        else:
+            before = self.codebooks.clone()
+            self.refit(sample, _with_life if self.config.reset_dead else lambda points, codebook: codebook)
+            if self.config.codebook_update == "ema":
+                moved = (self.codebooks != before).any(dim=2)
+                self.ema_counts[moved] = 1.0
+                self.ema_sums[moved] = self.codebooks[moved]
 
     def latent(self, batch: Tensor) -> Tensor:
-        return self.encoder(self.standardize(batch))
+        latent: Tensor = self.encoder(self.standardize(batch))
+        return latent
 
     def from_latent(self, latent: Tensor) -> Tensor:
-        return self.decoder(latent)
+        embedding: Tensor = self.decoder(latent)
+        return embedding
 
     def forward(self, batch: Tensor) -> Tensor:
         target_BD = self.standardize(batch)
         latent_BZ = self.encoder(target_BD)
-        residual_BZ, quantized_BZ = latent_BZ, torch.zeros_like(latent_BZ)
+        quantized_BZ = torch.zeros_like(latent_BZ)
         loss_B = torch.zeros_like(latent_BZ[:, 0])
-        for codebook_KZ in self.codebooks:
-            code_B, _ = nearest(residual_BZ.detach(), codebook_KZ.detach())
-            chosen_BZ = codebook_KZ[code_B]
+        levels = list(self.quantize(latent_BZ))
+        for level in levels:
             # The codebook moves to the latent, and, beta times as strongly, the latent to the codebook.
-            loss_B = loss_B + (residual_BZ.detach() - chosen_BZ).square().sum(1)
-            loss_B = loss_B + self.commitment * (residual_BZ - chosen_BZ.detach()).square().sum(1)
-            quantized_BZ = quantized_BZ + chosen_BZ
-            residual_BZ = residual_BZ - chosen_BZ.detach()
-        straight_through_BZ = latent_BZ + (quantized_BZ - latent_BZ).detach()
-        reconstruction_BD = self.decoder(straight_through_BZ)
-        return loss_B + (reconstruction_BD - target_BD).square().sum(1)
+            codebook_B = (level.point.detach() - level.chosen).square().sum(1)
+            commitment_B = (level.point - level.chosen.detach()).square().sum(1)
+            loss_B = loss_B + level.length.squeeze(1).square() * (codebook_B + self.config.commitment * commitment_B)
+            quantized_BZ = quantized_BZ + level.length * level.chosen
+        if self.config.gradient == "rotation":
+            passed_BZ = rotated(latent_BZ, quantized_BZ)
+        else:
+            passed_BZ = latent_BZ + (quantized_BZ - latent_BZ).detach()
+        errors_BD = (self.decoder(passed_BZ) - target_BD).square()
+        if self.training and self.config.codebook_update == "ema":
+            self._move_codebooks(levels)
+        return loss_B + (errors_BD.sum(1) if self.config.reconstruction == "sum" else errors_BD.mean(1))
+
+    @torch.no_grad()
+    def _move_codebooks(self, levels: list[Level]) -> None:
+        """Moving averages of the points of each code, over the batches of all workers (van den Oord et al. 2017)."""
+        decay = self.config.ema_decay
+        for index, level in enumerate(levels):
+            sums, counts = cluster_sums(level.point, level.code, self.codebook_size)
+            self.ema_sums[index].mul_(decay).add_(all_sum(sums), alpha=1 - decay)
+            self.ema_counts[index].mul_(decay).add_(all_sum(counts), alpha=1 - decay)
+        self.codebooks.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, :, None])
+
+
+def _with_life(points: Tensor, codebook: Tensor) -> Tensor:
+    code, distance = nearest(points, codebook)
+    return revive(codebook, torch.bincount(code, minlength=len(codebook)), points, distance)
+
+
+def _principal_directions(points: Tensor, count: int) -> Tensor:
+    """Orthonormal columns [d, count] of greatest variance, zeros beyond d; the identity where count is d."""
+    dim = points.shape[1]
+    if count == dim:
+        return torch.eye(dim, device=points.device)
+    _, directions = torch.linalg.eigh(points.T @ points / len(points))
+    return torch.nn.functional.pad(directions.flip(1)[:, :count], (0, max(0, count - dim)))
 
 
 def build(config: Config, dim: int) -> RQVAE:

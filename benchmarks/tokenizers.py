@@ -1,0 +1,114 @@
+"""All quantizers and options on one set of embeddings, several seeds each: a Markdown table.
+
+    uv run python benchmarks/tokenizers.py data.path=../shared/data/amazon-beauty [seeds=3] [only=REGEX] [config=beauty-cpu]
+
+`unique` is the share of distinct tuples of nearest codes, `error` the reconstruction error relative to the variance;
+`moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of an
+item's ten nearest neighbours (cosine) with the same first code, and with the same first two. Means over seeds, with the
+least and the largest where they differ.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.command import CONFIGS
+from jobs.embed import embeddings_of
+from tiger.config import load
+from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
+from tiger.learning import encode_all, learn_tokenizer, read_vectors
+from tiger.quality import gini
+from tiger.run import RunConfig
+from tiger.semantic_ids import SemanticIdsConfig, assign, packed
+from tiger.tokenizers import TokenizerConfig
+
+CPU = torch.device("cpu")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "residual k-means, Euclidean": {"kind": "rkmeans", "distance": "euclidean"},
+    "residual k-means, mixed": {"kind": "rkmeans", "distance": "mixed"},
+    "residual k-means, cosine": {"kind": "rkmeans", "distance": "cosine"},
+    "residual k-means, mixed, Sinkhorn last level": {"kind": "rkmeans", "distance": "mixed", "balance_last_level": True},
+    "OPQ": {"kind": "opq"},
+    "**RQ-VAE, the default**": {},
+    "RQ-VAE, Euclidean": {"distance": "euclidean"},
+    "RQ-VAE, mixed": {"distance": "mixed"},
+    "RQ-VAE, codebooks by gradient alone": {"codebook_update": "gradient", "reset_dead": False},
+    "RQ-VAE, gradient and dead-code reset": {"codebook_update": "gradient"},
+    "RQ-VAE, EMA codebooks": {"codebook_update": "ema"},
+    "RQ-VAE, rotation trick": {"gradient": "rotation"},
+    "RQ-VAE, Sinkhorn last level": {"balance_last_level": True},
+    "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction": "mean"},
+    "RQ-VAE, latent 128": {"latent": 128},
+    "RQ-VAE, layers 512-256-128": {"hidden": (512, 256, 128)},
+    "RQ-VAE, dropout 0.1": {"dropout": 0.1},
+    "RQ-VAE, commitment 1": {"commitment": 1.0},
+    "RQ-VAE, no linear path": {"linear_path": False},
+    "RQ-VAE, no linear path, latent 64, gradient alone": {
+        "linear_path": False, "latent": 64, "codebook_update": "gradient", "reset_dead": False, "distance": "euclidean",
+    },
+}  # fmt: skip
+
+
+def measure(values: dict[str, Any], vectors: torch.Tensor, neighbours: Any, seed: int) -> dict[str, float]:
+    config = TokenizerConfig.resolve(values | {"seed": seed})
+    begin = time.perf_counter()
+    tokenizer, result = learn_tokenizer(config, vectors, device=CPU)
+    seconds = time.perf_counter() - begin
+    codes = encode_all(tokenizer, vectors, CPU).numpy()
+    found = code_figures(codes, config.codebook_size) | neighbour_overlap(codes, neighbours)
+    for level in range(config.levels):
+        found[f"gini@{level + 1}"] = gini(np.bincount(codes[:, level], minlength=config.codebook_size))
+    found["largest"] = int(np.unique(packed(codes), return_counts=True)[1].max())
+    moved = assign(
+        codes,
+        config.codebook_size,
+        SemanticIdsConfig(collisions="nearest"),
+        lambda items: tokenizer.last_costs(vectors[items]).numpy(),
+    )
+    errors = tokenizer.errors(vectors, torch.from_numpy(moved.codes[:, : moved.levels]).long())
+    found["moved"] = float(errors.mean()) / vectors.shape[1]
+    return found | {"error": result.best["reconstruction_error"], "seconds": seconds}
+
+
+def main() -> None:
+    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    seeds, only = int(settings.pop("seeds", "3")), re.compile(settings.pop("only", ""))
+    run = load(RunConfig, settings.pop("config", "beauty-cpu"), [f"{k}={v}" for k, v in settings.items()], CONFIGS)
+    vectors = read_vectors(embeddings_of(run).folder)
+    neighbours = nearest_neighbours(vectors.numpy())
+    torch.set_num_threads(2)
+    print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions, {seeds} seeds, 2 threads\n")
+    print("| quantizer | usage | Gini | unique | largest group | error | moved | overlap | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, values in VARIANTS.items():
+        if not only.search(name):
+            continue
+        runs = [measure(values, vectors, neighbours, seed) for seed in range(seeds)]
+
+        def mean(key: str, digits: int, runs: list[dict[str, float]] = runs) -> str:
+            found = [run[key] for run in runs]
+            low, value, high = (f"{x:.{digits}f}" for x in (min(found), float(np.mean(found)), max(found)))
+            return value if low == high else f"{value} ({low} to {high})"
+
+        levels = [level for level in range(1, 9) if f"usage@{level}" in runs[0]]
+        cells = [
+            " / ".join(f"{np.mean([run[f'usage@{level}'] for run in runs]):.2f}" for level in levels),
+            " / ".join(f"{np.mean([run[f'gini@{level}'] for run in runs]):.2f}" for level in levels),
+            mean("unique_ratio", 3),
+            mean("largest", 0),
+            mean("error", 3),
+            mean("moved", 3),
+            f"{mean('overlap@1', 3)}; {mean('overlap@2', 3)}",
+            mean("seconds", 0),
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Optimized product quantization: a rotation, then k-means on each of `levels` equal parts of the vector.
+
+Alternates between codebooks and rotation (Ge et al. 2013, section 3.1, "OPQ-NP"), from the rotation that gives every
+part an equal share of the variance (section 3.2). Its codes are side by side where residual codes go from coarse to
+fine, so that a prefix says less about an item: VQ-Rec and RPG use it with many more levels.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tiger.kmeans import kmeans, lloyd, nearest
+from tiger.tokenizers import NoTraining, Tokenizer, TokenizerConfig
+
+
+class Config(TokenizerConfig):
+    """Knobs of the alternation."""
+
+    kind: str = Field("opq", description="quantizer: optimized product quantization")
+    rotations: int = Field(30, ge=0, description="times that codebooks and rotation are brought up to date in turn")
+    training: NoTraining = NoTraining()
+
+
+class OptimizedProductQuantizer(Tokenizer):
+    rotation: Tensor
+    codebooks: Tensor
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__(config, dim)
+        self.rotations, self.iterations = config.rotations, config.kmeans_iterations
+        self.part = -(-dim // config.levels)  # the last part is filled up with zeros
+        self.register_buffer("rotation", torch.eye(self.part * config.levels))
+        self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, self.part))
+
+    @torch.no_grad()
+    def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
+        self.fit_statistics(sample)
+        points = self._padded(self.standardize(sample))
+        self.rotation.copy_(_balanced_rotation(points, self.levels))
+        for level, part in enumerate(self._parts(points)):
+            self.codebooks[level] = kmeans(part, self.codebook_size, iterations=self.iterations, generator=generator)
+        for _ in range(self.rotations):
+            for level, part in enumerate(self._parts(points)):
+                self.codebooks[level] = lloyd(part, self.codebooks[level])[0]
+            codes = torch.stack([nearest(p, c)[0] for p, c in zip(self._parts(points), self.codebooks, strict=True)], 1)
+            # The rotation that brings points nearest to their codebook vectors: orthogonal Procrustes.
+            left, _, right = torch.linalg.svd(points.T @ self._vectors(codes))
+            self.rotation.copy_(left @ right)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.errors(batch, self.encode(batch))
+
+    @torch.no_grad()
+    def encode(self, batch: Tensor) -> Tensor:
+        parts = self._parts(self._padded(self.standardize(batch)))
+        return torch.stack([nearest(p, c)[0] for p, c in zip(parts, self.codebooks, strict=True)], dim=1)
+
+    @torch.no_grad()
+    def last_costs(self, batch: Tensor) -> Tensor:
+        parts = self._parts(self._padded(self.standardize(batch)))
+        return torch.cdist(parts[-1], self.codebooks[-1]).square()
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.unstandardize((self._vectors(codes) @ self.rotation.T)[:, : self.dim])
+
+    def _padded(self, points: Tensor) -> Tensor:
+        return torch.nn.functional.pad(points, (0, len(self.rotation) - self.dim))
+
+    def _parts(self, points: Tensor) -> tuple[Tensor, ...]:
+        return (points @ self.rotation).split(self.part, dim=1)
+
+    def _vectors(self, codes: Tensor) -> Tensor:
+        return torch.cat([codebook[codes[:, level]] for level, codebook in enumerate(self.codebooks)], dim=1)
+
+
+def _balanced_rotation(points: Tensor, parts: int) -> Tensor:
+    """Principal directions dealt to the parts so that the products of their variances are about equal."""
+    variances, directions = torch.linalg.eigh(points.T @ points / len(points))
+    size = len(variances) // parts
+    share: list[list[int]] = [[] for _ in range(parts)]
+    logs = [0.0] * parts
+    for index in range(len(variances) - 1, -1, -1):  # largest first, to the part with the least product so far
+        open_parts = [part for part in range(parts) if len(share[part]) < size]
+        part = min(open_parts, key=lambda candidate: (logs[candidate], candidate))
+        share[part].append(index)
+        logs[part] += float(variances[index].clamp_min(1e-12).log())
+    return directions[:, [index for part in share for index in part]]
+
+
+def build(config: Config, dim: int) -> OptimizedProductQuantizer:
+    return OptimizedProductQuantizer(config, dim)
