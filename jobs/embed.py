@@ -20,6 +20,7 @@ from tiger.scale.map import Actors, map_table
 log = logging.getLogger(__name__)
 
 _LOOK_AT = 20_000  # vectors that the health checks read, at most
+_PART_ROWS = 65_536  # of embeddings made elsewhere; those of texts come in the catalog's parts
 
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
@@ -62,7 +63,8 @@ def adopt(run: RunConfig) -> Artifact:
 
     def make(draft: Draft) -> None:
         vectors, items = adopt_vectors(source.read_table(name), name, config.storage)
-        draft.folder.write_table("vectors/part-00000.parquet", vectors)
+        for part, begin in enumerate(range(0, len(vectors), _PART_ROWS)):
+            draft.folder.write_table(f"vectors/part-{part:05d}.parquet", vectors.slice(begin, _PART_ROWS))
         draft.folder.write_table("items.parquet", items)
         array = read_vectors(draft.folder).numpy()
         draft.figures = {"items": len(array), "dimension": array.shape[1]}

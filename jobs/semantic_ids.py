@@ -5,6 +5,8 @@ With embedding.vectors=FILE.parquet (item_id, vector) from anywhere it needs no 
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from jobs.command import command
@@ -12,42 +14,70 @@ from jobs.embed import embeddings_of
 from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
 from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
-from tiger.learning import encode_all, load_tokenizer, read_vectors, tokenizer_worker
+from tiger.errors import ConfigError
+from tiger.learning import (
+    encode_all,
+    load_tokenizer,
+    read_vectors,
+    reconstruction_error,
+    tokenizer_worker,
+    write_weights,
+)
 from tiger.run import RunConfig
+from tiger.scale import quantize
 from tiger.scale.train import train
+from tiger.tokenizers import Tokenizer, TokenizerConfig, rkmeans
+
+_LOOK_AT = 20_000  # vectors whose latents the health checks compare
 
 
 def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
     config = run.tokenizer
 
     def make(draft: Draft) -> None:
-        arguments = {
-            "config": config.model_dump(mode="json"),
-            "embeddings": embeddings.folder.uri,
-            "target": draft.folder.uri,
-        }
-        draft.figures = train(tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer")
-        vectors = read_vectors(embeddings.folder)
-        tokenizer = load_tokenizer(config, draft.folder, vectors.shape[1])
-        codes = encode_all(tokenizer, vectors, torch.device("cpu"))
+        if _streamed(config):
+            assert isinstance(config, rkmeans.Config)
+            write_weights(quantize.fit(config, embeddings.folder), draft.folder)
+        else:
+            arguments = {
+                "config": config.model_dump(mode="json"),
+                "embeddings": embeddings.folder.uri,
+                "target": draft.folder.uri,
+            }
+            draft.figures = train(tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer")
+        tokenizer = load_tokenizer(config, draft.folder, embeddings.figures["dimension"])
+        codes, error, _ = _quantize(config, tokenizer, embeddings)
+        draft.figures |= {"reconstruction_error": error} | code_figures(codes, config.codebook_size)
         with torch.no_grad():
-            latents = tokenizer.latent(vectors[:20_000])
-        draft.health = require(check_tokenizer(latents.numpy(), codes.numpy(), config.codebook_size))
+            latents = tokenizer.latent(read_vectors(embeddings.folder, at_most=_LOOK_AT))
+        draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
     return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)
 
 
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
+    config = run.tokenizer
+
     def make(draft: Draft) -> None:
-        vectors = read_vectors(embeddings.folder)
-        trained = load_tokenizer(run.tokenizer, tokenizer.folder, vectors.shape[1])
-        codes = encode_all(trained, vectors, torch.device("cpu")).numpy()
-        costs = lambda items: trained.last_costs(vectors[items]).numpy()  # noqa: E731
-        ids = semantic_ids.assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
+        trained = load_tokenizer(config, tokenizer.folder, embeddings.figures["dimension"])
+        codes, error, vectors = _quantize(config, trained, embeddings)
+        nearest = code_figures(codes, config.codebook_size)
+        if run.semantic_ids.collisions == "nearest" and vectors is None:
+            raise ConfigError(
+                "semantic_ids.collisions = nearest needs the vectors in memory, tokenizer.streamed keeps them out of "
+                "it; set semantic_ids.collisions = level"
+            )
+
+        def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            assert vectors is not None
+            return trained.last_costs(vectors[items]).numpy()
+
+        ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
         owner = embeddings.inputs.get("catalog", embeddings)
         ids.write(draft.folder, owner.folder.read_table("items.parquet", ["source_id"])["source_id"])
-        nearest, assigned = code_figures(codes, run.tokenizer.codebook_size), ids.codes[:, : ids.levels]
-        error = float(trained.errors(vectors, torch.from_numpy(assigned).long()).mean()) / vectors.shape[1]
+        assigned = ids.codes[:, : ids.levels].astype(np.int64)
+        if vectors is not None:
+            error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
         draft.figures = {
             "items": len(ids),
             "codes_per_item": len(ids.level_sizes),
@@ -55,7 +85,7 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
             "largest_group": int(ids.collisions.max()) + 1,
             "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
             "reconstruction_error": error,
-            **code_figures(assigned, run.tokenizer.codebook_size),
+            **code_figures(assigned, config.codebook_size),
         }
         draft.health = require(check_semantic_ids(ids.collisions))
 
@@ -65,6 +95,22 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
 
 def make_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
     return assign_ids(run, train_tokenizer(run, embeddings), embeddings)
+
+
+def _streamed(config: TokenizerConfig) -> bool:
+    return isinstance(config, rkmeans.Config) and config.streamed
+
+
+def _quantize(
+    config: TokenizerConfig, tokenizer: Tokenizer, embeddings: Artifact
+) -> tuple[npt.NDArray[np.int64], float, torch.Tensor | None]:
+    """Nearest codes [N, L] of all items, their reconstruction error, and the vectors where they are in memory."""
+    if _streamed(config):
+        codes, error = quantize.encode(tokenizer, embeddings.folder)
+        return codes, error, None
+    vectors = read_vectors(embeddings.folder)
+    tensor = encode_all(tokenizer, vectors, torch.device("cpu"))
+    return tensor.numpy(), reconstruction_error(tokenizer, vectors, tensor, torch.device("cpu")), vectors
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -77,10 +78,7 @@ def learn_tokenizer(
 
     def validate(module: nn.Module) -> dict[str, float]:
         codes = encode_all(tokenizer, vectors, device)
-        chunks = zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True)
-        error = torch.cat([tokenizer.errors(v.to(device), c.to(device)).cpu() for v, c in chunks])
-        # Relative to the spread of the standardised embeddings: 1 is what the mean alone would reach.
-        figures = {"reconstruction_error": float(error.mean()) / vectors.shape[1]}
+        figures = {"reconstruction_error": reconstruction_error(tokenizer, vectors, codes, device)}
         figures |= code_figures(codes.numpy(), config.codebook_size)
         figures["objective"] = -figures["reconstruction_error"]
         return figures | (judge(codes.numpy(), figures) if judge else {})
@@ -106,6 +104,13 @@ def encode_all(tokenizer: Tokenizer, vectors: Tensor, device: torch.device) -> T
     codes = torch.cat([tokenizer.encode(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
     tokenizer.train(was_training)
     return codes
+
+
+def reconstruction_error(tokenizer: Tokenizer, vectors: Tensor, codes: Tensor, device: torch.device) -> float:
+    """Mean squared error of codes [N, L] relative to the variance of the embeddings: 1 is what their mean reaches."""
+    chunks = zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True)
+    errors = torch.cat([tokenizer.errors(v.to(device), c.to(device)).cpu() for v, c in chunks])
+    return float(errors.mean()) / vectors.shape[1]
 
 
 def learn_model(
@@ -156,18 +161,26 @@ def learn_model(
     return model.eval(), result
 
 
-def read_vectors(folder: Folder) -> Tensor:
-    """Embeddings float32 [N, d], row = item_id.
+def read_vectors(folder: Folder, at_most: int | None = None) -> Tensor:
+    """Embeddings float32 [N, d], row = item_id; or those of the first file, `at_most` of them.
 
     Raises:
         ArtifactError: the item ids are not 0 .. N-1, each once.
     """
+    if at_most is not None:
+        first = next(name for name in folder.files() if name.startswith("vectors/"))
+        return matrix(folder.read_table(first).slice(0, at_most))
     table = folder.read_table("vectors").sort_by("item_id").combine_chunks()
     items = np.asarray(table["item_id"])
     if not np.array_equal(items, np.arange(len(items))):
         raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
+    return matrix(table)
+
+
+def matrix(table: pa.Table) -> Tensor:
+    """The column `vector`, lists of equal length, as float32 [rows, d]."""
     lists = table["vector"].combine_chunks()
-    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(items), -1).astype(np.float32))
+    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(table), -1).astype(np.float32))
 
 
 def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
@@ -198,10 +211,15 @@ def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) 
 def _leave(module: nn.Module, result: FitResult, target: Folder) -> dict[str, Any]:
     """Rank 0 writes weights and the log of the training; returns the figures of the best look."""
     if training.rank() == 0:
-        state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
-        target.write_bytes(WEIGHTS, safetensors.torch.save(state))
+        write_weights(module, target)
         target.write_bytes("metrics.jsonl", "".join(json.dumps(look) + "\n" for look in result.log).encode())
     return {**result.best, "best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
+
+
+def write_weights(module: nn.Module, target: Folder) -> None:
+    """All parameters and buffers, as safetensors."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    target.write_bytes(WEIGHTS, safetensors.torch.save(state))
 
 
 def load_tokenizer(config: TokenizerConfig, folder: Folder, dim: int) -> Tokenizer:

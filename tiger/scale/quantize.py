@@ -1,9 +1,9 @@
 """Residual k-means for catalogs beyond one machine's memory: the same state as in memory, over a Ray Dataset.
 
 Codebooks start from a sample that fits (`tokenizer.kmeans_sample`). Then every level makes full passes of Lloyd's
-algorithm over all vectors: each part of the embeddings becomes one row of sums and counts, and the driver adds these up,
-one part at a time. No node holds more than a part. Passes over everything rather than steps on mini-batches: those leave
-most codes of the later levels unused (6 of 256 in `LOG.md`'s comparison), and cost as much reading.
+algorithm over all vectors: each part of the embeddings becomes one row of sums and counts, and the driver adds these
+up, one part at a time. No task holds more than a part. Passes over everything rather than steps on mini-batches, which
+leave most codes of the later levels unused and cost as much reading.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from torch import Tensor
 from tiger.artifacts import Folder
 from tiger.errors import ConfigError
 from tiger.kmeans import cluster_sums, revive
+from tiger.learning import matrix
 from tiger.progress import Progress
 from tiger.scale import cluster
-from tiger.tokenizers import build, require_enough_items
+from tiger.tokenizers import Tokenizer, build, require_enough_items
 from tiger.tokenizers._residual import ResidualTokenizer
 from tiger.tokenizers.rkmeans import Config
 
@@ -61,7 +62,7 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
     return tokenizer
 
 
-def encode(tokenizer: ResidualTokenizer, embeddings: Folder) -> tuple[npt.NDArray[np.int64], float]:
+def encode(tokenizer: Tokenizer, embeddings: Folder) -> tuple[npt.NDArray[np.int64], float]:
     """Codes int64 [N, L] of all items, and the reconstruction error relative to the variance."""
     cluster.connect()
     parts, rows = _parts(embeddings)
@@ -90,10 +91,7 @@ def _parts(embeddings: Folder) -> tuple[list[str], int]:
 def _vectors(folder: Folder, name: str) -> tuple[npt.NDArray[np.int64], Tensor]:
     """Items [n] and vectors float32 [n, d] of one part."""
     table = folder.read_table(name, ["item_id", "vector"]).combine_chunks()
-    flat = np.asarray(table["vector"].combine_chunks().flatten())
-    return np.asarray(table["item_id"]).astype(np.int64), torch.from_numpy(
-        flat.reshape(len(table), -1).astype(np.float32)
-    )
+    return np.asarray(table["item_id"]).astype(np.int64), matrix(table)
 
 
 def _sample(embeddings: Folder, parts: list[str], rows: int, size: int, seed: int) -> Tensor:
@@ -158,8 +156,7 @@ def _pass(
     counts = torch.from_numpy(totals["counts"])
     means = torch.from_numpy(totals["points"]) / counts.clamp_min(1)[:, None]
     moved = torch.where(counts[:, None] > 0, means.float(), tokenizer.codebooks[level])
-    *_, look = islice(tokenizer.quantize(sample_latent := tokenizer.latent(sample)), level + 1)
-    del sample_latent
+    *_, look = islice(tokenizer.quantize(tokenizer.latent(sample)), level + 1)
     distance = (look.point - look.chosen).square().sum(1)
     tokenizer.codebooks[level] = revive(moved, counts, look.point, distance)
     if level + 1 < tokenizer.levels and tokenizer.distance != "euclidean":
@@ -178,7 +175,7 @@ def _sum_part(folder: Folder, part: str, tokenizer: ResidualTokenizer, level: in
 
 
 @torch.no_grad()
-def _encode_part(folder: Folder, part: str, tokenizer: ResidualTokenizer) -> dict[str, Any]:
+def _encode_part(folder: Folder, part: str, tokenizer: Tokenizer) -> dict[str, Any]:
     items, vectors = _vectors(folder, part)
     codes = tokenizer.encode(vectors)
     error = tokenizer.errors(vectors, codes).double().sum()

@@ -1,11 +1,11 @@
 """All quantizers and options on one set of embeddings, several seeds each: a Markdown table.
 
-    uv run python benchmarks/tokenizers.py data.path=../shared/data/amazon-beauty [seeds=3] [only=REGEX] [config=beauty-cpu]
+    uv run python benchmarks/quantizers.py data.path=../shared/data/amazon-beauty [seeds=3] [only=REGEX]
 
 `unique` is the share of distinct tuples of nearest codes, `error` the reconstruction error relative to the variance;
-`moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of an
-item's ten nearest neighbours (cosine) with the same first code, and with the same first two. Means over seeds, with the
-least and the largest where they differ.
+`moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of
+an item's ten nearest neighbours (cosine) with the same first code, and with the same first two. Means over seeds, with
+the least and the largest where they differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual k-means, Euclidean": {"kind": "rkmeans", "distance": "euclidean"},
     "residual k-means, mixed": {"kind": "rkmeans", "distance": "mixed"},
     "residual k-means, cosine": {"kind": "rkmeans", "distance": "cosine"},
-    "residual k-means, mixed, Sinkhorn last level": {"kind": "rkmeans", "distance": "mixed", "balance_last_level": True},
+    "residual k-means, cosine, Sinkhorn last level": {"kind": "rkmeans", "balance_last_level": True},
     "OPQ": {"kind": "opq"},
     "**RQ-VAE, the default**": {},
     "RQ-VAE, Euclidean": {"distance": "euclidean"},
