@@ -1,4 +1,8 @@
-"""Model -> Recall, NDCG and MRR per item on validation and test, with the popularity baseline beside them."""
+"""Model -> Recall, NDCG and MRR per item on validation and test, with baselines under the same evaluator beside them.
+
+Lists are of items, not of codes, over all users or a sample drawn by seed, with no sampled negatives; once with every
+item allowed and once without those of the history. Interactions of equal times stand in the order of the raw file.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,17 @@ from tiger import artifacts, baselines, metrics
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog, EvaluationUsers, Split
 from tiger.diagnostics import check_recommendations, require
+from tiger.learning import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.decode import decode_users
 
 log = logging.getLogger(__name__)
 
-_K = max(metrics.CUTOFFS)
-_SPLITS: tuple[Split, ...] = ("valid", "test")
+K = max(metrics.CUTOFFS)
+SPLITS: tuple[Split, ...] = ("valid", "test")
+_LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
+
+Lists = npt.NDArray[np.int64]
 
 
 def evaluate(run: RunConfig, model: Artifact) -> Artifact:
@@ -29,39 +37,50 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     def make(draft: Draft) -> None:
         histories = catalog.histories
         figures: dict[str, Any] = {}
-        splits = {split: _users(run, catalog, split) for split in _SPLITS}
-        lists = decode_users(  # both splits through one pool: an actor takes longer to start than to decode thousands
+        splits = {split: evaluation_users(run, catalog, split) for split in SPLITS}
+        lists, masked = decode_users(  # both splits through one pool: an actor takes long to start
             model,
             histories,
             [user for users in splits.values() for user in users.users.tolist()],
             [history for users in splits.values() for history in users.histories()],
             draft,
             "lists",
-            k=_K,
+            k=K,
             beam=run.evaluation.beam,
+            history="both",
             max_actors=run.evaluation.max_actors,
         )
-        popular = baselines.popularity(histories, catalog.n_items, _K)
+        assert masked is not None
+        vectors = read_vectors(model.inputs["semantic_ids"].inputs["embeddings"].folder).numpy()
+        counts = baselines.training_counts(histories, catalog.n_items)
+        begin = 0
         for split, users in splits.items():
-            items, lists = lists[: len(users)], lists[len(users) :]
-            figures[split] = {
-                "users": len(users),
-                "tiger": _figures(items, users, catalog.n_items),
-                "popularity": _figures(np.tile(popular, (len(users), 1)), users, catalog.n_items),
+            own = slice(begin, begin := begin + len(users))
+            tiger = figures_of(lists[own], masked[own], users, counts)
+            others = _baselines(catalog, users, vectors)
+            figures[split] = {"users": len(users), "tiger": tiger} | {
+                name: figures_of(found[:, :K], without_history(found, users)[:, :K], users, counts)
+                for name, found in others.items()
+            }
+            ranks = metrics.target_ranks(lists[own], users.targets)
+            figures[split]["tiger minus"] = {
+                name: metrics.paired_difference(ranks, metrics.target_ranks(found[:, :K], users.targets))
+                for name, found in others.items()
             }
             log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
-            draft.health += require(check_recommendations(items, catalog.n_items))
+            draft.health += require(check_recommendations(lists[own], catalog.n_items))
         draft.folder.write_json("metrics.json", figures)
         test = figures["test"]
         draft.figures = {
-            "test": {name: round(value, 5) for name, value in test["tiger"]["unmasked"].items()},
-            "popularity": {name: round(value, 5) for name, value in test["popularity"]["unmasked"].items()},
+            name: {figure: round(value, 5) for figure, value in test[name]["unmasked"].items()}
+            for name in ("tiger", "popularity", "co-occurrence", "nearest embeddings")
         }
 
     return artifacts.build(run.root, "metrics", run.evaluation, {"model": model}, make)
 
 
-def _users(run: RunConfig, catalog: Catalog, split: Split) -> EvaluationUsers:
+def evaluation_users(run: RunConfig, catalog: Catalog, split: Split) -> EvaluationUsers:
+    """All users with a target in the split, or `evaluation.max_users` of them."""
     users = catalog.histories.evaluation(split)
     limit = run.evaluation.max_users
     if limit is None or limit >= len(users):
@@ -70,22 +89,34 @@ def _users(run: RunConfig, catalog: Catalog, split: Split) -> EvaluationUsers:
     return users.take(np.sort(drawn))
 
 
-def _figures(items: npt.NDArray[np.int64], users: EvaluationUsers, n_items: int) -> dict[str, Any]:
-    """Figures with every item allowed, and with the items of the history taken out of the lists.
-
-    The masked lists come from the same beam, so a cutoff of 50 would miss what the beam did not hold: it is left out.
-    """
-    ranks = metrics.target_ranks(items, users.targets)
-    masked = metrics.target_ranks(_without_history(items, users), users.targets)
+def _baselines(catalog: Catalog, users: EvaluationUsers, vectors: npt.NDArray[np.float32]) -> dict[str, Lists]:
+    """Lists of each baseline, long enough that enough is left without the items of any history."""
+    histories, taken = catalog.histories, list(users.histories())
+    k = K + max(map(len, taken), default=0)
+    popular = baselines.popularity(histories, catalog.n_items, k)
     return {
-        "unmasked": metrics.ranking(ranks),
-        "interval_95": metrics.confidence(ranks),
-        "masked": metrics.ranking(masked, cutoffs=tuple(cutoff for cutoff in metrics.CUTOFFS if cutoff <= 10)),
-        **metrics.coverage(items, n_items),
+        "popularity": np.tile(popular, (len(users), 1)),
+        "co-occurrence": baselines.co_occurrence(histories, catalog.n_items, taken, k),
+        "nearest embeddings": baselines.nearest_embeddings(vectors, taken, k),
     }
 
 
-def _without_history(items: npt.NDArray[np.int64], users: EvaluationUsers) -> npt.NDArray[np.int64]:
+def figures_of(items: Lists, masked: Lists, users: EvaluationUsers, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Figures with every item allowed (`unmasked`) and without the items of the history (`masked`)."""
+    ranks = metrics.target_ranks(items, users.targets)
+    return {
+        "unmasked": metrics.ranking(ranks),
+        "interval_95": metrics.confidence(ranks),
+        "masked": metrics.ranking(metrics.target_ranks(masked, users.targets)),
+        **metrics.coverage(items, len(counts)),
+        "popular_share@10": metrics.popular_share(items, counts),
+        "by history length": metrics.by_group(ranks, users.end - users.begin, _LENGTHS),
+        "by popularity of the target": metrics.by_group(ranks, counts[users.targets], _POPULARITIES),
+    }
+
+
+def without_history(items: Lists, users: EvaluationUsers) -> Lists:
+    """Lists with the items of the users' histories taken out, filled up with -1."""
     result = np.full_like(items, -1)
     for row, history in enumerate(users.histories()):
         kept = items[row][~np.isin(items[row], history)]
@@ -94,14 +125,22 @@ def _without_history(items: npt.NDArray[np.int64], users: EvaluationUsers) -> np
 
 
 def _table(figures: dict[str, Any]) -> str:
-    lines = [f"{'':<12}{'tiger':>9}  {'95 % interval':<18}{'popularity':>11}{'tiger, history masked':>24}"]
+    names = ["popularity", "co-occurrence", "nearest embeddings"]
+    lines = [f"{'':<12}{'tiger':>9}  {'95 % interval':<18}{'masked':>9}" + "".join(f"{name:>20}" for name in names)]
     for name, value in figures["tiger"]["unmasked"].items():
         low, high = figures["tiger"]["interval_95"][name]
-        masked = figures["tiger"]["masked"].get(name)
         lines.append(
-            f"{name:<12}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<18}{figures['popularity']['unmasked'][name]:>11.4f}"
-            + (f"{masked:>24.4f}" if masked is not None else "")
+            f"{name:<12}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<18}{figures['tiger']['masked'][name]:>9.4f}"
+            + "".join(f"{figures[other]['unmasked'][name]:>20.4f}" for other in names)
         )
+    for title in ("by history length", "by popularity of the target"):
+        groups = figures["tiger"][title].items()
+        lines.append(
+            f"recall@10 {title}: " + ", ".join(f"{k}: {v['recall@10']:.4f} ({v['users']:,})" for k, v in groups)
+        )
+    for name in names:
+        difference, low, high = figures["tiger minus"][name]["recall@10"]
+        lines.append(f"recall@10, tiger minus {name}: {difference:+.4f} ({low:+.4f} to {high:+.4f}, paired)")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
     def make(draft: Draft) -> None:
         histories = catalog.histories
         users = range(min(len(histories), config.users or len(histories)))
-        items = decode_users(
+        items, _ = decode_users(
             model,
             histories,
             users,
@@ -39,7 +39,7 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             _TABLE,
             k=config.k,
             beam=config.beam,
-            exclude_history=config.exclude_history,
+            history="excluded" if config.exclude_history else "allowed",
             max_actors=config.max_actors,
         )
         _write_readable(draft, catalog)

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from tiger.metrics import confidence, coverage, ranking, target_ranks
+from tiger.metrics import (
+    by_group,
+    confidence,
+    coverage,
+    paired_difference,
+    popular_share,
+    ranking,
+    target_ranks,
+)
 
 
 def test_against_the_definition() -> None:
@@ -13,7 +21,7 @@ def test_against_the_definition() -> None:
     items = np.stack([rng.permutation(80)[:60] for _ in range(300)])
     targets = rng.integers(0, 80, 300)
     found = ranking(target_ranks(items, targets))
-    for cutoff in (1, 5, 10, 50):
+    for cutoff in (1, 5, 10, 20, 50):
         recall = ndcg = mrr = 0.0
         for row, target in zip(items.tolist(), targets.tolist(), strict=True):
             if target in row[:cutoff]:
@@ -46,3 +54,45 @@ def test_no_users_is_an_error_and_not_zero() -> None:
 
 def test_coverage_counts_items_not_padding() -> None:
     assert coverage(np.array([[0, 1, -1], [1, 2, -1]]), 6) == {"distinct@10": 3, "coverage@10": 0.5}
+
+
+def test_a_paired_interval_is_narrower_than_those_of_the_runs() -> None:
+    """Two runs that agree on most users: the difference is certain where each figure is not."""
+    rng = np.random.default_rng(0)
+    ranks = np.where(rng.random(4000) < 0.3, rng.integers(1, 11, 4000), 0)
+    better = ranks.copy()
+    better[np.flatnonzero(ranks == 0)[:60]] = 1
+    difference, low, high = paired_difference(better, ranks)["recall@10"]
+    own_low, own_high = confidence(better)["recall@10"]
+    assert difference == pytest.approx(60 / 4000)
+    assert 0 < low < difference < high
+    assert high - low < (own_high - own_low) / 2
+    assert paired_difference(ranks, ranks)["ndcg@10"] == (0, 0, 0)
+    with pytest.raises(ValueError, match="same users: 3 and 2"):
+        paired_difference(np.ones(3, int), np.ones(2, int))
+
+
+def test_paired_intervals_cover_a_known_difference() -> None:
+    rng = np.random.default_rng(1)
+    inside = 0
+    for seed in range(200):
+        first, second = (rng.random(400) < 0.25).astype(int), (rng.random(400) < 0.2).astype(int)
+        _, low, high = paired_difference(first, second, seed=seed)["recall@1"]
+        inside += low <= 0.05 <= high
+    assert 180 <= inside <= 200
+
+
+def test_groups_of_users() -> None:
+    ranks, values = np.array([1, 0, 11, 5, 0]), np.array([0, 3, 4, 9, 10])
+    assert by_group(ranks, values, (0, 4, 9)) == {
+        "0 to 0": {"users": 1, "recall@10": 1.0},
+        "1 to 4": {"users": 2, "recall@10": 0.0},
+        "5 to 9": {"users": 1, "recall@10": 1.0},
+        "over 9": {"users": 1, "recall@10": 0.0},
+    }
+
+
+def test_the_share_of_popular_items() -> None:
+    counts = np.array([5, 1, 9, 1, 1, 1, 1, 1, 1, 1])
+    assert popular_share(np.array([[2, 0], [2, -1]]), counts) == pytest.approx(2 / 3)
+    assert popular_share(np.array([[2, 0], [2, -1]]), counts, share=0.2) == 1

@@ -12,18 +12,20 @@ from tiger.examples import PAD, hash_users
 from tiger.model import PRESETS, GenerativeRecommender, ModelConfig
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("item_tokens", [False, True])
+def test_padding_changes_nothing(item_tokens: bool) -> None:
     """A history alone equals the same history beside longer ones."""
-    model, rng = small_model(SIZES), np.random.default_rng(0)
+    model, rng = small_model(SIZES, item_tokens=item_tokens), np.random.default_rng(0)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
     history, target = torch.from_numpy(codes[rng.integers(0, 20, (1, 3))]), torch.from_numpy(codes[:1])
     padded = torch.cat([torch.full((1, 4, 3), PAD), history], dim=1)
     torch.testing.assert_close(model(history, target), model(padded, target))
 
 
-def test_fast_one_pass_equals_one_example_per_target() -> None:
+@pytest.mark.parametrize("item_tokens", [False, True])
+def test_fast_one_pass_equals_one_example_per_target(item_tokens: bool) -> None:
     """Nothing of a target or of what follows it reaches its history; padding changes nothing."""
-    model, rng = small_model(SIZES, mode="fast", max_items=6), np.random.default_rng(0)
+    model, rng = small_model(SIZES, mode="fast", max_items=6, item_tokens=item_tokens), np.random.default_rng(0)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
     sequence = torch.from_numpy(codes[rng.integers(0, 20, (3, 7))])
     together = model(sequence, torch.full((3,), 6))
@@ -96,3 +98,14 @@ def test_an_unknown_preset_is_refused() -> None:
 
 def test_user_tokens_are_stable() -> None:
     assert hash_users(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]
+
+
+def test_an_item_token_is_the_sum_of_its_codes() -> None:
+    """The order of an item's codes over its levels cannot matter to a sum, and which codes they are must."""
+    model = small_model((4, 4), item_tokens=True)
+    with torch.no_grad():
+        model.code_embedding.weight[4:] = model.code_embedding.weight[:4]  # both levels embed alike
+    target = torch.tensor([[0, 1]])
+    first, swapped, other = (model(torch.tensor([[codes]]), target) for codes in ([1, 2], [2, 1], [1, 3]))
+    torch.testing.assert_close(first, swapped)
+    assert not torch.equal(first, other)

@@ -4,10 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import random_ids, toy_histories
+from conftest import random_ids
 from test_decoding import SIZES, small_model
 
-from tiger.baselines import popularity
 from tiger.decoding import score_all
 from tiger.errors import ArtifactError, DataError
 from tiger.recommender import Recommender
@@ -63,13 +62,15 @@ def test_ids_of_another_tokenizer_are_refused() -> None:
         Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, (4, 5, 4)), device="cpu")
 
 
-def test_popularity_counts_training_items_only() -> None:
-    histories = toy_histories(np.random.default_rng(0), 200, 15)
-    counts = np.zeros(15, int)
-    for user in range(200):
-        np.add.at(counts, histories.of(user)[:-2], 1)
-    expected = sorted(range(15), key=lambda item: (-counts[item], item))
-    assert popularity(histories, 15, 10).tolist() == expected[:10]
+def test_one_search_gives_lists_with_and_without_the_history(recommender: Recommender) -> None:
+    rng = np.random.default_rng(4)
+    histories = [rng.integers(0, 40, rng.integers(1, 30)) for _ in range(50)]
+    both, masked = recommender.recommend_both(histories, k=7, beam=12)
+    alone = recommender.recommend(histories, k=7, beam=12)
+    excluded = recommender.recommend(histories, k=7, beam=12, exclude_history=True)
+    assert np.array_equal(both.items, alone.items)
+    assert np.array_equal(masked.items, excluded.items)
+    np.testing.assert_allclose(masked.scores, excluded.scores, atol=1e-6)
 
 
 def test_a_batch_column_of_lists_keeps_its_histories(recommender: Recommender) -> None:

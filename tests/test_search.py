@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tiger.config import build, dump_toml, load, with_override
@@ -95,3 +100,76 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
     svg = picture([*trials, {"a": 1, "b": "x", "objective": None}], ["a", "b"])
     assert svg.count("<circle") == 8
     assert len(re.findall('fill="#1f6feb"', svg)) == 2
+
+
+def toy_sweep(folder: Path, search: str) -> list[str]:
+    """The command of a sweep over 400 items' embeddings."""
+    names = [f"item {n:03d}" for n in range(400)]
+    pq.write_table(pa.table({"item_id": names, "vector": list(clusters())}), folder / "vectors.parquet")
+    (folder / "x.toml").write_text(
+        f'root = "{folder}/runs"\n[embedding]\nvectors = "{folder}/vectors.parquet"\n'
+        "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
+    )
+    (folder / "x.search.toml").write_text(
+        f'looks = 3\ngrace = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
+        '[space."tokenizer.latent"]\nlow = 4\nhigh = 32\ninteger = true\n'
+    )
+    return [sys.executable, "-m", "jobs.tune", str(folder / "x.toml")]
+
+
+def journal(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/sweep-*/scratch/trials/*.json"))}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """The driver is killed after two trials; the same command runs the others, and none of the two again."""
+    command = toy_sweep(tmp_path, "trials = 5\nconcurrent = 1")
+    root = CONFIGS.parents[1]
+    first = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert first.stderr
+    ended = 0
+    for line in first.stderr:
+        ended += "tune: trial" in line
+        if ended == 2:
+            break
+    assert ended == 2, "the sweep ended before it could be killed"
+    first.kill()
+    first.wait()
+    kept = journal(tmp_path)
+    assert 2 <= len(kept) < 5
+    second = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert f"{len(kept)} of 5 trials are in the journal" in second.stderr
+    assert len(re.findall("tune: trial", second.stderr)) == 5 - len(kept)
+    sweep = Path(json.loads(second.stdout.splitlines()[-1])["artifact"])
+    rows = pq.read_table(sweep / "trials.parquet").to_pylist()
+    assert sorted(row["trial"] for row in rows) == list(range(5))
+    for name, content in kept.items():
+        entry = json.loads(content)
+        row = next(row for row in rows if row["trial"] == int(name.removesuffix(".json")))
+        assert row["tokenizer.latent"] == entry["values"]["tokenizer.latent"]
+        assert row["objective"] == max(look["objective"] for look in entry["looks"])
+    assert rows[0]["objective"] == max(row["objective"] for row in rows)
+    best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
+    assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
+    assert (sweep / "search.svg").read_text().count("<circle") == 10
+
+
+@pytest.mark.slow
+def test_trials_as_process_groups_find_what_single_ones_find(tmp_path: Path) -> None:
+    """Dropout off, so that the sum over a batch is the same however it is shared out."""
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        command = toy_sweep(folder, f"trials = 2\nconcurrent = 1\nsampler = 'random'\nworkers_per_trial = {workers}")
+        search = folder / "x.search.toml"
+        search.write_text(search.read_text().replace("[0.1, 0.0]", "[0.0]"))
+        done = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        sweep = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
+        rows = pq.read_table(sweep / "trials.parquet").to_pylist()
+        found.append({row["tokenizer.latent"]: row["objective"] for row in rows})
+    assert found[0].keys() == found[1].keys()
+    assert list(found[0].values()) == pytest.approx(list(found[1].values()), abs=0.05)

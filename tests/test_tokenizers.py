@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tiger.config import shipped_plugins
-from tiger.diagnostics import code_figures
-from tiger.errors import ConfigError, HealthError
+from tiger.diagnostics import check_tokenizer, code_figures, require
+from tiger.errors import ConfigError, DataError, HealthError
 from tiger.kmeans import balancing_prices, kmeans, nearest
 from tiger.learning import encode_all, learn_tokenizer
+from tiger.semantic_ids import SemanticIdsConfig, assign
 from tiger.tokenizers import TokenizerConfig
 from tiger.tokenizers._residual import rotated
 
@@ -77,10 +78,53 @@ def test_forward_gives_one_loss_per_row(kind: str) -> None:
     torch.testing.assert_close(losses[3:4], tokenizer(vectors[3:4]))
 
 
+@pytest.mark.parametrize("items", [1, 2, 15])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_codebook_larger_than_the_catalog_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"codebook_size = 16 .* 10 items .* at most 10"):
-        learn_tokenizer(config(kind), clusters()[:10], device=CPU)
+def test_a_codebook_larger_than_the_catalog_is_refused(kind: str, items: int) -> None:
+    with pytest.raises(ConfigError, match=rf"codebook_size = 16 .* {items} items .* at most {items}"):
+        learn_tokenizer(config(kind), clusters()[:items], device=CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codebook_as_large_as_the_catalog_has_a_code_for_every_item(kind: str) -> None:
+    vectors = clusters()[:16]
+    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
+    assert len(tokenizer.encode(vectors).unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_is_named(kind: str) -> None:
+    vectors = clusters()
+    vectors[[7, 70], 2] = torch.nan
+    with pytest.raises(HealthError, match=r"embeddings of 2 items are not finite, of \[7, 70\]"):
+        learn_tokenizer(config(kind), vectors, device=CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_identical_items_end_in_a_verdict_and_not_in_silence(kind: str) -> None:
+    vectors = clusters()[:1].repeat(800, 1)
+    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
+    codes, latents = encode_all(tokenizer, vectors, CPU).numpy(), tokenizer.latent(vectors).detach().numpy()
+    with pytest.raises(HealthError, match="maps all items to one point"):
+        require(check_tokenizer(latents, codes, 16))
+
+
+@pytest.mark.parametrize("collisions", ["level", "nearest"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_hundred_identical_items(kind: str, collisions: str) -> None:
+    """Beside 800 others, with a last level of 16 codes: unique IDs, or one clear error where they do not fit."""
+    vectors = torch.cat([clusters(), clusters()[:1].repeat(300, 1)])
+    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
+    codes = encode_all(tokenizer, vectors, CPU).numpy()
+
+    def costs(items: np.ndarray) -> np.ndarray:
+        return tokenizer.last_costs(vectors[items]).numpy()
+
+    settings = {"collisions": collisions, "collision_codes": 400}
+    ids = assign(codes, 16, SemanticIdsConfig(**settings), costs)
+    assert len(np.unique(ids.codes, axis=0)) == 1100
+    with pytest.raises(DataError, match=r"the collision level tells 200 apart .* are their texts the same\?"):
+        assign(codes, 16, SemanticIdsConfig(**settings | {"collision_codes": 200}), costs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

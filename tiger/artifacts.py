@@ -244,6 +244,8 @@ _MADE_BY = {
     "model": "train",
     "metrics": "evaluate",
     "recommendations": "recommend",
+    "sasrec": "sasrec",
+    "sweep": "tune",
 }
 
 

@@ -21,6 +21,7 @@ def beam_search(
     history: Tensor,
     *,
     beam: int,
+    results: int | None = None,
     user: Tensor | None = None,
     exclude: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -28,12 +29,13 @@ def beam_search(
 
     Args:
         history: int64 [B, N, L] codes, PAD in front of shorter histories.
-        beam: prefixes that are kept at each level, and items that come back; a beam of the catalog's size is exact.
+        beam: prefixes that are kept at each level; a beam of the catalog's size is exact.
+        results: items that come back, as many as the beam by default; more are those that the last prefixes lead to.
         user: int64 [B] user tokens, where the model has them.
         exclude: int64 [B, X] items that must not come back, padded with -1.
 
     Returns:
-        items int64 [B, R] and scores float32 [B, R], R at most `beam`; item -1 with score -inf where fewer exist.
+        items int64 [B, R] and scores float32 [B, R], R at most `results`; item -1 with score -inf where fewer exist.
     """
     memory = model.encode(history, user)
     batch = len(history)
@@ -49,7 +51,7 @@ def beam_search(
             exists = exists & ~(items[..., None] == exclude[:, None, None, :]).any(-1)
         candidates = candidates.masked_fill(~exists, -torch.inf)
         width = candidates.shape[-1]
-        keep = min(beam, candidates[0].numel())
+        keep = min(beam if level < trie.depth - 1 else (results or beam), candidates[0].numel())
         scores, chosen = candidates.flatten(1).topk(keep, dim=1)
         nodes = children.flatten(1).gather(1, chosen)
         codes = child_codes.flatten(1).gather(1, chosen)

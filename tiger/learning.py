@@ -16,17 +16,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tiger import training
+from tiger import sasrec, training
 from tiger.artifacts import Folder, open_artifact
 from tiger.catalog import Catalog, Histories
 from tiger.config import build as build_config
 from tiger.decoding import beam_search
 from tiger.diagnostics import code_figures
-from tiger.errors import ArtifactError
+from tiger.errors import ArtifactError, HealthError
 from tiger.examples import Examples, Sequences, hash_users, pad_histories
 from tiger.metrics import ranking, target_ranks
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.recommender import WEIGHTS
+from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIds
 from tiger.tokenizers import Tokenizer, TokenizerConfig, build, require_enough_items
 from tiger.training import Batch, FitResult, Hooks, Schedule
@@ -54,9 +55,13 @@ def learn_tokenizer(
 
     Raises:
         ConfigError: the codebook is larger than the catalog.
-        HealthError: the loss is not finite.
+        HealthError: a vector or the loss is not finite.
     """
     require_enough_items(config, len(vectors))
+    if len(bad := (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten()):
+        raise HealthError(
+            f"embeddings of {len(bad)} items are not finite, of {bad[:5].tolist()} among them; embed again"
+        )
     torch.manual_seed(config.seed)
     tokenizer = build(config, vectors.shape[1]).to(device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -119,7 +124,7 @@ def learn_model(
     """Trains the generative model; the checkpoint is chosen by NDCG@10 of beam search on validation users.
 
     Raises:
-        HealthError: the loss is not finite.
+        HealthError: the targets are not those of the training parts, or the loss is not finite.
     """
     torch.manual_seed(config.seed)
     model = GenerativeRecommender(config, ids.level_sizes)
@@ -129,6 +134,11 @@ def learn_model(
         examples = Sequences(histories, ids, config.max_items)
     else:
         examples = Examples(histories, ids, config.max_items, config.user_tokens)
+    if len(examples) != histories.training_examples():
+        raise HealthError(
+            f"the model would train on {len(examples)} targets, the training parts have "
+            f"{histories.training_examples()}: a leak of what it is held against, or lost examples"
+        )
     trie = Trie(ids).to(device)
     users = histories.evaluation("valid")
     chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
@@ -214,6 +224,18 @@ def _leave(module: nn.Module, result: FitResult, target: Folder) -> dict[str, An
         write_weights(module, target)
         target.write_bytes("metrics.jsonl", "".join(json.dumps(look) + "\n" for look in result.log).encode())
     return {**result.best, "best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
+
+
+def sasrec_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+    """A worker's part of the baseline.
+
+    Args:
+        arguments: `config` (values of the baseline's configuration), `catalog` and `target` (URIs).
+    """
+    catalog = Catalog(open_artifact(arguments["catalog"]))
+    config = build_config(SASRecConfig, arguments["config"])
+    model, result = sasrec.learn(config, catalog.histories, catalog.n_items, device=device, hooks=hooks)
+    return _leave(model, result, Folder(arguments["target"]))
 
 
 def write_weights(module: nn.Module, target: Folder) -> None:

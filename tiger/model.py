@@ -61,6 +61,9 @@ class ModelConfig(Config):
         "faithful",
         description="faithful: one example per target, as in the paper; fast: one pass trains all targets of a history",
     )
+    item_tokens: bool = Field(
+        False, description="the encoder reads one token an item, the sum of its codes' embeddings, and not one a code"
+    )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
@@ -211,6 +214,7 @@ class GenerativeRecommender(nn.Module):
         d_model, layers = config.d_model or 0, config.layers or 0  # the preset has filled them
         shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
         self.level_sizes, self.max_items, self.fast = level_sizes, config.max_items, config.mode == "fast"
+        self.item_width = 1 if config.item_tokens else len(level_sizes)  # tokens of an item in the encoder
         starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
         self.register_buffer("level_start", starts, persistent=False)
         self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
@@ -260,11 +264,11 @@ class GenerativeRecommender(nn.Module):
         before_TN = (item[None, :] <= item[:, None]) & (item[None, :] > item[:, None] - self.max_items)
         wanted_BT = item >= n_items - 1 - targets[:, None]
         seen_BTN = before_TN & (keep_BN[:, None, :] | ~wanted_BT[:, :, None])  # no query may be without any key
-        mask = seen_BTN.repeat_interleave(levels, 1).repeat_interleave(levels, 2)[:, None]
+        mask = seen_BTN.repeat_interleave(levels, 1).repeat_interleave(self.item_width, 2)[:, None]
         x_BQM = self._decoder_input(target.clamp_min(0).flatten(0, 1)).unflatten(0, target.shape[:2]).flatten(1, 2)
         places_Q = (item + 1).repeat_interleave(levels)
         for layer in self.decoder:
-            key_value = layer.cross_attention.keys_values(x_BSM, item.repeat_interleave(levels))
+            key_value = layer.cross_attention.keys_values(x_BSM, item.repeat_interleave(self.item_width))
             x_BQM = layer(x_BQM, levels, key_value, mask, places_Q)
         flat = self.decoder_norm(x_BQM).unflatten(1, (-1, levels)).flatten(0, 1)
         loss_BT = self._cross_entropy(flat, target.clamp_min(0).flatten(0, 1)).view_as(wanted_BT)
@@ -275,15 +279,15 @@ class GenerativeRecommender(nn.Module):
         history = history[:, -self.max_items :]
         if self.fast:
             x_BSM, keep_BN = self._encode_causal(history)
-            keep_BS = keep_BN.repeat_interleave(history.shape[2], 1)
+            keep_BS = keep_BN.repeat_interleave(self.item_width, 1)
             item = torch.arange(history.shape[1] + 1, device=history.device)
-            places = item[:-1].repeat_interleave(history.shape[2])
+            places = item[:-1].repeat_interleave(self.item_width)
             key_values = [layer.cross_attention.keys_values(x_BSM, places) for layer in self.decoder]
             return Memory(key_values, self._key_mask(keep_BS), item[-1:])
         recency = torch.arange(self.max_items - history.shape[1], self.max_items, device=history.device)
         assert self.recency is not None
         x_BSM = (self._embed(history) + self.recency(recency)[:, None]).flatten(1, 2)
-        keep_BS = (history != PAD).flatten(1)
+        keep_BS = (history[:, :, 0] != PAD).repeat_interleave(self.item_width, 1)
         if self.user_embedding is not None:
             if user is None:
                 raise ValueError("this model reads a user token: pass the users")
@@ -298,17 +302,19 @@ class GenerativeRecommender(nn.Module):
 
     def _encode_causal(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, M] that know their own item and those before it, and which items exist, [B, N]."""
-        keep_BN, levels = history[:, :, 0] != PAD, history.shape[2]
+        keep_BN, width = history[:, :, 0] != PAD, self.item_width
         item = torch.arange(history.shape[1], device=history.device)
         seen_BNN = (item[None, :] <= item[:, None]) & (keep_BN[:, None, :] | ~keep_BN[:, :, None])
-        mask = seen_BNN.repeat_interleave(levels, 1).repeat_interleave(levels, 2)[:, None]
-        x_BSM, places = self.dropout(self._embed(history).flatten(1, 2)), item.repeat_interleave(levels)
+        mask = seen_BNN.repeat_interleave(width, 1).repeat_interleave(width, 2)[:, None]
+        x_BSM, places = self.dropout(self._embed(history).flatten(1, 2)), item.repeat_interleave(width)
         for layer in self.encoder:
             x_BSM = layer(x_BSM, mask, places)
         return self.encoder_norm(x_BSM), keep_BN
 
     def _embed(self, history: Tensor) -> Tensor:
-        return self.code_embedding(torch.where(history == PAD, 0, history + self.level_start))
+        """The encoder's tokens of every item, [B, N, tokens of an item, M]."""
+        codes_BNLM: Tensor = self.code_embedding(torch.where(history == PAD, 0, history + self.level_start))
+        return codes_BNLM if self.item_width > 1 else codes_BNLM.sum(2, keepdim=True)
 
     @staticmethod
     def _key_mask(keep_BS: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,7 @@ class Recommender:
 
         Args:
             histories: item ids in time order, at least one each; the model reads the most recent ones.
-            beam: width of the search, at least `k`.
+            beam: width of the search; at least `k` for lists that are as good as the model.
             exclude_history: leave out the items of the history itself.
             users: names of the users, for a model with user tokens.
 
@@ -112,7 +112,8 @@ class Recommender:
                 self.model,
                 self.trie,
                 pad_histories(flat, begins[rows], ends[rows], self.codes).to(self.device),
-                beam=max(beam, k),
+                beam=beam,
+                results=k,
                 user=None if tokens is None else tokens[rows].to(self.device),
                 exclude=self._padded([arrays[row] for row in rows]) if exclude_history else None,
             )
@@ -120,6 +121,22 @@ class Recommender:
             items[rows, :width] = found[:, :width].cpu().numpy()
             scores[rows, :width] = score[:, :width].cpu().numpy()
         return Recommendations(items, scores)
+
+    def recommend_both(
+        self, histories: Sequence[npt.NDArray[Any]], k: int, *, beam: int = 50, users: Sequence[str] | None = None
+    ) -> tuple[Recommendations, Recommendations]:
+        """The `k` best items of each history, once with all items allowed and once without those of the history.
+
+        One search gives both: what a history holds is left out of what the last prefixes lead to, as `exclude_history`
+        does it. Arguments and errors are those of `recommend`.
+        """
+        longest = max((len(np.unique(history)) for history in histories), default=0)
+        wide = self.recommend(histories, k + longest, beam=beam, users=users)
+        items, scores = np.full((len(histories), k), -1, np.int64), np.full((len(histories), k), -np.inf, np.float32)
+        for row, history in enumerate(histories):
+            kept = np.flatnonzero(~np.isin(wide.items[row], history) & (wide.items[row] >= 0))[:k]
+            items[row, : len(kept)], scores[row, : len(kept)] = wide.items[row, kept], wide.scores[row, kept]
+        return Recommendations(wide.items[:, :k], wide.scores[:, :k]), Recommendations(items, scores)
 
     def _check(self, histories: list[npt.NDArray[np.int64]]) -> None:
         for row, history in enumerate(histories):
@@ -135,29 +152,30 @@ class Recommender:
 
 
 class DecodeUsers:
-    """Recommends to one part of a table: user_id, source_id, history -> user_id, items, scores."""
+    """Recommends to one part of a table: user_id, source_id, history -> user_id, items, scores.
 
-    def __init__(self, model: str, k: int, beam: int, exclude_history: bool) -> None:
+    With `history = "both"` there are also masked_items and masked_scores, without the items of the history.
+    """
+
+    def __init__(self, model: str, k: int, beam: int, history: Literal["allowed", "excluded", "both"]) -> None:
         self.recommender = Recommender.load(model)
-        self.k, self.beam, self.exclude_history = k, beam, exclude_history
+        self.k, self.beam, self.history = k, beam, history
 
     def __call__(self, part: pa.Table) -> pa.Table:
-        histories = [np.array(history) for history in part["history"].to_pylist()]
-        found = self.recommender.recommend(
-            histories,
-            self.k,
-            beam=self.beam,
-            exclude_history=self.exclude_history,
-            users=part["source_id"].to_pylist(),
-        )
-        flat_items, flat_scores = pa.array(found.items.ravel().astype(np.int32)), pa.array(found.scores.ravel())
-        return pa.table(
-            {
-                "user_id": part["user_id"],
-                "items": pa.FixedSizeListArray.from_arrays(flat_items, self.k),
-                "scores": pa.FixedSizeListArray.from_arrays(flat_scores, self.k),
-            }
-        )
+        histories, users = [np.array(history) for history in part["history"].to_pylist()], part["source_id"].to_pylist()
+        if self.history == "both":
+            found, masked = self.recommender.recommend_both(histories, self.k, beam=self.beam, users=users)
+            columns = self._columns(found, "") | self._columns(masked, "masked_")
+        else:
+            found = self.recommender.recommend(
+                histories, self.k, beam=self.beam, exclude_history=self.history == "excluded", users=users
+            )
+            columns = self._columns(found, "")
+        return pa.table({"user_id": part["user_id"], **columns})
+
+    def _columns(self, found: Recommendations, prefix: str) -> dict[str, pa.Array]:
+        flat = {"items": pa.array(found.items.ravel().astype(np.int32)), "scores": pa.array(found.scores.ravel())}
+        return {f"{prefix}{name}": pa.FixedSizeListArray.from_arrays(values, self.k) for name, values in flat.items()}
 
 
 def show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], scores: npt.NDArray[Any]) -> str:

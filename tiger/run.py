@@ -14,6 +14,7 @@ from tiger.config import Config
 from tiger.datasets import DatasetConfig, synthetic
 from tiger.embedding import EmbeddingConfig
 from tiger.model import ModelConfig
+from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIdsConfig
 from tiger.tokenizers import TokenizerConfig, rqvae
 
@@ -61,4 +62,5 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
+    sasrec: SASRecConfig = SASRecConfig()
     scale: ScaleConfig = ScaleConfig()

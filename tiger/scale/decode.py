@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +27,17 @@ def decode_users(
     *,
     k: int,
     beam: int,
-    exclude_history: bool = False,
+    history: Literal["allowed", "excluded", "both"] = "allowed",
     max_actors: int | None = None,
-) -> npt.NDArray[np.int64]:
-    """The best items [U, k] of each user, padded with -1; also left in the draft as the table `name`.
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """The best items [U, k] of each user, padded with -1; with `both`, also those without the history's items.
 
     Args:
         users: user ids, for their names.
         taken: what each of them has taken so far, item ids in time order.
-        name: user_id int32, items [k] and scores [k] of every user go to `name/part-00000.parquet` and so on.
+        name: user_id int32, items [k], scores [k] (and masked_items, masked_scores) of every user are left in the draft
+            as `name/part-00000.parquet` and so on.
+        history: whether the lists may hold what the user already had.
     """
     table = pa.table(
         {
@@ -51,9 +54,13 @@ def decode_users(
         table.column_names,
         draft.folder.child(name),
         DecodeUsers,
-        {"model": model.folder.uri, "k": k, "beam": beam, "exclude_history": exclude_history},
+        {"model": model.folder.uri, "k": k, "beam": beam, "history": history},
         actors=Actors(maximum=max_actors),
         what=f"decode {name}",
     )
-    found = draft.folder.read_table(name, ["items"])["items"].combine_chunks()
-    return np.asarray(found.flatten()).reshape(len(users), k).astype(np.int64)
+    found = draft.folder.read_table(name)
+
+    def column(name: str) -> npt.NDArray[np.int64]:
+        return np.asarray(found[name].combine_chunks().flatten()).reshape(len(users), k).astype(np.int64)
+
+    return column("items"), column("masked_items") if history == "both" else None

@@ -14,19 +14,25 @@ import functools
 import json
 import logging
 import operator
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna.distributions as distributions
 import pyarrow as pa
+import ray
+import ray.util
 import torch
+import torch.distributed as dist
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from tiger import training
 from tiger.artifacts import SCRATCH, Folder
 from tiger.diagnostics import nearest_neighbours
 from tiger.errors import HealthError
@@ -56,10 +62,11 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
         HealthError: no trial ended with a figure.
     """
     cluster.connect()
-    cluster.require(search.cpus_per_trial, search.gpus_per_trial, "a trial")
-    room = (cluster.cluster_cpus() - cluster.RESERVED_CPUS) / search.cpus_per_trial
+    workers = search.workers_per_trial
+    cluster.require(search.cpus_per_trial * workers, search.gpus_per_trial * workers, "a trial")
+    room = (cluster.cluster_cpus() - cluster.RESERVED_CPUS) / search.cpus_per_trial / workers
     if search.gpus_per_trial:
-        room = cluster.cluster_gpus() / search.gpus_per_trial
+        room = cluster.cluster_gpus() / search.gpus_per_trial / workers
     concurrent = search.concurrent or max(1, int(room))
     journal = _Journal(target.child(f"{SCRATCH}/trials"), search)
     left = search.trials - len(journal.trials)
@@ -74,7 +81,7 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
                 vectors=vectors.numpy(),
                 neighbours=nearest_neighbours(vectors.numpy()),
             ),
-            {"cpu": search.cpus_per_trial} | ({"gpu": search.gpus_per_trial} if search.gpus_per_trial else {}),
+            tune.PlacementGroupFactory([_bundle(search)] * workers),
         )
         tuner = tune.Tuner(
             trainable,
@@ -82,7 +89,7 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
                 num_samples=left,
                 search_alg=ConcurrencyLimiter(_searcher(run, search, journal), concurrent),
                 scheduler=_scheduler(search, journal),
-                reuse_actors=True,
+                reuse_actors=workers == 1,  # a group's other processes end with the trial's resources
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{len(journal.trials)}",
@@ -95,6 +102,10 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
     return _table(journal.trials, search)
 
 
+def _bundle(search: SearchConfig) -> dict[str, float]:
+    return {"CPU": search.cpus_per_trial} | ({"GPU": search.gpus_per_trial} if search.gpus_per_trial else {})
+
+
 def _trial(
     values: dict[str, Any],
     run: dict[str, Any],
@@ -102,13 +113,50 @@ def _trial(
     vectors: np.ndarray,
     neighbours: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """One trial: trains a tokenizer and reports every look at it."""
+    """One trial: trains a tokenizer and reports every look at it; as rank 0 of a process group where it has several."""
+    workers = search["workers_per_trial"]
+    if workers == 1:
+        _learn(values, run, search, vectors, neighbours)
+        return
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+    others = ray.remote(_member).options(
+        num_cpus=search["cpus_per_trial"],
+        num_gpus=search["gpus_per_trial"],
+        scheduling_strategy=PlacementGroupSchedulingStrategy(ray.util.get_current_placement_group()),
+    )
+    arguments = (address, workers, values, run, search, ray.put(vectors), ray.put(neighbours))
+    running = [others.remote(rank, *arguments) for rank in range(1, workers)]
+    _member(0, address, workers, values, run, search, vectors, neighbours)
+    ray.get(running)
+
+
+def _member(rank: int, address: str, workers: int, *arguments: Any) -> None:
+    """One process of a trial's group."""
+    backend = "nccl" if arguments[2]["gpus_per_trial"] and torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=workers)
+    try:
+        _learn(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _learn(
+    values: dict[str, Any],
+    run: dict[str, Any],
+    search: dict[str, Any],
+    vectors: np.ndarray,
+    neighbours: tuple[np.ndarray, np.ndarray],
+) -> None:
     settings = SearchConfig.model_validate(search)
     config = apply(RunConfig.model_validate(run), _decoded(values, settings), settings.looks).tokenizer
     steps_per_epoch = config.training.schedule(len(vectors), config.seed).steps_per_epoch
 
     def report(figures: dict[str, Any]) -> None:
-        if figures["step"] or not config.training.epochs:  # the look before the first step is no result of training
+        if training.rank() == 0 and (
+            figures["step"] or not config.training.epochs
+        ):  # the look before the first step is no result of training
             tune.report(figures | {"epochs": figures["step"] / steps_per_epoch})
 
     device = torch.device("cuda" if settings.gpus_per_trial and torch.cuda.is_available() else "cpu")
@@ -124,7 +172,8 @@ def _trial(
         )
     except HealthError as error:
         log.warning("trial ended: %s", error)
-        tune.report({_METRIC: _FAILED, "failure": str(error), "epochs": 0.0})
+        if training.rank() == 0:
+            tune.report({_METRIC: _FAILED, "failure": str(error), "epochs": 0.0})
 
 
 class _Journal(tune.Callback):

@@ -1,0 +1,124 @@
+"""Constrained beam search: users a second of ours beside Hugging Face's `generate`, and a step's cost by catalog size.
+
+    uv run python benchmarks/decode_speed.py [preset=small] [users=64] [data.path=../shared/data/amazon-beauty]
+
+Test histories are those of Beauty where the files are given, else of the sample; weights are untrained, IDs are
+random tuples of 3 x 256: neither changes the speed. Hugging Face gets a T5 of the same size, a Python trie by
+`prefix_allowed_tokens_fn`, and its better batch size, 16. Both take turns. Results are checked to be real items, and
+the search to give the same lists twice.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from train_speed import histories
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tiger.config import build
+from tiger.decoding import beam_search
+from tiger.examples import PAD, pad_histories
+from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.recommender import Recommender
+from tiger.semantic_ids import SemanticIds
+from tiger.trie import Trie
+
+ROUNDS = 3
+SIZES = (256, 256, 256, 1)
+
+
+def random_ids(items: int) -> SemanticIds:
+    flat = np.random.default_rng(0).choice(256**3, items, replace=False)
+    codes = np.stack([*np.unravel_index(flat, (256, 256, 256)), np.zeros(items, int)], axis=1).astype(np.int16)
+    return SemanticIds(codes, SIZES)
+
+
+def hugging_face(config: ModelConfig, ids: SemanticIds) -> Callable[[list[np.ndarray], int], np.ndarray]:
+    starts = np.array([0, *np.cumsum(SIZES)[:-1]]) + 1
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=sum(SIZES) + 1, eos_token_id=None, d_model=config.d_model, d_kv=config.head_dim,
+            d_ff=config.d_ff, num_layers=config.layers, num_heads=config.heads, pad_token_id=0,
+            decoder_start_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    tokens = ids.codes.astype(np.int64) + starts
+    children: dict[tuple[int, ...], list[int]] = {}
+    for row in tokens.tolist():
+        for depth in range(len(SIZES)):
+            children.setdefault(tuple(row[:depth]), []).append(row[depth])
+    allowed = {prefix: sorted(set(codes)) for prefix, codes in children.items()}
+
+    @torch.inference_mode()
+    def decode(taken: list[np.ndarray], beam: int) -> np.ndarray:
+        lists = []
+        for begin in range(0, len(taken), 16):
+            rows = taken[begin : begin + 16]
+            history = padded(rows, ids)
+            inputs = torch.where(history == PAD, 0, history + torch.from_numpy(starts)).flatten(1)
+            found = model.generate(
+                input_ids=inputs, attention_mask=(inputs > 0).long(), num_beams=beam, num_return_sequences=beam,
+                max_new_tokens=len(SIZES), min_new_tokens=len(SIZES), do_sample=False,
+                prefix_allowed_tokens_fn=lambda _, prefix: allowed[tuple(prefix[1:].tolist())],
+            )  # fmt: skip
+            lists.append(ids.item_of(found[:, 1:].numpy() - starts).reshape(len(rows), beam))
+        return np.concatenate(lists)
+
+    return decode
+
+
+def padded(rows: list[np.ndarray], ids: SemanticIds) -> torch.Tensor:
+    flat, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
+    return pad_histories(flat, ends - [len(row) for row in rows], ends, ids.codes.astype(np.int64))
+
+
+def step_milliseconds(config: ModelConfig, items: int) -> float:
+    """Median time of one beam search of 32 users x 50 beams, over its four steps, in ms a step."""
+    ids = random_ids(items)
+    model, trie = GenerativeRecommender(config, SIZES).eval(), Trie(ids)
+    history = padded([np.random.default_rng(1).integers(0, items, 10) for _ in range(32)], ids)
+    times = []
+    for _ in range(12):
+        begin = time.perf_counter()
+        beam_search(model, trie, history, beam=50)
+        times.append((time.perf_counter() - begin) / len(SIZES) * 1000)
+    return float(np.median(times[2:]))
+
+
+def main() -> None:
+    settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    torch.set_num_threads(2)
+    config = build(ModelConfig, {"preset": settings.pop("preset", "small")})
+    n_users = int(settings.pop("users", "64"))
+    past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
+    ids = random_ids(n_items)
+    torch.manual_seed(0)
+    recommender = Recommender(GenerativeRecommender(config, SIZES), ids, device="cpu")
+    theirs = hugging_face(config, ids)
+    evaluation = past.evaluation("test").histories()
+    drawn = np.random.default_rng(0).permutation(len(evaluation))[:n_users]
+    taken = [evaluation[user][-config.max_items :].astype(np.int64) for user in drawn]
+    for beam in (10, 50):
+        rates: dict[str, list[float]] = {"Hugging Face": [], "ours": []}
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            assert (theirs(taken, beam) >= 0).all()
+            rates["Hugging Face"].append(n_users / (time.perf_counter() - begin))
+            begin = time.perf_counter()
+            found = recommender.recommend(taken, beam, beam=beam)
+            rates["ours"].append(n_users / (time.perf_counter() - begin))
+            assert (found.items >= 0).all()
+            assert np.array_equal(found.items, recommender.recommend(taken, beam, beam=beam).items)
+        ratio = np.median(rates["ours"]) / np.median(rates["Hugging Face"])
+        said = ", ".join(f"{name} {np.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for name, v in rates.items())
+        print(f"beam {beam}: users/s {said}; x {ratio:.1f}", flush=True)
+    small, large = (step_milliseconds(config, items) for items in (12_000, 10_000_000))
+    print(f"one step of 32 users x 50 beams: 12,000 items {small:.1f} ms, 10,000,000 items {large:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

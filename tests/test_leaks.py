@@ -1,0 +1,90 @@
+"""Each leak that makes published numbers wrong, planted: what must not matter does not, and what must is caught."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids, toy_histories
+
+from tiger import baselines, metrics
+from tiger.catalog import Histories
+from tiger.config import build
+from tiger.errors import HealthError
+from tiger.examples import Examples, Sequences
+from tiger.learning import learn_model
+from tiger.model import ModelConfig
+
+CPU = torch.device("cpu")
+MODEL = {
+    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "max_items": 5,
+    "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
+}  # fmt: skip
+
+
+def world() -> Histories:
+    return toy_histories(np.random.default_rng(0), 150, 40)
+
+
+def with_other(histories: Histories, positions: np.ndarray) -> Histories:
+    """The same histories with other items at these positions."""
+    items = histories.items.copy()
+    items[positions] = (items[positions] + 17) % 40
+    return replace(histories, items=items)
+
+
+def learn(histories: Histories, mode: str) -> tuple[dict[str, torch.Tensor], Any]:
+    ids = random_ids(np.random.default_rng(1), 40, (4, 4, 4))
+    model, result = learn_model(build(ModelConfig, MODEL | {"mode": mode}), histories, ids, device=CPU)
+    return model.state_dict(), result
+
+
+@pytest.mark.parametrize("mode", ["faithful", "fast"])
+def test_test_items_change_neither_training_nor_the_choice_of_the_checkpoint(mode: str) -> None:
+    histories = world()
+    weights, result = learn(histories, mode)
+    other_weights, other = learn(with_other(histories, histories.valid_end), mode)
+    assert other.best_step == result.best_step
+    assert other.log == result.log
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("mode", ["faithful", "fast"])
+def test_validation_items_change_the_choice_but_no_loss(mode: str) -> None:
+    histories = world()
+    _, result = learn(histories, mode)
+    _, other = learn(with_other(histories, histories.train_end), mode)
+    losses = [[look.get("losses") for look in found.log] for found in (result, other)]
+    assert losses[0] == losses[1]
+    assert [look["ndcg@10"] for look in result.log] != [look["ndcg@10"] for look in other.log]
+
+
+@pytest.mark.parametrize("mode", ["faithful", "fast"])
+def test_training_on_the_validation_item_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Examples if mode == "faithful" else Sequences
+    original = kind.__init__
+
+    def leaking(self: Any, histories: Histories, *rest: Any) -> None:
+        original(self, replace(histories, train_end=histories.valid_end), *rest)
+
+    monkeypatch.setattr(kind, "__init__", leaking)
+    with pytest.raises(HealthError, match=r"would train on \d+ targets, the training parts have \d+: a leak"):
+        learn(world(), mode)
+
+
+def test_baselines_do_not_see_what_comes_later() -> None:
+    histories = world()
+    later = np.concatenate([histories.train_end, histories.valid_end])
+    changed = with_other(histories, later)
+    taken = [histories.of(user)[:-2] for user in range(150)]
+    assert np.array_equal(baselines.popularity(histories, 40, 40), baselines.popularity(changed, 40, 40))
+    first, second = (baselines.co_occurrence(h, 40, taken, 40) for h in (histories, changed))
+    assert np.array_equal(first, second)
+
+
+def test_an_item_that_shares_the_targets_codes_is_no_hit() -> None:
+    """Items 3 and 4 collide; a list with 4 does not hold 3, whatever their codes."""
+    assert metrics.target_ranks(np.array([[4, 9]]), np.array([3])).tolist() == [0]
