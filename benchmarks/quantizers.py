@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RQ-VAE, layers 512-256-128": {"hidden": (512, 256, 128)},
     "RQ-VAE, dropout 0.1": {"dropout": 0.1},
     "RQ-VAE, commitment 1": {"commitment": 1.0},
-    "RQ-VAE, no linear path": {"linear_path": False},
+    "RQ-VAE, no linear path": {"linear_path": False, "distance": "mixed"},
     "RQ-VAE, no linear path, latent 64, gradient alone": {
         "linear_path": False, "latent": 64, "codebook_update": "gradient", "reset_dead": False, "distance": "euclidean",
     },
