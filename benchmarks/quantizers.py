@@ -1,11 +1,12 @@
 """All quantizers and options on one set of embeddings, several seeds each: a Markdown table.
 
-    uv run python benchmarks/quantizers.py data.path=../shared/data/amazon-beauty [seeds=3] [only=REGEX]
+    uv run python benchmarks/quantizers.py data.path=../shared/data/amazon-beauty [seeds=3] [first_seed=0]
+        [only=REGEX] [threads=2]
 
 `unique` is the share of distinct tuples of nearest codes, `error` the reconstruction error relative to the variance;
 `moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of
 an item's ten nearest neighbours (cosine) with the same first code, and with the same first two. Means over seeds, with
-the least and the largest where they differ.
+the least and the largest where they differ; `objective` is that of `jobs.tune` with its default weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overla
 from tiger.learning import encode_all, learn_tokenizer, read_vectors
 from tiger.quality import gini
 from tiger.run import RunConfig
+from tiger.search import Weights, judge
 from tiger.semantic_ids import SemanticIdsConfig, assign, packed
 from tiger.tokenizers import TokenizerConfig
 
@@ -46,6 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction": "mean"},
     "RQ-VAE, latent 128": {"latent": 128},
     "RQ-VAE, layers 512-256-128": {"hidden": (512, 256, 128)},
+    "RQ-VAE, layers 512-256, latent 256, commitment 0.35 (the sweep's winner)": {
+        "hidden": (512, 256), "latent": 256, "commitment": 0.3526760100985247,
+        "training": {"learning_rate": 0.0010098324695192984},
+    },
     "RQ-VAE, dropout 0.1": {"dropout": 0.1},
     "RQ-VAE, commitment 1": {"commitment": 1.0},
     "RQ-VAE, no linear path": {"linear_path": False, "distance": "mixed"},
@@ -73,23 +79,25 @@ def measure(values: dict[str, Any], vectors: torch.Tensor, neighbours: Any, seed
     )
     errors = tokenizer.errors(vectors, torch.from_numpy(moved.codes[:, : moved.levels]).long())
     found["moved"] = float(errors.mean()) / vectors.shape[1]
-    return found | {"error": result.best["reconstruction_error"], "seconds": seconds}
+    found |= {"error": result.best["reconstruction_error"], "seconds": seconds}
+    return found | judge(Weights(), neighbours)(codes, result.best)
 
 
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    first, threads = int(settings.pop("first_seed", "0")), int(settings.pop("threads", "2"))
     seeds, only = int(settings.pop("seeds", "3")), re.compile(settings.pop("only", ""))
     run = load(RunConfig, settings.pop("config", "beauty-cpu"), [f"{k}={v}" for k, v in settings.items()], CONFIGS)
     vectors = read_vectors(embeddings_of(run).folder)
     neighbours = nearest_neighbours(vectors.numpy())
-    torch.set_num_threads(2)
-    print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions, {seeds} seeds, 2 threads\n")
-    print("| quantizer | usage | Gini | unique | largest group | error | moved | overlap | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    torch.set_num_threads(threads)
+    print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions, {seeds} seeds from {first}, {threads} threads\n")
+    print("| quantizer | usage | Gini | unique | largest group | error | moved | overlap | objective | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, values in VARIANTS.items():
         if not only.search(name):
             continue
-        runs = [measure(values, vectors, neighbours, seed) for seed in range(seeds)]
+        runs = [measure(values, vectors, neighbours, seed) for seed in range(first, first + seeds)]
 
         def mean(key: str, digits: int, runs: list[dict[str, float]] = runs) -> str:
             found = [run[key] for run in runs]
@@ -105,6 +113,7 @@ def main() -> None:
             mean("error", 3),
             mean("moved", 3),
             f"{mean('overlap@1', 3)}; {mean('overlap@2', 3)}",
+            mean("objective", 3),
             mean("seconds", 0),
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
