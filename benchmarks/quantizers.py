@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RQ-VAE, Sinkhorn last level": {"balance_last_level": True},
     "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction": "mean"},
     "RQ-VAE, latent 128": {"latent": 128},
-    "RQ-VAE, layers 512-256-128": {"hidden": (512, 256, 128)},
+    "RQ-VAE, layers 256-128": {"hidden": (256, 128)},
     "RQ-VAE, layers 512-256, latent 256, commitment 0.35 (the sweep's winner)": {
         "hidden": (512, 256), "latent": 256, "commitment": 0.3526760100985247,
         "training": {"learning_rate": 0.0010098324695192984},

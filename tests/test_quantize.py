@@ -86,7 +86,7 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
     array, path = vectors(), tmp_path / "mine.parquet"
     names = [f"sku-{n:04d}" for n in np.random.default_rng(1).permutation(900)]
     pq.write_table(pa.table({"item_id": names, "vector": array.tolist()}), path)
-    tokenizer = {"kind": "rkmeans", "codebook_size": 16, "streamed": streamed, "passes": 1}
+    tokenizer = {"kind": "rkmeans", "codebook_size": 32, "streamed": streamed, "passes": 1}
     run = build(
         RunConfig,
         {"root": str(tmp_path / "runs"), "embedding": {"vectors": str(path)}, "tokenizer": tokenizer}

@@ -196,6 +196,7 @@ def test_without_linear_path_gradients_alone_lose_codes_and_refits_or_resets_kee
     usage = {}
     for update, reset in (("lloyd", True), ("gradient", True), ("gradient", False)):
         variant = {"codebook_update": update, "reset_dead": reset, "linear_path": False, "codebook_size": 64}
+        variant |= {"distance": "euclidean", "hidden": (256, 128), "latent": 64, "dropout": 0.1}
         _, result = learn_tokenizer(config("rqvae", **variant), vectors, device=CPU)
         usage[update, reset] = result.log[-1]["usage@1"]
     assert usage["lloyd", True] > 0.95

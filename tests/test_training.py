@@ -68,6 +68,7 @@ def _diverge(rank: int) -> None:
     """A tokenizer whose refresh is not broadcast: worker 1 adds one millionth to a number of its codebook."""
     module = torch.nn.Linear(3, 1)
     torch.nn.init.ones_(module.weight)
+    torch.nn.init.ones_(module.bias)
     module.register_buffer("codebook", torch.ones(4))
     if rank == 1:
         module.codebook[2] += 1e-6

@@ -138,9 +138,9 @@ def require_equal(module: nn.Module, name: str) -> None:
     if not dist.is_initialized():
         return
     state = module.state_dict()
-    digests = torch.tensor([_digest(tensor) for tensor in state.values()])
     device = next(iter(state.values())).device
-    least, most = digests.to(device), digests.to(device)
+    least = torch.tensor([_digest(tensor) for tensor in state.values()], device=device)
+    most = least.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     differing = [key for key, low, high in zip(state, least.tolist(), most.tolist(), strict=True) if low != high]

@@ -120,7 +120,7 @@ def _over(
     for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in range(batch.num_rows):
             yield {
-                name: np.frombuffer(batch[name][row].as_py(), np.dtype(batch[f"{name}:dtype"][row].as_py())).reshape(
+                name: np.frombuffer(bytearray(batch[name][row].as_py()), batch[f"{name}:dtype"][row].as_py()).reshape(
                     batch[f"{name}:shape"][row].as_py()
                 )
                 for name in batch.column_names

@@ -91,7 +91,7 @@ class ResidualTokenizer(Tokenizer):
         rest = self.latent(sample)
         self.train(was_training)
         if self.distance == "cosine":
-            self.lengths[0] = rest.norm(dim=1).mean()
+            self.lengths[0] = rest.norm(dim=1).mean().clamp_min(1e-6)
         rest = rest / self.lengths[0, 0]
         for level in range(self.levels):
             points = self._compared(rest, level)

@@ -40,7 +40,9 @@ class Config(ResidualConfig):
     """Shape of the autoencoder, its loss, and its training."""
 
     kind: str = Field("rqvae", description="quantizer: residual-quantized autoencoder")
-    hidden: tuple[int, ...] = Field((256, 128), description="widths of the encoder's layers; the decoder mirrors them")
+    hidden: tuple[int, ...] = Field(
+        (512, 256, 128), description="widths of the encoder's layers; the decoder mirrors them"
+    )
     latent: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
     linear_path: bool = Field(True, description="a linear path beside the layers, started as principal directions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
