@@ -39,13 +39,13 @@ def main() -> None:
     codes = np.random.default_rng(0).integers(0, 256, (items, 3), dtype=np.int16)
     before = peak_gigabytes()
     begin = time.perf_counter()
-    ids = assign(codes, 256, SemanticIdsConfig())
+    ids = assign(codes, 256, SemanticIdsConfig(collisions="level"))
     seconds = time.perf_counter() - begin
     print(f"unique IDs of {items:,} items: {seconds:.1f} s, peak {peak_gigabytes():.2f} GB ({before:.2f} before)")
     begin = time.perf_counter()
     trie = Trie(ids)
     print(f"trie: {time.perf_counter() - begin:.1f} s, peak {peak_gigabytes():.2f} GB")
-    small = Trie(assign(codes[:12_000], 256, SemanticIdsConfig()))
+    small = Trie(assign(codes[:12_000], 256, SemanticIdsConfig(collisions="level")))
     for level in range(4):
         counts = [len(each.get_buffer(f"first_child_{level}")) - 1 for each in (small, trie)]
         seconds = [expand_seconds(each, level, count) for each, count in zip((small, trie), counts, strict=True)]

@@ -66,6 +66,7 @@ def test_passes_over_parts_equal_passes_in_memory(tmp_path: Path) -> None:
     assert error == pytest.approx(float(tokenizer.errors(whole, torch.from_numpy(codes)).mean()) / 12, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_number_of_parts_changes_nothing(tmp_path: Path) -> None:
     array = vectors()
     few, many = (quantize.fit(config(), embeddings(tmp_path / str(parts), array, parts)) for parts in (1, 6))
@@ -80,7 +81,7 @@ def test_what_streaming_cannot_do_is_refused(tmp_path: Path) -> None:
         quantize.fit(config(), embeddings(tmp_path / "few", vectors()[:10], 2))
 
 
-@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: Path) -> None:
     """No catalog and no text: ids as text, vectors as lists, rows in any order."""
     array, path = vectors(), tmp_path / "mine.parquet"
