@@ -31,7 +31,7 @@ class SemanticIdsConfig(Config):
     """How items of equal codes are told apart."""
 
     collisions: Literal["level", "nearest", "refuse"] = Field(
-        "level",
+        "nearest",
         description="level: one more code counts them; nearest: they move to the nearest free codes of the last level, "
         "and one more code counts what is left; refuse: an error",
     )
