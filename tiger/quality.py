@@ -44,7 +44,8 @@ class CodedItems:
         names: [N] titles, or ids where there are no titles.
         categories: [N], None for an item without one; None where there is no such column.
         vectors: float32 [N, d] embeddings; None where there are none.
-        reconstruction_error: as the tokenizer's artifact recorded it.
+        reconstruction_error: of these codes, as their artifact recorded it.
+        unique_of_nearest: the unique ratio of the codes before collisions were resolved, likewise.
     """
 
     codes: npt.NDArray[np.int64]
@@ -54,6 +55,7 @@ class CodedItems:
     categories: list[str | None] | None = None
     vectors: npt.NDArray[np.float32] | None = None
     reconstruction_error: float | None = None
+    unique_of_nearest: float | None = None
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
@@ -95,6 +97,8 @@ def figures(items: CodedItems) -> dict[str, float]:
     whole = np.concatenate([items.codes, items.collisions[:, None]], axis=1)
     found["unique_ratio_with_collision_level"] = len(np.unique(packed(whole))) / len(whole)
     found["largest_group"] = int(np.unique(packed(items.codes), return_counts=True)[1].max())
+    if items.unique_of_nearest is not None:
+        found["unique_ratio_of_nearest_codes"] = items.unique_of_nearest
     if items.reconstruction_error is not None:
         found["reconstruction_error"] = items.reconstruction_error
     if items.vectors is not None:
@@ -223,6 +227,7 @@ def of_artifact(artifact: Artifact) -> CodedItems:
         categories=_categories(table),
         vectors=read_vectors(embeddings.folder).numpy(),
         reconstruction_error=artifact.figures["reconstruction_error"],
+        unique_of_nearest=artifact.figures["unique_ratio_of_nearest_codes"],
     )
 
 
