@@ -65,7 +65,7 @@ def plain(vectors: torch.Tensor, latent: int, batch: int, linear_path: bool) -> 
 def ours(vectors: torch.Tensor, latent: int, batch: int, linear_path: bool) -> float:
     """Seconds from the look before the first step to the end of training."""
     config = TokenizerConfig.resolve(
-        {"latent": latent, "linear_path": linear_path, "kmeans_iterations": 1}
+        {"hidden": (256, 128), "latent": latent, "linear_path": linear_path, "kmeans_iterations": 1}
         | {"training": {"epochs": EPOCHS, "batch_size": batch, "validate_every": 5.0}}
     )
     started: list[float] = []
