@@ -155,6 +155,19 @@ def test_last_costs_against_decoding_every_last_code(kind: str) -> None:
     torch.testing.assert_close(costs - costs[:, :1], differences, atol=2e-2 * float(differences.abs().max()), rtol=0)
 
 
+def test_wide_latents_and_many_rows_of_one_code_train_the_same_twice() -> None:
+    """Gradients of rows that chose one code are summed: on several threads in one order, too."""
+    vectors = clusters(320, 384)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        settings = config("rqvae", training={"epochs": 4, "batch_size": 256})
+        first, again = (learn_tokenizer(settings, vectors, device=CPU)[0].state_dict() for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
 VARIANTS: list[dict[str, object]] = [
     {"codebook_update": "ema", "ema_decay": 0.9},
     {"codebook_update": "gradient"},

@@ -129,7 +129,7 @@ class ResidualTokenizer(Tokenizer):
             rest, length = rest / relative, length * relative
             point = self._compared(rest, level)
             code, _ = nearest(point.detach(), codebook.detach(), self._prices(level))
-            chosen = codebook[code]
+            chosen = F.embedding(code, codebook)  # indexing would sum gradients in the order in which threads come
             yield Level(rest, point, code, chosen, length)
             rest, previous = rest - chosen.detach(), code
 
