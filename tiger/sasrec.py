@@ -21,7 +21,7 @@ from tiger import training
 from tiger.catalog import Histories
 from tiger.config import Config
 from tiger.metrics import ranking, target_ranks
-from tiger.training import Batch, FitResult, Hooks, Schedule, TrainingConfig
+from tiger.training import Batch, FitResult, Hooks, TrainingConfig
 
 _PAD = -1
 _USERS_AT_ONCE = 512
@@ -127,7 +127,7 @@ def learn(
     begins = np.maximum(histories.offsets[:-1], histories.train_end - config.max_items - 1)
     users = np.flatnonzero(histories.train_end - begins >= 2)
     lengths = (histories.train_end - begins)[users]
-    schedule = Schedule(config.training, -(-len(users) // config.training.batch_size), config.seed)
+    schedule = config.training.schedule(len(users), config.seed)
     evaluation = histories.evaluation("valid")
 
     def batches(epoch: int) -> Iterator[Batch]:
