@@ -49,7 +49,7 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
         codes, error, _ = _quantize(config, tokenizer, embeddings)
         draft.figures |= {"reconstruction_error": error} | code_figures(codes, config.codebook_size)
         with torch.no_grad():
-            latents = tokenizer.latent(read_vectors(embeddings.folder, at_most=_LOOK_AT))
+            latents = tokenizer.latent(tokenizer.standardize(read_vectors(embeddings.folder, at_most=_LOOK_AT)))
         draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
     return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)

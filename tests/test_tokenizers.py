@@ -13,7 +13,8 @@ from tiger.kmeans import balancing_prices, kmeans, nearest
 from tiger.learning import encode_all, learn_tokenizer
 from tiger.semantic_ids import SemanticIdsConfig, assign
 from tiger.tokenizers import TokenizerConfig
-from tiger.tokenizers._residual import rotated
+from tiger.tokenizers._residual import Level, Quantization, rotated
+from tiger.tokenizers.rqvae import RQVAE
 
 KINDS = shipped_plugins("tiger.tokenizers")
 CPU = torch.device("cpu")
@@ -104,7 +105,8 @@ def test_a_row_that_is_not_finite_is_named(kind: str) -> None:
 def test_identical_items_end_in_a_verdict_and_not_in_silence(kind: str) -> None:
     vectors = clusters()[:1].repeat(800, 1)
     tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
-    codes, latents = encode_all(tokenizer, vectors, CPU).numpy(), tokenizer.latent(vectors).detach().numpy()
+    codes = encode_all(tokenizer, vectors, CPU).numpy()
+    latents = tokenizer.latent(tokenizer.standardize(vectors)).detach().numpy()
     with pytest.raises(HealthError, match="maps all items to one point"):
         require(check_tokenizer(latents, codes, 16))
 
@@ -241,3 +243,33 @@ def test_an_exploding_learning_rate_stops_before_the_step() -> None:
     exploding = {"epochs": 5, "batch_size": 128, "learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0}
     with pytest.raises(HealthError, match="not finite at step"):
         learn_tokenizer(config("rqvae", training=exploding), clusters(), device=CPU)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "mixed", "cosine"])
+def test_written_out_gradients_are_those_of_autograd(distance: str) -> None:
+    """The loss as TIGER states it, differentiated by autograd, against the gradients that training uses."""
+    tokenizer, _ = learn_tokenizer(config("rqvae", distance=distance), clusters(), device=CPU)
+    assert isinstance(tokenizer, RQVAE)
+    latent = tokenizer.latent(tokenizer.standardize(clusters()[:50])).detach().double().requires_grad_()
+    codebooks = tokenizer.codebooks.detach().double().requires_grad_()
+    levels = [
+        Level(*(t if t.dtype == torch.int64 else t.double() for t in vars(level).values()))
+        for level in tokenizer.quantize(latent.detach().float())
+    ]
+    rest, length, expected, total = latent, torch.ones(50, 1).double(), torch.zeros(50).double(), 0
+    for codebook, level in zip(codebooks, levels, strict=True):
+        relative = level.length / length
+        rest, length = rest / relative, level.length
+        point, chosen = rest / level.size, codebook[level.code]
+        pull = (point.detach() - chosen).square().sum(1) + 0.25 * (point - chosen.detach()).square().sum(1)
+        expected, total = expected + length.squeeze(1).square() * pull, total + length * chosen.detach()
+        rest = rest - chosen.detach()
+    toward = torch.randn(50, latent.shape[1], generator=torch.Generator().manual_seed(3)).double()
+    passed = latent + (total - latent).detach()
+    truth = torch.autograd.grad((expected * torch.arange(50)).sum() + (passed * toward).sum(), [latent, codebooks])
+    loss, quantized = Quantization.apply(latent, codebooks, levels, 0.25)
+    found = torch.autograd.grad((loss * torch.arange(50)).sum() + (quantized * toward).sum(), [latent, codebooks])
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantized, passed, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

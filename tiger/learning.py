@@ -6,7 +6,7 @@ Plain PyTorch in one process or in a process group; `scale/train.py` starts the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -66,25 +66,34 @@ def learn_tokenizer(
     tokenizer = build(config, vectors.shape[1]).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     sample = vectors[torch.randperm(len(vectors), generator=generator)[: config.kmeans_sample]].to(device)
+    tokenizer.fit_statistics(sample)
+    sample = tokenizer.standardize(sample)
     if training.rank() == 0:
         tokenizer.initialize(sample, generator)
     training.broadcast(tokenizer)
     schedule = config.training.schedule(len(vectors), config.seed)
+    standardized = torch.cat([tokenizer.standardize(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
 
     def begin_epoch(epoch: int) -> None:
-        if training.rank() == 0:
-            tokenizer.refresh(sample)
-        training.broadcast(tokenizer)
+        if epoch and epoch % tokenizer.refresh_every == 0:
+            if training.rank() == 0:
+                tokenizer.refresh(sample)
+            training.broadcast(tokenizer)
 
-    def batches(epoch: int) -> list[Batch]:
+    def batches(epoch: int) -> Iterator[Batch]:
         order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(vectors)))
-        shares = [(rows, *training.share(rows)) for rows in order.split(config.training.batch_size)]
-        return [Batch((vectors[own],), weights, float(len(rows))) for rows, own, weights in shares]
+        for rows in order.split(config.training.batch_size):
+            own, weights = training.share(rows)
+            yield Batch((standardized.index_select(0, own),), weights, float(len(rows)))
 
     def validate(module: nn.Module) -> dict[str, float]:
-        codes = encode_all(tokenizer, vectors, device)
-        figures = {"reconstruction_error": reconstruction_error(tokenizer, vectors, codes, device)}
-        figures |= code_figures(codes.numpy(), config.codebook_size)
+        found, error = [], 0.0
+        with torch.no_grad():
+            for chunk in standardized.split(_CHUNK):
+                found.append(tokenizer.encode_standardized(chunk.to(device)))
+                error += float((tokenizer.decode_standardized(found[-1]) - chunk.to(device)).square().sum())
+        codes = torch.cat(found).cpu()
+        figures = {"reconstruction_error": error / vectors.numel()} | code_figures(codes.numpy(), config.codebook_size)
         figures["objective"] = -figures["reconstruction_error"]
         return figures | (judge(codes.numpy(), figures) if judge else {})
 

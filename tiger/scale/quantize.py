@@ -53,6 +53,8 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
     sample = _sample(embeddings, parts, rows, config.kmeans_sample, config.seed)
     tokenizer = build(config, sample.shape[1])
     assert isinstance(tokenizer, ResidualTokenizer)
+    tokenizer.fit_statistics(sample)
+    sample = tokenizer.standardize(sample)
     tokenizer.initialize(sample, torch.Generator().manual_seed(config.seed))
     progress = Progress("k-means", config.levels * config.passes * rows, "rows")
     for level in range(config.levels):
@@ -167,7 +169,7 @@ def _pass(
 @torch.no_grad()
 def _sum_part(folder: Folder, part: str, tokenizer: ResidualTokenizer, level: int) -> dict[str, Any]:
     _, vectors = _vectors(folder, part)
-    *_, found = islice(tokenizer.quantize(tokenizer.latent(vectors)), level + 1)
+    *_, found = islice(tokenizer.quantize(tokenizer.latent(tokenizer.standardize(vectors))), level + 1)
     points, counts = cluster_sums(found.point.double(), found.code, tokenizer.codebook_size)
     left = (found.rest - found.chosen).norm(dim=1, keepdim=True)
     lengths, _ = cluster_sums(left.double(), found.code, tokenizer.codebook_size)

@@ -6,7 +6,7 @@ A tokenizer is a module in this folder (or anywhere, by its dotted name) with
     build(config, dim) -> Tokenizer         an untrained tokenizer for embeddings of that dimension
 
 Training calls `initialize` once, on one worker, and sends the state to the others; then `forward` on every batch, as
-many steps as the configuration says (none where `initialize` does all the work), with `refresh` before every epoch, on
+many steps as the configuration says (none where `initialize` does all the work), with `refresh` every few epochs, on
 one worker again. Collisions are not its concern: `semantic_ids.py` tells items of equal codes apart, with the help of
 `last_costs`.
 """
@@ -50,6 +50,8 @@ class Tokenizer(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    refresh_every = 1
+    """Epochs between two calls of `refresh`."""
 
     def __init__(self, config: TokenizerConfig, dim: int) -> None:
         super().__init__()
@@ -58,47 +60,64 @@ class Tokenizer(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
-        """Sets the state that data decide: statistics, k-means codebooks. Called once, before training.
+        """Sets the state that data decide, such as k-means codebooks. Called once, after `fit_statistics`.
 
         Args:
-            sample: float32 [N, d] embeddings, N at least the codebook size.
+            sample: float32 [N, d] standardised embeddings, N at least the codebook size.
             generator: the source of all randomness.
         """
         raise NotImplementedError
 
     def refresh(self, sample: Tensor) -> None:
-        """Brings state that is not learned by gradients up to date. Called before every epoch, on one worker.
+        """Brings state that is not learned by gradients up to date. Called on one worker, every `refresh_every` epochs.
 
         Args:
             sample: the same as in `initialize`.
         """
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Loss of each row, float32 [B]; gradients are synchronised through this method only."""
+        """Loss of each row, float32 [B], of standardised embeddings; gradients are synchronised through this only.
+
+        Here the squared error of the codes, for kinds that have nothing to train.
+        """
+        return (self.decode_standardized(self.encode_standardized(batch)) - batch).square().sum(1)
+
+    def encode_standardized(self, batch: Tensor) -> Tensor:
+        """Codes int64 [B, levels] of standardised embeddings; deterministic."""
         raise NotImplementedError
 
-    def encode(self, batch: Tensor) -> Tensor:
-        """Codes int64 [B, levels] of float32 [B, d] embeddings; deterministic."""
-        raise NotImplementedError
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Embeddings float32 [B, d] that stand for int64 [B, levels] codes."""
+    def decode_standardized(self, codes: Tensor) -> Tensor:
+        """Standardised embeddings float32 [B, d] that stand for int64 [B, levels] codes."""
         raise NotImplementedError
 
     def last_costs(self, batch: Tensor) -> Tensor:
         """What each code would cost an item at the last level, its codes before given: float32 [B, K].
 
         Squared errors, or anything that can be summed over items to say which assignment of last codes is better.
+
+        Args:
+            batch: float32 [B, d] embeddings.
         """
         raise NotImplementedError
 
+    @torch.no_grad()
+    def encode(self, batch: Tensor) -> Tensor:
+        """Codes int64 [B, levels] of float32 [B, d] embeddings."""
+        return self.encode_standardized(self.standardize(batch))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Embeddings float32 [B, d] that stand for int64 [B, levels] codes."""
+        return self.decode_standardized(codes) * self.scale + self.mean
+
+    @torch.no_grad()
     def errors(self, batch: Tensor, codes: Tensor) -> Tensor:
         """Squared errors [B] of codes [B, levels], in standardised embeddings, summed over dimensions."""
-        return (self.standardize(self.decode(codes)) - self.standardize(batch)).square().sum(1)
+        return (self.decode_standardized(codes) - self.standardize(batch)).square().sum(1)
 
-    def latent(self, batch: Tensor) -> Tensor:
+    def latent(self, standardized: Tensor) -> Tensor:
         """What is quantized, [B, latent]: the standardised embedding unless there is an encoder."""
-        return self.standardize(batch)
+        return standardized
 
     def fit_statistics(self, sample: Tensor) -> None:
         """Mean and standard deviation of every dimension; a constant dimension is left at its scale."""
@@ -108,9 +127,6 @@ class Tokenizer(nn.Module):
 
     def standardize(self, batch: Tensor) -> Tensor:
         return (batch - self.mean) / self.scale
-
-    def unstandardize(self, batch: Tensor) -> Tensor:
-        return batch * self.scale + self.mean
 
 
 def require_enough_items(config: TokenizerConfig, n_items: int) -> None:

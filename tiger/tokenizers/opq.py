@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiger.kmeans import kmeans, lloyd, nearest
+from tiger.kmeans import kmeans, lloyd, nearest_index
 from tiger.tokenizers import NoTraining, Tokenizer, TokenizerConfig
 
 
@@ -36,26 +36,25 @@ class OptimizedProductQuantizer(Tokenizer):
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
-        self.fit_statistics(sample)
-        points = self._padded(self.standardize(sample))
+        points = self._padded(sample)
         self.rotation.copy_(_balanced_rotation(points, self.levels))
         for level, part in enumerate(self._parts(points)):
             self.codebooks[level] = kmeans(part, self.codebook_size, iterations=self.iterations, generator=generator)
         for _ in range(self.rotations):
             for level, part in enumerate(self._parts(points)):
                 self.codebooks[level] = lloyd(part, self.codebooks[level])[0]
-            codes = torch.stack([nearest(p, c)[0] for p, c in zip(self._parts(points), self.codebooks, strict=True)], 1)
+            codes = self._nearest(points)
             # The rotation that brings points nearest to their codebook vectors: orthogonal Procrustes.
             left, _, right = torch.linalg.svd(points.T @ self._vectors(codes))
             self.rotation.copy_(left @ right)
 
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.errors(batch, self.encode(batch))
-
     @torch.no_grad()
-    def encode(self, batch: Tensor) -> Tensor:
-        parts = self._parts(self._padded(self.standardize(batch)))
-        return torch.stack([nearest(p, c)[0] for p, c in zip(parts, self.codebooks, strict=True)], dim=1)
+    def encode_standardized(self, batch: Tensor) -> Tensor:
+        return self._nearest(self._padded(batch))
+
+    def _nearest(self, points: Tensor) -> Tensor:
+        parts = self._parts(points)
+        return torch.stack([nearest_index(p, c) for p, c in zip(parts, self.codebooks, strict=True)], dim=1)
 
     @torch.no_grad()
     def last_costs(self, batch: Tensor) -> Tensor:
@@ -63,8 +62,8 @@ class OptimizedProductQuantizer(Tokenizer):
         return torch.cdist(parts[-1], self.codebooks[-1]).square()
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.unstandardize((self._vectors(codes) @ self.rotation.T)[:, : self.dim])
+    def decode_standardized(self, codes: Tensor) -> Tensor:
+        return (self._vectors(codes) @ self.rotation.T)[:, : self.dim]
 
     def _padded(self, points: Tensor) -> Tensor:
         return torch.nn.functional.pad(points, (0, len(self.rotation) - self.dim))

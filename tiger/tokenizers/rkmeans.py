@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from tiger.tokenizers import NoTraining
 from tiger.tokenizers._residual import ResidualConfig, ResidualTokenizer
@@ -27,9 +26,6 @@ class ResidualKMeans(ResidualTokenizer):
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
         self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, dim))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.errors(batch, self.encode(batch))
 
 
 def build(config: Config, dim: int) -> ResidualKMeans:

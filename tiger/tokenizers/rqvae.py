@@ -4,7 +4,7 @@ Zeghidour et al. 2021 for the residual quantizer).
 Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
 identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
 ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
-measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level before every epoch, directions
+measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every few epochs, directions
 instead of vectors at the later levels, a reconstruction loss summed over dimensions, AdamW.
 
 Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tiger.kmeans import cluster_sums, lloyd, nearest, revive
-from tiger.tokenizers._residual import Level, ResidualConfig, ResidualTokenizer, rotated
+from tiger.tokenizers._residual import Level, Quantization, ResidualConfig, ResidualTokenizer, rotated
 from tiger.training import TrainingConfig, all_sum
 
 
@@ -32,6 +33,7 @@ class RQVAETraining(TrainingConfig):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
+    clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
     validate_every: float = Field(5.0, gt=0, description="epochs between two looks at usage and reconstruction")
     patience: int = Field(10, ge=1, description="looks without a better reconstruction before training stops")
 
@@ -48,10 +50,11 @@ class Config(ResidualConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
     commitment: float = Field(0.25, ge=0, description="weight of the loss that draws the latent to its codes (beta)")
     codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
-        "lloyd", description="gradients and a k-means iteration before every epoch; moving averages; gradients alone"
+        "lloyd", description="gradients and now and then a k-means iteration; moving averages; gradients alone"
     )
+    refresh_every: int = Field(5, ge=1, description="epochs between two k-means iterations, or resets of dead codes")
     ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
-    reset_dead: bool = Field(True, description="codes that no item has move to badly represented items, every epoch")
+    reset_dead: bool = Field(True, description="codes that no item has move to badly represented items")
     gradient: Literal["straight-through", "rotation"] = Field(
         "straight-through", description="how the gradient passes the quantization"
     )
@@ -97,7 +100,7 @@ class RQVAE(ResidualTokenizer):
         self.encoder = _Coder(widths, config.dropout, config.linear_path)
         self.decoder = _Coder(widths[::-1], config.dropout, config.linear_path)
         self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
-        self.config = config
+        self.config, self.refresh_every = config, config.refresh_every
         if config.codebook_update == "ema":
             self.codebooks.requires_grad_(False)
             self.register_buffer("ema_sums", torch.zeros_like(self.codebooks))
@@ -105,9 +108,8 @@ class RQVAE(ResidualTokenizer):
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
-        self.fit_statistics(sample)
         if self.encoder.linear is not None and self.decoder.linear is not None:
-            directions = _principal_directions(self.standardize(sample), self.codebooks.shape[2])
+            directions = _principal_directions(sample, self.codebooks.shape[2])
             self.encoder.linear.weight.copy_(directions.T)
             self.decoder.linear.weight.copy_(directions)
             for linear in (self.encoder.linear, self.decoder.linear):
@@ -138,8 +140,8 @@ class RQVAE(ResidualTokenizer):
                 self.ema_counts[moved] = 1.0
                 self.ema_sums[moved] = self.codebooks[moved]
 
-    def latent(self, batch: Tensor) -> Tensor:
-        latent: Tensor = self.encoder(self.standardize(batch))
+    def latent(self, standardized: Tensor) -> Tensor:
+        latent: Tensor = self.encoder(standardized)
         return latent
 
     def from_latent(self, latent: Tensor) -> Tensor:
@@ -147,25 +149,15 @@ class RQVAE(ResidualTokenizer):
         return embedding
 
     def forward(self, batch: Tensor) -> Tensor:
-        target_BD = self.standardize(batch)
-        latent_BZ = self.encoder(target_BD)
-        quantized_BZ = torch.zeros_like(latent_BZ)
-        loss_B = torch.zeros_like(latent_BZ[:, 0])
+        latent_BZ = self.encoder(batch)
         levels = list(self.quantize(latent_BZ))
-        for level in levels:
-            # The codebook moves to the latent, and, beta times as strongly, the latent to the codebook.
-            codebook_B = (level.point.detach() - level.chosen).square().sum(1)
-            commitment_B = (level.point - level.chosen.detach()).square().sum(1)
-            loss_B = loss_B + level.length.squeeze(1).square() * (codebook_B + self.config.commitment * commitment_B)
-            quantized_BZ = quantized_BZ + level.length * level.chosen
+        quantization_B, passed_BZ = Quantization.apply(latent_BZ, self.codebooks, levels, self.config.commitment)
         if self.config.gradient == "rotation":
-            passed_BZ = rotated(latent_BZ, quantized_BZ)
-        else:
-            passed_BZ = latent_BZ + (quantized_BZ - latent_BZ).detach()
-        errors_BD = (self.decoder(passed_BZ) - target_BD).square()
+            passed_BZ = rotated(latent_BZ, passed_BZ.detach())
+        error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
             self._move_codebooks(levels)
-        return loss_B + (errors_BD.sum(1) if self.config.reconstruction == "sum" else errors_BD.mean(1))
+        return quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
 
     @torch.no_grad()
     def _move_codebooks(self, levels: list[Level]) -> None:
@@ -189,7 +181,7 @@ def _principal_directions(points: Tensor, count: int) -> Tensor:
     if count == dim:
         return torch.eye(dim, device=points.device)
     _, directions = torch.linalg.eigh(points.T @ points / len(points))
-    return torch.nn.functional.pad(directions.flip(1)[:, :count], (0, max(0, count - dim)))
+    return F.pad(directions.flip(1)[:, :count], (0, max(0, count - dim)))
 
 
 def build(config: Config, dim: int) -> RQVAE:
