@@ -23,7 +23,8 @@ from jobs.command import CONFIGS
 from jobs.embed import embeddings_of
 from tiger.config import load
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
-from tiger.learning import encode_all, learn_tokenizer, read_vectors
+from tiger.embedding import read_vectors
+from tiger.learning import encode_all, learn_tokenizer
 from tiger.quality import gini
 from tiger.run import RunConfig
 from tiger.search import Weights, judge

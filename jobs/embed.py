@@ -11,9 +11,8 @@ from jobs.prepare import prepare
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft, Folder
 from tiger.diagnostics import check_embeddings, require
-from tiger.embedding import EncodeTexts, adopt_vectors
+from tiger.embedding import EncodeTexts, adopt_vectors, read_vectors
 from tiger.errors import DataError
-from tiger.learning import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.map import Actors, map_table
 

@@ -18,7 +18,7 @@ from tiger import artifacts, baselines, metrics
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog, EvaluationUsers, Split
 from tiger.diagnostics import check_recommendations, require
-from tiger.learning import read_vectors
+from tiger.embedding import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.decode import decode_users
 

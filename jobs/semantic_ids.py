@@ -14,11 +14,11 @@ from jobs.embed import embeddings_of
 from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
 from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
+from tiger.embedding import read_vectors
 from tiger.errors import ConfigError
 from tiger.learning import (
     encode_all,
     load_tokenizer,
-    read_vectors,
     reconstruction_error,
     tokenizer_worker,
     write_weights,

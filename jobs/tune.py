@@ -13,7 +13,7 @@ from jobs.embed import embeddings_of
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft
 from tiger.config import dump_toml, load
-from tiger.learning import read_vectors
+from tiger.embedding import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.tune import search_tokenizer
 from tiger.search import SearchConfig, SweepConfig, apply, picture

@@ -11,20 +11,28 @@ from hypothesis import strategies as st
 
 from tiger.config import build
 from tiger.decoding import beam_search, score_all
-from tiger.examples import PAD
+from tiger.examples import PAD, columns
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.trie import Trie
 
 SIZES = (4, 5, 3)
 
 
-def small_model(sizes: tuple[int, ...], seed: int = 0, **changes: object) -> GenerativeRecommender:
+DENSE = {"mode": "fast", "item_tokens": True, "dense": 0.5}
+
+
+def small_model(sizes: tuple[int, ...], seed: int = 0, items: int = 0, **changes: object) -> GenerativeRecommender:
+    """Untrained; `items` of them have text embeddings, for a dense head."""
     torch.manual_seed(seed)
     config = build(ModelConfig, {"d_model": 8, "heads": 2, "head_dim": 4, "d_ff": 16, "layers": 1, **changes})
-    return GenerativeRecommender(config, sizes).eval()
+    model = GenerativeRecommender(config, sizes, torch.randn(items, 6) if items else None).eval()
+    if config.dense:
+        torch.nn.init.normal_(model.item_embedding.weight)  # as different as training would make them
+    return model
 
 
 def histories(rng: np.random.Generator, codes: np.ndarray, users: int, longest: int) -> torch.Tensor:
+    """Of `columns`, or of codes alone."""
     history = codes[rng.integers(0, len(codes), (users, longest))].astype(np.int64)
     for row in range(users):
         history[row, : rng.integers(0, longest)] = PAD
@@ -34,23 +42,50 @@ def histories(rng: np.random.Generator, codes: np.ndarray, users: int, longest: 
 @settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    items=st.integers(1, 40),
+    items=st.integers(2, 40),
     extra=st.integers(0, 5),
-    mode=st.sampled_from(["faithful", "fast"]),
+    kind=st.sampled_from(
+        [
+            {"mode": "faithful"},
+            {"mode": "fast"},
+            {**DENSE, "dense_share": 1.0},
+            {**DENSE, "dense_share": 0.4},
+            {**DENSE, "dense_share": 0.0},
+            {**DENSE, "mode": "faithful"},
+        ]
+    ),
 )
-def test_a_wide_beam_is_exact(seed: int, items: int, extra: int, mode: str) -> None:
+def test_a_wide_beam_is_exact(seed: int, items: int, extra: int, kind: dict[str, object]) -> None:
     """Eight users a case: 2,400 searches, each equal to scoring all items, also with fewer items than the beam."""
     rng = np.random.default_rng(seed)
     ids = random_ids(rng, items, SIZES)
-    model = small_model(SIZES, seed, mode=mode)
-    history = histories(rng, ids.codes, users=8, longest=4)
-    truth = score_all(model, torch.from_numpy(ids.codes.astype(np.int64)), history)
+    model = small_model(SIZES, seed, items, **kind)
+    read = columns(ids, bool(model.dense))
+    history = histories(rng, read, users=8, longest=4)
+    truth = score_all(model, torch.from_numpy(read), history)
     found, scores = beam_search(model, Trie(ids), history, beam=items + extra)
     for row in range(8):
         real = found[row] >= 0
         assert sorted(found[row][real].tolist()) == list(range(items))
         torch.testing.assert_close(scores[row][real], truth[row][found[row][real]], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(scores[row][real], truth[row].sort(descending=True).values, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_head_orders_what_generation_found() -> None:
+    """With a narrow beam, the candidates are those of generation alone, the order is that of the inner products."""
+    rng = np.random.default_rng(3)
+    ids = random_ids(rng, 50, SIZES)
+    model, read = small_model(SIZES, 1, 50, **DENSE), columns(ids, True)
+    history = histories(rng, read, users=6, longest=4)
+    truth = score_all(model, torch.from_numpy(read), history)
+    model.dense_share = 0.0
+    generated, _ = beam_search(model, Trie(ids), history, beam=3, results=12)
+    model.dense_share = 1.0
+    found, _ = beam_search(model, Trie(ids), history, beam=3, results=12)
+    for row in range(6):
+        items = generated[row][generated[row] >= 0]
+        assert found[row][found[row] >= 0].tolist() == items[truth[row][items].argsort(descending=True)].tolist()
+    assert not torch.equal(found, generated)
 
 
 @settings(max_examples=60, deadline=None)

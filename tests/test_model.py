@@ -8,26 +8,32 @@ from test_decoding import SIZES, histories, small_model
 
 from tiger.config import build
 from tiger.errors import ConfigError
-from tiger.examples import PAD, hash_users
+from tiger.examples import PAD, columns, hash_users
 from tiger.model import PRESETS, GenerativeRecommender, ModelConfig
 
+KINDS = [{}, {"item_tokens": True}, {"item_tokens": True, "dense": 0.5}]
 
-@pytest.mark.parametrize("item_tokens", [False, True])
-def test_padding_changes_nothing(item_tokens: bool) -> None:
+
+def model_and_items(kind: dict[str, object], **changes: object) -> tuple[GenerativeRecommender, np.ndarray]:
+    """A model of 20 items, and what it reads of each."""
+    model = small_model(SIZES, items=20, **kind, **changes)
+    return model, columns(random_ids(np.random.default_rng(0), 20, SIZES), bool(model.dense))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_padding_changes_nothing(kind: dict[str, object]) -> None:
     """A history alone equals the same history beside longer ones."""
-    model, rng = small_model(SIZES, item_tokens=item_tokens), np.random.default_rng(0)
-    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
-    history, target = torch.from_numpy(codes[rng.integers(0, 20, (1, 3))]), torch.from_numpy(codes[:1])
-    padded = torch.cat([torch.full((1, 4, 3), PAD), history], dim=1)
+    (model, items), rng = model_and_items(kind), np.random.default_rng(0)
+    history, target = torch.from_numpy(items[rng.integers(0, 20, (1, 3))]), torch.from_numpy(items[:1])
+    padded = torch.cat([torch.full((1, 4, model.columns), PAD), history], dim=1)
     torch.testing.assert_close(model(history, target), model(padded, target))
 
 
-@pytest.mark.parametrize("item_tokens", [False, True])
-def test_fast_one_pass_equals_one_example_per_target(item_tokens: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_fast_one_pass_equals_one_example_per_target(kind: dict[str, object]) -> None:
     """Nothing of a target or of what follows it reaches its history; padding changes nothing."""
-    model, rng = small_model(SIZES, mode="fast", max_items=6, item_tokens=item_tokens), np.random.default_rng(0)
-    codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
-    sequence = torch.from_numpy(codes[rng.integers(0, 20, (3, 7))])
+    (model, items), rng = model_and_items(kind, mode="fast", max_items=6), np.random.default_rng(0)
+    sequence = torch.from_numpy(items[rng.integers(0, 20, (3, 7))])
     together = model(sequence, torch.full((3,), 6))
     alone = sum(model(sequence[:, : length + 1], torch.ones(3, dtype=torch.int64)) for length in range(1, 7))
     torch.testing.assert_close(together, alone)
@@ -35,7 +41,7 @@ def test_fast_one_pass_equals_one_example_per_target(item_tokens: bool) -> None:
     torch.testing.assert_close(
         last_two, sum(model(sequence[:, : length + 1], torch.ones(3, dtype=torch.int64)) for length in (5, 6))
     )
-    padded = torch.cat([torch.full((3, 4, 3), PAD), sequence], dim=1)
+    padded = torch.cat([torch.full((3, 4, model.columns), PAD), sequence], dim=1)
     torch.testing.assert_close(model(padded, torch.full((3,), 6)), together)
 
 
@@ -109,3 +115,19 @@ def test_an_item_token_is_the_sum_of_its_codes() -> None:
     first, swapped, other = (model(torch.tensor([[codes]]), target) for codes in ([1, 2], [2, 1], [1, 3]))
     torch.testing.assert_close(first, swapped)
     assert not torch.equal(first, other)
+
+
+def test_the_dense_loss_is_the_cross_entropy_over_all_items() -> None:
+    model, items = model_and_items(KINDS[2])
+    history, target = torch.from_numpy(items[None, :3]), torch.from_numpy(items[7:8])
+    of_codes, of_items = model.losses(history, target)
+    scores = model.encode(history).query @ model.item_keys().T
+    torch.testing.assert_close(of_items, -scores.log_softmax(-1)[:, 7])
+    torch.testing.assert_close(model(history, target), of_codes + 0.5 * of_items)
+
+
+def test_a_dense_head_needs_item_tokens_and_texts() -> None:
+    with pytest.raises(ConfigError, match="item_tokens"):
+        build(ModelConfig, {"dense": 0.5})
+    with pytest.raises(ValueError, match="pass vectors"):
+        GenerativeRecommender(build(ModelConfig, {"dense": 0.5, "item_tokens": True}), SIZES)

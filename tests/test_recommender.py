@@ -21,7 +21,7 @@ def test_against_exact_scores_for_histories_of_all_lengths(recommender: Recommen
     rng = np.random.default_rng(1)
     histories = [rng.integers(0, 40, rng.integers(1, 30)).tolist() for _ in range(100)]
     found = recommender.recommend(histories, k=10, beam=40)
-    codes = torch.from_numpy(recommender.codes)
+    codes = torch.from_numpy(recommender.columns)
     for row, history in enumerate(histories):
         recent = codes[history[-recommender.model.max_items :]]
         truth = score_all(recommender.model, codes, recent[None])[0].sort(descending=True)
@@ -80,3 +80,23 @@ def test_a_batch_column_of_lists_keeps_its_histories(recommender: Recommender) -
     direct = recommender.recommend(histories, k=5)
     through = recommender.recommend([np.array(row) for row in column.to_pylist()], k=5)
     assert np.array_equal(direct.items, through.items)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_a_filter_leaves_the_list_full_of_allowed_items(recommender: Recommender, share: float) -> None:
+    """A narrow beam under a filter equals a wide one from which the other items are taken."""
+    rng = np.random.default_rng(5)
+    allowed = rng.random(40) < share
+    allowed[7] = True
+    histories = [rng.integers(0, 40, rng.integers(1, 9)) for _ in range(20)]
+    found = recommender.recommend(histories, k=40, beam=int(allowed.sum()), allowed=allowed)
+    everything = recommender.recommend(histories, k=40, beam=40)
+    for row in range(20):
+        expected = [item for item in everything.items[row] if allowed[item]]
+        assert found.items[row, : len(expected)].tolist() == expected
+        assert (found.items[row, len(expected) :] == -1).all()
+
+
+def test_a_filter_of_another_catalog_is_refused(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="40 items"):
+        recommender.recommend([[0]], k=3, allowed=np.ones(39, bool))

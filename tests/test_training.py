@@ -39,8 +39,9 @@ def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch
         config = TokenizerConfig.resolve(TOKENIZER | changes)
         return learn_tokenizer(config, vectors, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
-    changes = {"mode": which} | changes
-    return learn_model(build(ModelConfig, MODEL | changes), toy_histories(rng, 201, 60), ids, device=CPU, hooks=hooks)
+    kind = {"mode": "fast", "item_tokens": True, "dense": 0.5} if which == "dense" else {"mode": which}
+    config, vectors = build(ModelConfig, MODEL | kind | changes), torch.from_numpy(rng.normal(size=(60, 7))).float()
+    return learn_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
 
 
 def losses(result: Any) -> list[float]:
@@ -84,7 +85,7 @@ def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
     return [json.loads((target / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
     _, alone = learn(which)
     first, second = group(2, which, tmp_path)
@@ -110,7 +111,7 @@ def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
     assert "the workers' states have come apart in codebook (1 of 3 tensors)" in said[0]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense"])
 def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     """With dropout on: everything random is a function of the step."""
 

@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from tiger.artifacts import Folder
 from tiger.config import Config
-from tiger.errors import DataError, HealthError, ResourceError
+from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -237,3 +239,25 @@ def cut_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.N
 def unusable(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Rows that hold NaN, infinity, or nothing but zeros."""
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
+
+
+def read_vectors(folder: Folder, at_most: int | None = None) -> Tensor:
+    """Embeddings float32 [N, d], row = item_id; or those of the first file, `at_most` of them.
+
+    Raises:
+        ArtifactError: the item ids are not 0 .. N-1, each once.
+    """
+    if at_most is not None:
+        first = next(name for name in folder.files() if name.startswith("vectors/"))
+        return matrix(folder.read_table(first).slice(0, at_most))
+    table = folder.read_table("vectors").sort_by("item_id").combine_chunks()
+    items = np.asarray(table["item_id"])
+    if not np.array_equal(items, np.arange(len(items))):
+        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
+    return matrix(table)
+
+
+def matrix(table: pa.Table) -> Tensor:
+    """The column `vector`, lists of equal length, as float32 [rows, d]."""
+    lists = table["vector"].combine_chunks()
+    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(table), -1).astype(np.float32))

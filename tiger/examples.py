@@ -23,16 +23,30 @@ PAD = -1
 """Code of a place in a batch that holds no item."""
 
 
+def columns(ids: SemanticIds, with_items: bool) -> npt.NDArray[np.int64]:
+    """What a model reads of each item, int64 [items, C]: its codes, and its number for a model with a dense head."""
+    codes = ids.codes.astype(np.int64)
+    return np.column_stack([codes, np.arange(len(codes))]) if with_items else codes
+
+
 class Examples:
     """All (history, target) pairs of the training part."""
 
-    def __init__(self, histories: Histories, ids: SemanticIds, max_items: int, user_tokens: int) -> None:
+    def __init__(
+        self,
+        histories: Histories,
+        ids: SemanticIds,
+        max_items: int,
+        user_tokens: int,
+        with_items: bool = False,
+    ) -> None:
         """
         Args:
+            with_items: items bring their number along, see `columns`.
             max_items: the most recent items of a history that the model sees.
             user_tokens: number of user tokens, 0 for none.
         """
-        self.codes = ids.codes.astype(np.int64)
+        self.codes = columns(ids, with_items)
         self.items, self.max_items = histories.items, max_items
         begins = histories.offsets[:-1]
         counts = np.maximum(histories.train_end - begins - 1, 0)
@@ -86,8 +100,8 @@ class Sequences:
     or overlap; a window begins `max_items` before its first target, so that every target has its whole history.
     """
 
-    def __init__(self, histories: Histories, ids: SemanticIds, max_items: int) -> None:
-        self.codes, self.items, self.max_items = ids.codes.astype(np.int64), histories.items, max_items
+    def __init__(self, histories: Histories, ids: SemanticIds, max_items: int, with_items: bool = False) -> None:
+        self.codes, self.items, self.max_items = columns(ids, with_items), histories.items, max_items
         begins, ends, firsts = [], [], []
         for begin, end in zip(histories.offsets[:-1].tolist(), histories.train_end.tolist(), strict=True):
             for first in range(begin + 1, end, max_items):
@@ -131,7 +145,7 @@ class Sequences:
             yield Batch(self.collate(own.numpy()), weights, float(self.targets[rows].sum()))
 
     def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Sequence codes [B, N, L], PAD in front, and how many of the last items are targets, int64 [B]."""
+        """Sequence codes [B, N, C], PAD in front, and how many of the last items are targets, int64 [B]."""
         sequence = pad_histories(self.items, self.begin[rows], self.end[rows], self.codes)
         return sequence, torch.from_numpy(self.targets[rows])
 
@@ -142,7 +156,7 @@ def pad_histories(
     ends: npt.NDArray[np.int64],
     codes: npt.NDArray[np.int64],
 ) -> Tensor:
-    """Codes int64 [B, N, L+1] of the items at [begin, end) of each row; shorter rows have PAD in front.
+    """Columns int64 [B, N, C] of the items at [begin, end) of each row; shorter rows have PAD in front.
 
     The last item of a history always stands in the last place, so that a place tells how recent an item is.
     """

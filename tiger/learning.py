@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,12 @@ from tiger.catalog import Catalog, Histories
 from tiger.config import build as build_config
 from tiger.decoding import beam_search
 from tiger.diagnostics import code_figures
-from tiger.errors import ArtifactError, HealthError
+from tiger.embedding import read_vectors
+from tiger.errors import HealthError
 from tiger.examples import Examples, Sequences, hash_users, pad_histories
 from tiger.metrics import ranking, target_ranks
 from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.recommender import WEIGHTS
+from tiger.recommender import WEIGHTS, text_vectors
 from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIds
 from tiger.tokenizers import Tokenizer, TokenizerConfig, build, require_enough_items
@@ -128,21 +128,30 @@ def reconstruction_error(tokenizer: Tokenizer, vectors: Tensor, codes: Tensor, d
 
 
 def learn_model(
-    config: ModelConfig, histories: Histories, ids: SemanticIds, *, device: torch.device, hooks: Hooks | None = None
+    config: ModelConfig,
+    histories: Histories,
+    ids: SemanticIds,
+    *,
+    device: torch.device,
+    vectors: Tensor | None = None,
+    hooks: Hooks | None = None,
 ) -> tuple[GenerativeRecommender, FitResult]:
     """Trains the generative model; the checkpoint is chosen by NDCG@10 of beam search on validation users.
+
+    Args:
+        vectors: float32 [items, d] text embeddings, for a model with a dense head.
 
     Raises:
         HealthError: the targets are not those of the training parts, or the loss is not finite.
     """
     torch.manual_seed(config.seed)
-    model = GenerativeRecommender(config, ids.level_sizes)
+    model = GenerativeRecommender(config, ids.level_sizes, vectors).to(device)
     training.broadcast(model)
     examples: Examples | Sequences
     if config.mode == "fast":
-        examples = Sequences(histories, ids, config.max_items)
+        examples = Sequences(histories, ids, config.max_items, bool(config.dense))
     else:
-        examples = Examples(histories, ids, config.max_items, config.user_tokens)
+        examples = Examples(histories, ids, config.max_items, config.user_tokens, bool(config.dense))
     if len(examples) != histories.training_examples():
         raise HealthError(
             f"the model would train on {len(examples)} targets, the training parts have "
@@ -158,11 +167,13 @@ def learn_model(
 
     def validate(module: nn.Module) -> dict[str, float]:
         ranks = np.zeros(len(users), np.int64)
+        with torch.no_grad():
+            keys = model.item_keys() if config.dense else None
         for rows in np.array_split(own, max(1, len(own) // 128)):
             begins = np.maximum(users.begin[rows], users.end[rows] - config.max_items)
             history = pad_histories(users.items, begins, users.end[rows], examples.codes).to(device)
             token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
-            items, _ = beam_search(model, trie, history, beam=config.validation_beam, user=token)
+            items, _ = beam_search(model, trie, history, beam=config.validation_beam, keys=keys, user=token)
             ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
         shared = training.all_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
         return ranking(shared, cutoffs=(10,))
@@ -178,28 +189,6 @@ def learn_model(
         name="model",
     )
     return model.eval(), result
-
-
-def read_vectors(folder: Folder, at_most: int | None = None) -> Tensor:
-    """Embeddings float32 [N, d], row = item_id; or those of the first file, `at_most` of them.
-
-    Raises:
-        ArtifactError: the item ids are not 0 .. N-1, each once.
-    """
-    if at_most is not None:
-        first = next(name for name in folder.files() if name.startswith("vectors/"))
-        return matrix(folder.read_table(first).slice(0, at_most))
-    table = folder.read_table("vectors").sort_by("item_id").combine_chunks()
-    items = np.asarray(table["item_id"])
-    if not np.array_equal(items, np.arange(len(items))):
-        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
-    return matrix(table)
-
-
-def matrix(table: pa.Table) -> Tensor:
-    """The column `vector`, lists of equal length, as float32 [rows, d]."""
-    lists = table["vector"].combine_chunks()
-    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(table), -1).astype(np.float32))
 
 
 def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
@@ -222,8 +211,11 @@ def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) 
     """
     config = build_config(ModelConfig, arguments["config"])
     histories = Catalog(open_artifact(arguments["catalog"])).histories
-    ids = SemanticIds.read(open_artifact(arguments["semantic_ids"]).folder)
-    model, result = learn_model(config, histories, ids, device=device, hooks=hooks)
+    artifact = open_artifact(arguments["semantic_ids"])
+    vectors = text_vectors(config, artifact)
+    model, result = learn_model(
+        config, histories, SemanticIds.read(artifact.folder), device=device, vectors=vectors, hooks=hooks
+    )
     return _leave(model, result, Folder(arguments["target"]))
 
 

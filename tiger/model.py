@@ -4,7 +4,8 @@ TIGER, section 3.2: a bidirectional encoder over the history's codes, a causal d
 learned places instead of relative biases: a bias that needs a gradient keeps PyTorch from its fused attention on CPU.
 
 Names of shapes: B batch, N items of a history, L levels of a semantic ID (the collision level counted), S = N * L
-tokens, Q queries, H heads, E head dimension, M model dimension, V codes of all levels, K codes of one level.
+tokens, Q queries, H heads, E head dimension, M model dimension, V codes of all levels, K codes of one level, C columns
+of an item: its codes, and its number where the model has a dense head.
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ class ModelConfig(Config):
     item_tokens: bool = Field(
         False, description="the encoder reads one token an item, the sum of its codes' embeddings, and not one a code"
     )
+    dense: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss of a dense head that compares the encoder's last state with every item, as in "
+        "LIGER; items then bring their text embedding and a learned vector along (needs item_tokens); 0: none",
+    )
+    dense_share: float = Field(
+        1.0, ge=0, le=1, description="of the dense head in the order of the generated candidates; 0: generation alone"
+    )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
@@ -79,6 +89,8 @@ class ModelConfig(Config):
         preset = PRESETS.get(values.get("preset", "small"), {})  # an unknown name is refused by its type
         if values.get("mode") == "fast" and values.get("user_tokens"):
             raise ValueError("mode = fast has no user token: set user_tokens = 0 or mode = faithful")
+        if values.get("dense") and not values.get("item_tokens"):
+            raise ValueError("dense > 0 needs item_tokens = true: text and learned vector are parts of an item's token")
         return {**values, **{key: value for key, value in preset.items() if values.get(key) is None}}
 
 
@@ -195,26 +207,38 @@ class DecoderLayer(nn.Module):
 class Memory:
     """A batch of encoded histories: per decoder layer the keys and values [B, H, S, E], made once a user.
 
-    `next_place` [1] is the place of the item to be generated, where places are relative.
+    `next_place` [1] is the place of the item to be generated, where places are relative; `query` [B, M] is the
+    encoder's last state, which a dense head compares with items.
     """
 
-    def __init__(self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None, next_place: Tensor | None) -> None:
-        self.key_values, self.mask, self.next_place = key_values, mask, next_place
+    def __init__(
+        self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None, next_place: Tensor | None, query: Tensor
+    ) -> None:
+        self.key_values, self.mask, self.next_place, self.query = key_values, mask, next_place, query
 
 
 class GenerativeRecommender(nn.Module):
     """p(semantic ID of the next item | codes of the history), the product of one softmax per level."""
 
-    def __init__(self, config: ModelConfig, level_sizes: tuple[int, ...]) -> None:
+    def __init__(self, config: ModelConfig, level_sizes: tuple[int, ...], vectors: Tensor | None = None) -> None:
         """
         Args:
             level_sizes: codes of every level of the semantic IDs; the vocabulary is made from it.
+            vectors: float32 [items, d] text embeddings, for a model with a dense head. They are not part of its state.
         """
         super().__init__()
         d_model, layers = config.d_model or 0, config.layers or 0  # the preset has filled them
         shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
         self.level_sizes, self.max_items, self.fast = level_sizes, config.max_items, config.mode == "fast"
         self.item_width = 1 if config.item_tokens else len(level_sizes)  # tokens of an item in the encoder
+        self.dense, self.dense_share = config.dense, config.dense_share
+        if config.dense:
+            if vectors is None:
+                raise ValueError("a model with a dense head reads the items' text embeddings: pass vectors")
+            standardized = (vectors - vectors.mean(0)) / vectors.std().clamp_min(1e-8)
+            self.register_buffer("vectors", standardized, persistent=False)
+            self.item_embedding = nn.Embedding(len(vectors), d_model)
+            self.text = nn.Linear(vectors.shape[1], d_model, bias=False)
         starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
         self.register_buffer("level_start", starts, persistent=False)
         self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
@@ -229,35 +253,57 @@ class GenerativeRecommender(nn.Module):
         self.decoder_norm = nn.RMSNorm(d_model)
         self.apply(_initialize)
         nn.init.normal_(self.start, std=0.05)
+        if config.dense:  # the three parts of an item's token begin at equal length
+            nn.init.normal_(self.text.weight, std=0.05 * self.text.in_features**-0.5)
 
     level_start: Tensor
+    vectors: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Of an item in histories and targets: its codes, and its number for a dense head."""
+        return len(self.level_sizes) + bool(self.dense)
+
+    def item_keys(self) -> Tensor:
+        """What the dense head compares a history with, [items, M]."""
+        keys: Tensor = self.item_embedding.weight + self.text(self.vectors)
+        return keys
 
     def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
-        """Loss of each row, float32 [B]: the cross-entropy of a target's codes, averaged over its levels.
+        """Loss of each row, float32 [B]: that of the codes and, weighted, that of the dense head; see `losses`."""
+        of_codes, of_items = self.losses(history, target, user)
+        return of_codes if of_items is None else of_codes + self.dense * of_items
+
+    def losses(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropies of each row: of a target's codes, averaged over levels, and of the item in the dense head.
 
         Args:
-            history: int64 [B, N, L], PAD in front of shorter histories. In fast mode a sequence whose last items are
+            history: int64 [B, N, C], PAD in front of shorter histories. In fast mode a sequence whose last items are
                 targets and histories of later targets at once.
-            target: int64 [B, L]. In fast mode int64 [B], how many of the last items are targets; the loss is the sum
+            target: int64 [B, C]. In fast mode int64 [B], how many of the last items are targets; the loss is the sum
                 over them.
             user: int64 [B] user tokens, where the model has them.
+
+        Returns:
+            two float32 [B], the second None without a dense head.
         """
         if self.fast:
-            return self._sequence_loss(history, target)
-        memory = self.encode(history, user)
-        x_BLM = self._decoder_input(target)
+            return self._sequence_losses(history, target)
+        memory, levels = self.encode(history, user), len(self.level_sizes)
+        x_BLM = self._decoder_input(target[:, :levels])
         for layer, key_value in zip(self.decoder, memory.key_values, strict=True):
-            x_BLM = layer(x_BLM, len(self.level_sizes), key_value, memory.mask, None)
-        return self._cross_entropy(self.decoder_norm(x_BLM), target)
+            x_BLM = layer(x_BLM, levels, key_value, memory.mask, None)
+        of_codes = self._cross_entropy(self.decoder_norm(x_BLM), target[:, :levels])
+        return of_codes, self._dense_loss(memory.query, target[:, -1]) if self.dense else None
 
-    def _sequence_loss(self, sequence: Tensor, targets: Tensor) -> Tensor:
+    def _sequence_losses(self, sequence: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """One pass over a sequence for all its targets.
 
         The encoder is causal over items, so that its state at an item knows nothing of later ones; a target's queries
         attend to the `max_items` items before it.
         """
         levels, n_items = len(self.level_sizes), sequence.shape[1]
-        history, target = sequence[:, :-1], sequence[:, 1:]
+        history, target = sequence[:, :-1], sequence[:, 1:].clamp_min(0)
         x_BSM, keep_BN = self._encode_causal(history)
         item = torch.arange(n_items - 1, device=sequence.device)
         # Target t is item t + 1 of the sequence: it sees the items up to t, the last max_items of them.
@@ -265,17 +311,28 @@ class GenerativeRecommender(nn.Module):
         wanted_BT = item >= n_items - 1 - targets[:, None]
         seen_BTN = before_TN & (keep_BN[:, None, :] | ~wanted_BT[:, :, None])  # no query may be without any key
         mask = seen_BTN.repeat_interleave(levels, 1).repeat_interleave(self.item_width, 2)[:, None]
-        x_BQM = self._decoder_input(target.clamp_min(0).flatten(0, 1)).unflatten(0, target.shape[:2]).flatten(1, 2)
+        codes = target[..., :levels]
+        x_BQM = self._decoder_input(codes.flatten(0, 1)).unflatten(0, codes.shape[:2]).flatten(1, 2)
         places_Q = (item + 1).repeat_interleave(levels)
         for layer in self.decoder:
             key_value = layer.cross_attention.keys_values(x_BSM, item.repeat_interleave(self.item_width))
             x_BQM = layer(x_BQM, levels, key_value, mask, places_Q)
-        flat = self.decoder_norm(x_BQM).unflatten(1, (-1, levels)).flatten(0, 1)
-        loss_BT = self._cross_entropy(flat, target.clamp_min(0).flatten(0, 1)).view_as(wanted_BT)
-        return (loss_BT * wanted_BT).sum(1)
+        x_TLM = self.decoder_norm(x_BQM).unflatten(1, (-1, levels))[wanted_BT]
+
+        def summed(losses: Tensor) -> Tensor:
+            """[targets of all rows] -> [B]."""
+            return losses.new_zeros(wanted_BT.shape).masked_scatter(wanted_BT, losses).sum(1)
+
+        of_codes = summed(self._cross_entropy(x_TLM, codes[wanted_BT]))
+        if not self.dense:
+            return of_codes, None
+        return of_codes, summed(self._dense_loss(x_BSM[wanted_BT], target[..., -1][wanted_BT]))
+
+    def _dense_loss(self, query_BM: Tensor, item: Tensor) -> Tensor:
+        return F.cross_entropy((query_BM @ self.item_keys().T).float(), item, reduction="none")
 
     def encode(self, history: Tensor, user: Tensor | None = None) -> Memory:
-        """Reads histories int64 [B, N, L]; at most the last `max_items` of them."""
+        """Reads histories int64 [B, N, C]; at most the last `max_items` of them."""
         history = history[:, -self.max_items :]
         if self.fast:
             x_BSM, keep_BN = self._encode_causal(history)
@@ -283,7 +340,7 @@ class GenerativeRecommender(nn.Module):
             item = torch.arange(history.shape[1] + 1, device=history.device)
             places = item[:-1].repeat_interleave(self.item_width)
             key_values = [layer.cross_attention.keys_values(x_BSM, places) for layer in self.decoder]
-            return Memory(key_values, self._key_mask(keep_BS), item[-1:])
+            return Memory(key_values, self._key_mask(keep_BS), item[-1:], x_BSM[:, -1])
         recency = torch.arange(self.max_items - history.shape[1], self.max_items, device=history.device)
         assert self.recency is not None
         x_BSM = (self._embed(history) + self.recency(recency)[:, None]).flatten(1, 2)
@@ -298,7 +355,7 @@ class GenerativeRecommender(nn.Module):
         for layer in self.encoder:
             x_BSM = layer(x_BSM, mask, None)
         x_BSM = self.encoder_norm(x_BSM)
-        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask, None)
+        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask, None, x_BSM[:, -1])
 
     def _encode_causal(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, M] that know their own item and those before it, and which items exist, [B, N]."""
@@ -313,8 +370,15 @@ class GenerativeRecommender(nn.Module):
 
     def _embed(self, history: Tensor) -> Tensor:
         """The encoder's tokens of every item, [B, N, tokens of an item, M]."""
-        codes_BNLM: Tensor = self.code_embedding(torch.where(history == PAD, 0, history + self.level_start))
-        return codes_BNLM if self.item_width > 1 else codes_BNLM.sum(2, keepdim=True)
+        codes = history[..., : len(self.level_sizes)]
+        codes_BNLM: Tensor = self.code_embedding(torch.where(codes == PAD, 0, codes + self.level_start))
+        if self.item_width > 1:
+            return codes_BNLM
+        token_BNM = codes_BNLM.sum(2)
+        if self.dense:
+            item = history[..., -1].clamp_min(0)
+            token_BNM = token_BNM + self.item_embedding(item) + self.text(self.vectors[item])
+        return token_BNM[:, :, None]
 
     @staticmethod
     def _key_mask(keep_BS: Tensor) -> Tensor | None:

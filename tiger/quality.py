@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from tiger.artifacts import MANIFEST, Artifact, Folder, newest, open_artifact
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
+from tiger.embedding import read_vectors
 from tiger.errors import DataError, TigerError
-from tiger.learning import read_vectors
 from tiger.semantic_ids import SemanticIds, packed
 
 _CATEGORY_COLUMNS = ("category_leaf", "category")

@@ -20,8 +20,9 @@ from tiger.artifacts import Artifact, open_artifact
 from tiger.catalog import Catalog
 from tiger.config import build
 from tiger.decoding import beam_search
+from tiger.embedding import read_vectors
 from tiger.errors import ArtifactError, DataError
-from tiger.examples import hash_users, pad_histories
+from tiger.examples import columns, hash_users, pad_histories
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.semantic_ids import SemanticIds
 from tiger.trie import Trie
@@ -35,7 +36,7 @@ class Recommendations:
 
     Attributes:
         items: int64 [U, K] item ids, -1 where the catalog has no more.
-        scores: float32 [U, K] log-probabilities, -inf there.
+        scores: float32 [U, K] as `beam_search` gives them, -inf there.
     """
 
     items: npt.NDArray[np.int64]
@@ -52,7 +53,9 @@ class Recommender:
             raise ArtifactError(f"the model reads IDs of levels {model.level_sizes}, these have {ids.level_sizes}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
-        self.codes = ids.codes.astype(np.int64)
+        with torch.inference_mode():
+            self.keys = self.model.item_keys() if model.dense else None
+        self.columns = columns(ids, bool(model.dense))
         self.trie = Trie(ids).to(self.device)
         self.user_tokens = user_tokens
 
@@ -67,7 +70,7 @@ class Recommender:
         artifact.verify()
         config = build(ModelConfig, artifact.manifest["config"])
         ids = SemanticIds.read(artifact.inputs["semantic_ids"].folder)
-        model = GenerativeRecommender(config, ids.level_sizes)
+        model = GenerativeRecommender(config, ids.level_sizes, text_vectors(config, artifact.inputs["semantic_ids"]))
         model.load_state_dict(safetensors.torch.load(artifact.folder.read_bytes(WEIGHTS)))
         return cls(model, ids, config.user_tokens, device)
 
@@ -78,6 +81,7 @@ class Recommender:
         *,
         beam: int = 50,
         exclude_history: bool = False,
+        allowed: npt.NDArray[np.bool_] | None = None,
         users: Sequence[str] | None = None,
         batch_size: int = 64,
     ) -> Recommendations:
@@ -87,16 +91,22 @@ class Recommender:
             histories: item ids in time order, at least one each; the model reads the most recent ones.
             beam: width of the search; at least `k` for lists that are as good as the model.
             exclude_history: leave out the items of the history itself.
+            allowed: bool [items], a filter for all users: in stock, of a category. The beam holds nothing else.
             users: names of the users, for a model with user tokens.
 
         Raises:
             DataError: a history is empty or holds an item that is not in the catalog; names its row.
-            ValueError: `k` is not positive, or users are missing.
+            ValueError: `k` is not positive, users are missing, or `allowed` has another length than the catalog.
         """
         if k < 1:
             raise ValueError(f"k = {k}: at least one item must be asked for")
         if self.user_tokens and users is None:
             raise ValueError("this model reads user tokens: pass users")
+        if allowed is not None and np.shape(allowed) != (len(self.columns),):
+            raise ValueError(f"allowed has shape {np.shape(allowed)}, the catalog {len(self.columns)} items")
+        alive = None
+        if allowed is not None:
+            alive = self.trie.reachable(torch.from_numpy(np.asarray(allowed, bool)).to(self.device))
         arrays = [np.asarray(history, np.int64) for history in histories]
         self._check(arrays)
         items = np.full((len(arrays), k), -1, np.int64)
@@ -111,11 +121,13 @@ class Recommender:
             found, score = beam_search(
                 self.model,
                 self.trie,
-                pad_histories(flat, begins[rows], ends[rows], self.codes).to(self.device),
+                pad_histories(flat, begins[rows], ends[rows], self.columns).to(self.device),
                 beam=beam,
                 results=k,
+                keys=self.keys,
                 user=None if tokens is None else tokens[rows].to(self.device),
                 exclude=self._padded([arrays[row] for row in rows]) if exclude_history else None,
+                alive=alive,
             )
             width = min(k, found.shape[1])
             items[rows, :width] = found[:, :width].cpu().numpy()
@@ -142,8 +154,8 @@ class Recommender:
         for row, history in enumerate(histories):
             if not len(history):
                 raise DataError(f"history {row} is empty: at least one item is needed to recommend the next")
-            if history.min() < 0 or history.max() >= len(self.codes):
-                raise DataError(f"history {row} holds an item outside of 0 .. {len(self.codes) - 1}")
+            if history.min() < 0 or history.max() >= len(self.columns):
+                raise DataError(f"history {row} holds an item outside of 0 .. {len(self.columns) - 1}")
 
     def _padded(self, histories: list[npt.NDArray[np.int64]]) -> torch.Tensor:
         longest = max(map(len, histories))
@@ -185,3 +197,8 @@ def show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], s
         if item >= 0:
             lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
     return "\n".join(lines)
+
+
+def text_vectors(config: ModelConfig, semantic_ids: Artifact) -> torch.Tensor | None:
+    """The embeddings that semantic IDs were made of, float32 [items, d], for a model with a dense head."""
+    return read_vectors(semantic_ids.inputs["embeddings"].folder) if config.dense else None

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from tiger.artifacts import Folder
+from tiger.embedding import matrix
 from tiger.errors import ConfigError
 from tiger.kmeans import cluster_sums, revive
-from tiger.learning import matrix
 from tiger.progress import Progress
 from tiger.scale import cluster
 from tiger.tokenizers import Tokenizer, build, require_enough_items
