@@ -19,6 +19,7 @@ from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog, EvaluationUsers, Split
 from tiger.diagnostics import check_recommendations, require
 from tiger.embedding import read_vectors
+from tiger.recommender import Recommender
 from tiger.run import RunConfig
 from tiger.scale.decode import decode_users
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 K = max(metrics.CUTOFFS)
 SPLITS: tuple[Split, ...] = ("valid", "test")
 _LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
+_EXACT_ITEMS = 100_000  # scoring every item of a larger catalog takes more than seconds a user
 
 Lists = npt.NDArray[np.int64]
 
@@ -69,6 +71,7 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
             }
             log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
             draft.health += require(check_recommendations(lists[own], catalog.n_items))
+        figures["search"] = against_exact(run, model, splits["test"])
         draft.folder.write_json("metrics.json", figures)
         test = figures["test"]
         draft.figures = {
@@ -87,6 +90,41 @@ def evaluation_users(run: RunConfig, catalog: Catalog, split: Split) -> Evaluati
         return users
     drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[:limit]
     return users.take(np.sort(drawn))
+
+
+def against_exact(run: RunConfig, model: Artifact, users: EvaluationUsers) -> dict[str, Any]:
+    """What the beam loses: the same users by the beam, and by one as wide as the catalog, which scores every item.
+
+    With a dense head once for generation alone, and once for the order that the dense head gives: there the beam also
+    decides what the head gets to see. Beams of 20 and of `evaluation.beam`.
+    """
+    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
+    recommender = Recommender.load(model)
+    n_items, figures = len(recommender.columns), dict[str, Any]()
+    if not len(drawn) or n_items > _EXACT_ITEMS:
+        log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), n_items)
+        return figures
+    asked = users.take(np.sort(drawn))
+    source_ids = Catalog(model.inputs["catalog"]).histories.source_ids
+    names = [source_ids[user] for user in asked.users]
+    for title, share in {"generation": 0.0, "with the dense head": recommender.model.dense_share}.items():
+        if share and not recommender.model.dense:
+            continue
+        recommender.model.dense_share = share
+        figures[title] = {}
+        for beam in (20, run.evaluation.beam, n_items):
+            found = recommender.recommend(
+                list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
+            )
+            recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
+            figures[title]["exact" if beam == n_items else f"beam {beam}"] = recall
+        log.info(
+            "search, %s, %d test users: recall@10 %s",
+            title,
+            len(asked),
+            ", ".join(f"{name} {value:.4f}" for name, value in figures[title].items()),
+        )
+    return figures | {"users": len(asked)}
 
 
 def _baselines(catalog: Catalog, users: EvaluationUsers, vectors: npt.NDArray[np.float32]) -> dict[str, Lists]:

@@ -78,6 +78,9 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
     assert (
         figures["test"]["tiger"]["unmasked"]["recall@10"] > 3 * figures["test"]["popularity"]["unmasked"]["recall@10"]
     )
+    search = figures["search"]["generation"]
+    assert set(search) == {"beam 20", "beam 50", "exact"}
+    assert abs(search["beam 50"] - search["exact"]) < 0.05
     assert set(figures["valid"]["tiger"]["unmasked"]) == {
         f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 20, 50)
     }

@@ -26,6 +26,9 @@ class EvaluationConfig(Config):
 
     beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
     max_users: int | None = Field(None, ge=1, description="users per split, drawn by seed; none: all")
+    exact_users: int = Field(
+        200, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
+    )
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
     seed: int = Field(0, ge=0, description="seed of the draw of users and of the bootstrap")
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tiger.kmeans import balancing_prices, cluster_sums, kmeans, lloyd, nearest_index, row_sums
 from tiger.tokenizers import Tokenizer, TokenizerConfig
 
-Refit = Callable[[Tensor, Tensor], Tensor]
+Refit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class ResidualConfig(TokenizerConfig):
@@ -82,12 +82,21 @@ class ResidualTokenizer(Tokenizer):
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
         self.refit(
             sample,
-            lambda points, _: kmeans(points, self.codebook_size, iterations=self.iterations, generator=generator),
+            lambda points, _: (
+                kmeans(points, self.codebook_size, iterations=self.iterations, generator=generator),
+                None,
+            ),
         )
 
     @torch.no_grad()
     def refit(self, sample: Tensor, centroids: Refit) -> None:
-        """Level by level: (points that the level compares, its codebook) -> its new codebook; then its lengths."""
+        """Level by level: (points that the level compares, its codebook) -> its new codebook; then its lengths.
+
+        Args:
+            sample: float32 [N, d] standardised embeddings.
+            centroids: returns the codes of the points, too, where it knows them: k-means does, from before the
+                centroids moved, and asking again would take as long as the iteration itself.
+        """
         was_training, _ = self.training, self.eval()
         rest = self.latent(sample)
         self.train(was_training)
@@ -96,10 +105,11 @@ class ResidualTokenizer(Tokenizer):
         rest = rest / self.lengths[0, 0]
         for level in range(self.levels):
             points, _ = self._compared(rest, level)
-            self.codebooks[level] = centroids(points, self.codebooks[level])
+            self.codebooks[level], known = centroids(points, self.codebooks[level])
             if self.balanced and level == self.levels - 1:
                 self._balance(points)
-            code = nearest_index(points, self.codebooks[level], self._prices(level))
+                known = None
+            code = nearest_index(points, self.codebooks[level], self._prices(level)) if known is None else known
             rest = rest - self.codebooks[level][code]
             if level + 1 < self.levels:
                 if self.distance != "euclidean":

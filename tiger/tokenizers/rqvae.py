@@ -4,7 +4,7 @@ Zeghidour et al. 2021 for the residual quantizer).
 Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
 identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
 ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
-measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every few epochs, directions
+measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every other epoch, directions
 instead of vectors at the later levels, a reconstruction loss summed over dimensions, AdamW.
 
 Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
@@ -52,7 +52,7 @@ class Config(ResidualConfig):
     codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
         "lloyd", description="gradients and now and then a k-means iteration; moving averages; gradients alone"
     )
-    refresh_every: int = Field(5, ge=1, description="epochs between two k-means iterations, or resets of dead codes")
+    refresh_every: int = Field(2, ge=1, description="epochs between two k-means iterations, or resets of dead codes")
     ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
     reset_dead: bool = Field(True, description="codes that no item has move to badly represented items")
     gradient: Literal["straight-through", "rotation"] = Field(
@@ -131,10 +131,10 @@ class RQVAE(ResidualTokenizer):
         first level were dead after ten epochs on Beauty.
         """
         if self.config.codebook_update == "lloyd":
-            self.refit(sample, lambda points, codebook: lloyd(points, codebook)[0])
+            self.refit(sample, lloyd)
         else:
             before = self.codebooks.clone()
-            self.refit(sample, _with_life if self.config.reset_dead else lambda points, codebook: codebook)
+            self.refit(sample, _with_life if self.config.reset_dead else lambda points, codebook: (codebook, None))
             if self.config.codebook_update == "ema":
                 moved = (self.codebooks != before).any(dim=2)
                 self.ema_counts[moved] = 1.0
@@ -170,9 +170,9 @@ class RQVAE(ResidualTokenizer):
         self.codebooks.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, :, None])
 
 
-def _with_life(points: Tensor, codebook: Tensor) -> Tensor:
+def _with_life(points: Tensor, codebook: Tensor) -> tuple[Tensor, None]:
     code, distance = nearest(points, codebook)
-    return revive(codebook, torch.bincount(code, minlength=len(codebook)), points, distance)
+    return revive(codebook, torch.bincount(code, minlength=len(codebook)), points, distance), None
 
 
 def _principal_directions(points: Tensor, count: int) -> Tensor:
