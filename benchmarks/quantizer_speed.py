@@ -4,9 +4,9 @@
 
 The plain loop is what one would write first: three codebooks of 256, distances as a matrix product, straight-through
 gradients, AdamW. Ours has the same dimensions and batch, and all that it does beside the step: the check that gradients
-are finite, the schedule, k-means refits and looks at usage and error every five epochs. Once with the dimensions of our
-default, and once with those that public implementations have: a latent of 64, no linear path. Rounds of both take
-turns; the k-means start of ours is left out, the plain loop has none.
+are finite, the schedule, k-means refits every other epoch, looks at usage and error every five. Once with the
+dimensions of our default, and once with those that public implementations have: a latent of 64, no linear path. Rounds
+of both take turns; the k-means start of ours is left out, the plain loop has none.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
             }
             log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
             draft.health += require(check_recommendations(lists[own], catalog.n_items))
-        figures["search"] = against_exact(run, model, splits["test"])
+        figures["search"] = against_exact(run, model, catalog, splits["test"])
         draft.folder.write_json("metrics.json", figures)
         test = figures["test"]
         draft.figures = {
@@ -92,32 +92,30 @@ def evaluation_users(run: RunConfig, catalog: Catalog, split: Split) -> Evaluati
     return users.take(np.sort(drawn))
 
 
-def against_exact(run: RunConfig, model: Artifact, users: EvaluationUsers) -> dict[str, Any]:
+def against_exact(run: RunConfig, model: Artifact, catalog: Catalog, users: EvaluationUsers) -> dict[str, Any]:
     """What the beam loses: the same users by the beam, and by one as wide as the catalog, which scores every item.
 
     With a dense head once for generation alone, and once for the order that the dense head gives: there the beam also
     decides what the head gets to see. Beams of 20 and of `evaluation.beam`.
     """
     drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
-    recommender = Recommender.load(model)
-    n_items, figures = len(recommender.columns), dict[str, Any]()
-    if not len(drawn) or n_items > _EXACT_ITEMS:
-        log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), n_items)
-        return figures
-    asked = users.take(np.sort(drawn))
-    source_ids = Catalog(model.inputs["catalog"]).histories.source_ids
-    names = [source_ids[user] for user in asked.users]
-    for title, share in {"generation": 0.0, "with the dense head": recommender.model.dense_share}.items():
-        if share and not recommender.model.dense:
-            continue
+    if not len(drawn) or catalog.n_items > _EXACT_ITEMS:
+        log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), catalog.n_items)
+        return {}
+    asked, recommender = users.take(np.sort(drawn)), Recommender.load(model)
+    names = [catalog.histories.source_ids[user] for user in asked.users]
+    shares, figures = {"generation": 0.0}, dict[str, Any]()
+    if recommender.model.dense:
+        shares["with the dense head"] = recommender.model.dense_share
+    for title, share in shares.items():
         recommender.model.dense_share = share
         figures[title] = {}
-        for beam in (20, run.evaluation.beam, n_items):
+        for beam in (20, run.evaluation.beam, catalog.n_items):
             found = recommender.recommend(
                 list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
             )
             recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
-            figures[title]["exact" if beam == n_items else f"beam {beam}"] = recall
+            figures[title]["exact" if beam == catalog.n_items else f"beam {beam}"] = recall
         log.info(
             "search, %s, %d test users: recall@10 %s",
             title,
