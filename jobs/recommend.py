@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from jobs.train import whole_training
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog
+from tiger.config import fingerprint
 from tiger.diagnostics import check_recommendations, require
+from tiger.errors import DataError
 from tiger.recommender import show
 from tiger.run import RunConfig
 from tiger.scale.decode import decode_users
@@ -40,13 +43,54 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             k=config.k,
             beam=config.beam,
             history="excluded" if config.exclude_history else "allowed",
+            options={
+                "allowed": _items_of(names, catalog),
+                "temperature": config.temperature,
+                "per_first_code": config.per_first_code,
+                "seed": config.seed,
+            },
             max_actors=config.max_actors,
         )
         _write_readable(draft, catalog)
         draft.figures = {"users": len(users), "k": config.k}
         draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
 
-    return artifacts.build(run.root, "recommendations", config, {"model": model}, make)
+    names = _names(config.allowed)
+    source = {"allowed": fingerprint(sorted(names))} if names is not None else None
+    return artifacts.build(run.root, "recommendations", config, {"model": model}, make, source=source)
+
+
+def _names(file: str | None) -> set[str] | None:
+    """Item names of a file, one a line.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    if file is None:
+        return None
+    try:
+        return {line.strip() for line in Path(file).read_text("utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"recommend.allowed = {file} cannot be read ({error}); one source id a line is needed"
+        ) from None
+
+
+def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
+    """Item ids of names; how many names are unknown is logged.
+
+    Raises:
+        DataError: none of the names is in the catalog.
+    """
+    if names is None:
+        return None
+    items = [item for item, name in enumerate(catalog.source_ids) if name in names]
+    if not items:
+        raise DataError(
+            f"recommend.allowed: none of its {len(names)} names is an item of the catalog; give one source id a line"
+        )
+    log.info("recommend: %d items allowed, %d names are not in the catalog", len(items), len(names) - len(items))
+    return items
 
 
 def _write_readable(draft: Draft, catalog: Catalog) -> None:

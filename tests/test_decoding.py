@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiger.config import build
-from tiger.decoding import beam_search, score_all
+from tiger.decoding import beam_search, score_all, vary
 from tiger.examples import PAD, columns
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.trie import Trie
@@ -52,6 +52,8 @@ def histories(rng: np.random.Generator, codes: np.ndarray, users: int, longest: 
             {**DENSE, "dense_share": 0.4},
             {**DENSE, "dense_share": 0.0},
             {**DENSE, "mode": "faithful"},
+            {**DENSE, "dense_search": "candidates"},
+            {**DENSE, "dense_search": "candidates", "dense_share": 1.0},
         ]
     ),
 )
@@ -75,7 +77,7 @@ def test_a_dense_head_orders_what_generation_found() -> None:
     """With a narrow beam, the candidates are those of generation alone, the order is that of the inner products."""
     rng = np.random.default_rng(3)
     ids = random_ids(rng, 50, SIZES)
-    model, read = small_model(SIZES, 1, 50, **DENSE), columns(ids, True)
+    model, read = small_model(SIZES, 1, 50, **DENSE, dense_search="candidates", dense_share=1.0), columns(ids, True)
     history = histories(rng, read, users=6, longest=4)
     truth = score_all(model, torch.from_numpy(read), history)
     model.dense_share = 0.0
@@ -86,6 +88,41 @@ def test_a_dense_head_orders_what_generation_found() -> None:
         items = generated[row][generated[row] >= 0]
         assert found[row][found[row] >= 0].tolist() == items[truth[row][items].argsort(descending=True)].tolist()
     assert not torch.equal(found, generated)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_a_guided_beam_finds_what_scoring_every_item_finds(share: float) -> None:
+    """Three beams suffice for the three best items of the head alone, and ten for nearly all of a mixture's best."""
+    rng = np.random.default_rng(4)
+    ids = random_ids(rng, 55, SIZES)
+    model, read = small_model(SIZES, 2, 55, **DENSE, dense_share=share), columns(ids, True)
+    history = histories(rng, read, users=40, longest=4)
+    best = score_all(model, torch.from_numpy(read), history).topk(3, dim=1).indices
+    found, _ = beam_search(model, Trie(ids), history, beam=3 if share == 1 else 10, results=3)
+    agreement = float((found == best).float().mean())
+    assert agreement == 1 if share == 1 else agreement > 0.97
+    exclude = best[:, :1]
+    without, _ = beam_search(model, Trie(ids), history, beam=3 if share == 1 else 10, results=2, exclude=exclude)
+    agreement = float((without == best[:, 1:]).float().mean())
+    assert agreement == 1 if share == 1 else agreement > 0.97
+
+
+def test_a_temperature_draws_and_groups_spread() -> None:
+    items = torch.arange(6).expand(20_000, -1)
+    scores = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625, 1e-9]).log().expand(20_000, -1)
+    same, _ = vary(items, scores, 3)
+    assert torch.equal(same, items[:, :3])
+    uniform = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)).clamp(1e-7, 1 - 1e-7)
+    drawn, of_drawn = vary(items, scores, 3, temperature=1.0, uniform=uniform)
+    shares = torch.bincount(drawn[:, 0], minlength=6) / len(drawn)
+    torch.testing.assert_close(shares, scores[0].exp(), atol=0.01, rtol=0)  # the first draw is one from the softmax
+    assert torch.equal(of_drawn, scores.gather(1, drawn))
+    assert all(len(set(row)) == 3 for row in drawn[:100].tolist())
+    groups = torch.tensor([0, 0, 0, 1, 1, 2])
+    spread, _ = vary(items[:1], scores[:1], 4, groups=groups, per_group=1)
+    assert spread.tolist() == [[0, 3, 5, -1]]
+    spread, _ = vary(items[:1], scores[:1], 4, groups=groups, per_group=2)
+    assert spread.tolist() == [[0, 1, 3, 4]]
 
 
 @settings(max_examples=60, deadline=None)

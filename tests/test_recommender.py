@@ -100,3 +100,19 @@ def test_a_filter_leaves_the_list_full_of_allowed_items(recommender: Recommender
 def test_a_filter_of_another_catalog_is_refused(recommender: Recommender) -> None:
     with pytest.raises(ValueError, match="40 items"):
         recommender.recommend([[0]], k=3, allowed=np.ones(39, bool))
+
+
+def test_draws_are_of_the_user_and_the_seed_and_first_codes_are_spread(recommender: Recommender) -> None:
+    rng = np.random.default_rng(6)
+    histories = [rng.integers(0, 40, rng.integers(1, 9)) for _ in range(30)]
+    users = [f"user {row}" for row in range(30)]
+    ranked = recommender.recommend(histories, k=5).items
+    drawn = recommender.recommend(histories, k=5, users=users, temperature=1.0, seed=1).items
+    assert not np.array_equal(ranked, drawn)
+    backwards = recommender.recommend(histories[::-1], k=5, users=users[::-1], temperature=1.0, seed=1).items
+    assert np.array_equal(drawn, backwards[::-1])
+    assert not np.array_equal(drawn, recommender.recommend(histories, k=5, users=users, temperature=1.0, seed=2).items)
+    spread = recommender.recommend(histories, k=6, per_first_code=2).items
+    first = np.where(spread >= 0, recommender.columns[spread, 0], -1)
+    assert max(np.bincount(row[row >= 0]).max() for row in first) == 2
+    assert (spread >= 0).all()  # four first codes: six items are there

@@ -2,8 +2,9 @@
 
 All users and beams of a batch go through the model together. The history is encoded once a user and its keys and values
 are shared by the user's beams, which are further queries; copying them per beam is what makes other implementations
-slow. A score is the item's log-probability under the model, not renormalised over what the trie allows; where the model
-has a dense head, it orders the generated candidates: a score is then its inner product, or a mixture (`dense_share`).
+slow. A score is the item's log-probability under the model, not renormalised over what the trie allows. Where the model
+has a dense head, a score is the weighted mean of two log-probabilities, the generated one and the head's
+(`dense_share`); by default the search is guided by what the head thinks of the items below a prefix.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiger.model import GenerativeRecommender
+from tiger.model import GenerativeRecommender, Memory
 from tiger.trie import Trie
 
 _CANDIDATES_PER_BEAM = 4
@@ -46,24 +47,35 @@ def beam_search(
         items int64 [B, R] and scores float32 [B, R], R at most `results`; item -1 with score -inf where fewer exist.
     """
     memory = model.encode(history, user)
-    batch, results = len(history), results or beam
-    ordered_by_both = model.dense > 0 and model.dense_share > 0
-    leaves = max(results, _CANDIDATES_PER_BEAM * beam) if ordered_by_both else results
+    batch, results, share = len(history), results or beam, model.dense_share if model.dense else 0.0
+    keys = model.item_keys() if share and keys is None else keys
+    guide = None
+    if share and model.dense_search == "guided":
+        assert keys is not None
+        of_head = dense_scores(memory, keys)
+        if exclude is not None:  # a prefix is not worth what its excluded items are; -1 goes to a column of its own
+            places = torch.where(exclude < 0, of_head.shape[1], exclude)
+            of_head = torch.nn.functional.pad(of_head, (0, 1)).scatter(1, places, -torch.inf)[:, :-1]
+        guide = trie.best_below(of_head, alive[-1] if alive else None)
+    ordered_after = share > 0 and guide is None
+    leaves = max(results, _CANDIDATES_PER_BEAM * beam) if ordered_after else results
     nodes = history.new_zeros(batch, 1)
-    scores = torch.zeros(batch, 1, device=history.device)
+    log_p = scores = torch.zeros(batch, 1, device=history.device)
     codes, past = None, None
     for level in range(trie.depth):
-        log_probabilities, past = model.step(level, codes, past, memory)
+        step_log_p, past = model.step(level, codes, past, memory)
         children, child_codes, exists = trie.expand(nodes, level, alive[level] if alive else None)
-        candidates = scores[..., None] + log_probabilities.gather(-1, child_codes)
+        exists = exists & (scores > -torch.inf)[..., None]  # a beam may stand for nothing where there are too few items
+        candidates = log_p[..., None] + step_log_p.gather(-1, child_codes)
         if exclude is not None and level == trie.depth - 1:
             items = trie.leaf_items[children]
             exists = exists & ~(items[..., None] == exclude[:, None, None, :]).any(-1)
-        candidates = candidates.masked_fill(~exists, -torch.inf)
         width = candidates.shape[-1]
-        keep = min(beam if level < trie.depth - 1 else leaves, candidates[0].numel())
-        scores, chosen = candidates.flatten(1).topk(keep, dim=1)
-        nodes = children.flatten(1).gather(1, chosen)
+        flat_log_p, children = candidates.flatten(1), children.flatten(1)
+        worth = flat_log_p if guide is None else (1 - share) * flat_log_p + share * guide[level].gather(1, children)
+        keep = min(beam if level < trie.depth - 1 else leaves, worth.shape[1])
+        scores, chosen = worth.masked_fill(~exists.flatten(1), -torch.inf).topk(keep, dim=1)
+        nodes, log_p = children.gather(1, chosen), flat_log_p.gather(1, chosen)
         codes = child_codes.flatten(1).gather(1, chosen)
         if level < trie.depth - 1:
             rows = (
@@ -71,19 +83,64 @@ def beam_search(
             ).flatten()
             past = [(key[rows], value[rows]) for key, value in past]
     items = torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1)
-    if ordered_by_both:
-        keys = model.item_keys() if keys is None else keys
+    if ordered_after:
+        assert keys is not None
         inner = (keys[items.clamp_min(0)] @ memory.query[:, :, None]).squeeze(2).float()
-        scores = _mixed(model, scores, inner).masked_fill(items < 0, -torch.inf)
+        scores = _mixed(share, scores, inner).masked_fill(items < 0, -torch.inf)
         scores, chosen = scores.topk(min(results, scores.shape[1]), dim=1)
         items = items.gather(1, chosen)
     return items, scores
 
 
-def _mixed(model: GenerativeRecommender, log_probability: Tensor, inner: Tensor) -> Tensor:
-    if model.dense_share == 1:  # not 0 x -inf
-        return inner
-    return (1 - model.dense_share) * log_probability + model.dense_share * inner
+def dense_scores(memory: Memory, keys: Tensor) -> Tensor:
+    """Log-probabilities float32 [B, items] that the dense head gives every item."""
+    return (memory.query @ keys.T).float().log_softmax(1)
+
+
+def _mixed(share: float, log_probability: Tensor, of_head: Tensor) -> Tensor:
+    if share == 1:  # not 0 x -inf
+        return of_head
+    return (1 - share) * log_probability + share * of_head
+
+
+def vary(
+    items: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    temperature: float = 0.0,
+    uniform: Tensor | None = None,
+    groups: Tensor | None = None,
+    per_group: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `k` first of longer lists, drawn at a temperature, or spread over groups of alike items.
+
+    Args:
+        items, scores: [B, R] as `beam_search` gives them.
+        temperature: above 0, items are drawn without replacement with probabilities proportional to
+            exp(score / temperature) (Gumbel's trick: Kool et al. 2019), and stand in the order of their draw.
+        uniform: float32 [B, R] in (0, 1), the randomness of that draw.
+        groups: int64 [items], of every item the group that `per_group` counts, such as its first code.
+        per_group: at most so many items of one group; a list gets shorter, padded with -1, where no others are left.
+
+    Returns:
+        items int64 [B, k] and their scores float32 [B, k].
+    """
+    order = scores
+    if temperature > 0:
+        assert uniform is not None
+        order = scores / temperature - (-uniform.log()).log()
+    rank = order.argsort(dim=1, descending=True, stable=True)
+    items, scores = items.gather(1, rank), scores.gather(1, rank)
+    if per_group is not None:
+        assert groups is not None
+        group = torch.where(items >= 0, groups[items.clamp_min(0)], -1)
+        earlier = (group[:, :, None] == group[:, None, :]).tril(-1).sum(2)
+        beyond = (earlier >= per_group) | (items < 0)
+        rank = beyond.long().argsort(dim=1, stable=True)
+        items = items.masked_fill(beyond, -1).gather(1, rank)
+        scores = scores.masked_fill(beyond, -torch.inf).gather(1, rank)
+    return items[:, :k], scores[:, :k]
 
 
 @torch.inference_mode()
@@ -105,5 +162,7 @@ def score_all(model: GenerativeRecommender, ids: Tensor, history: Tensor, user: 
         rows.append(-losses * len(model.level_sizes))
     scores = torch.stack(rows)
     if model.dense and model.dense_share:
-        scores = _mixed(model, scores, model.encode(history, user).query @ model.item_keys().T)
+        memory, keys = model.encode(history, user), model.item_keys()
+        of_head = dense_scores(memory, keys) if model.dense_search == "guided" else memory.query @ keys.T
+        scores = _mixed(model.dense_share, scores, of_head)
     return scores

@@ -10,6 +10,7 @@ of an item: its codes, and its number where the model has a dense head.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -72,7 +73,15 @@ class ModelConfig(Config):
         "LIGER; items then bring their text embedding and a learned vector along (needs item_tokens); 0: none",
     )
     dense_share: float = Field(
-        1.0, ge=0, le=1, description="of the dense head in the order of the generated candidates; 0: generation alone"
+        0.5, ge=0, le=1, description="of the dense head in an item's score; 0: generation alone, 1: the head alone"
+    )
+    dense_search: Literal["guided", "candidates"] = Field(
+        "guided",
+        description="guided: beam search sees, for every prefix, the best that the dense head gives any item below it; "
+        "candidates: the head orders what generation alone has found, for catalogs too large to score whole",
+    )
+    dense_negatives: int | None = Field(
+        None, ge=1, description="items drawn at every step for the dense head's loss to compare with; none: all"
     )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
@@ -231,7 +240,8 @@ class GenerativeRecommender(nn.Module):
         shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
         self.level_sizes, self.max_items, self.fast = level_sizes, config.max_items, config.mode == "fast"
         self.item_width = 1 if config.item_tokens else len(level_sizes)  # tokens of an item in the encoder
-        self.dense, self.dense_share = config.dense, config.dense_share
+        self.dense, self.dense_share, self.dense_search = config.dense, config.dense_share, config.dense_search
+        self.dense_negatives = config.dense_negatives
         if config.dense:
             if vectors is None:
                 raise ValueError("a model with a dense head reads the items' text embeddings: pass vectors")
@@ -264,9 +274,12 @@ class GenerativeRecommender(nn.Module):
         """Of an item in histories and targets: its codes, and its number for a dense head."""
         return len(self.level_sizes) + bool(self.dense)
 
-    def item_keys(self) -> Tensor:
-        """What the dense head compares a history with, [items, M]."""
-        keys: Tensor = self.item_embedding.weight + self.text(self.vectors)
+    def item_keys(self, items: Tensor | None = None) -> Tensor:
+        """What the dense head compares a history with, [items, M]; of some items [n] or of all."""
+        if items is None:
+            keys: Tensor = self.item_embedding.weight + self.text(self.vectors)
+        else:
+            keys = self.item_embedding(items) + self.text(self.vectors[items])
         return keys
 
     def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
@@ -329,7 +342,19 @@ class GenerativeRecommender(nn.Module):
         return of_codes, summed(self._dense_loss(x_BSM[wanted_BT], target[..., -1][wanted_BT]))
 
     def _dense_loss(self, query_BM: Tensor, item: Tensor) -> Tensor:
-        return F.cross_entropy((query_BM @ self.item_keys().T).float(), item, reduction="none")
+        """Cross-entropy [B] over all items, or over the target and items drawn for the step, as many for every row.
+
+        A drawn item stands for items / drawn others, so its score goes up by the logarithm of that: the sampled softmax
+        (Jean et al. 2015) of a uniform draw. A row's own target among the drawn does not count.
+        """
+        count, items = self.dense_negatives, len(self.item_embedding.weight)
+        if count is None or count >= items or not self.training:
+            return F.cross_entropy((query_BM @ self.item_keys().T).float(), item, reduction="none")
+        drawn = torch.randint(items, (count,), device=item.device)
+        of_target = (query_BM * self.item_keys(item)).sum(1, keepdim=True).float()
+        of_drawn = (query_BM @ self.item_keys(drawn).T).float() + math.log(items / count)
+        of_drawn = of_drawn.masked_fill(drawn == item[:, None], -torch.inf)
+        return torch.cat([of_target, of_drawn], dim=1).logsumexp(1) - of_target.squeeze(1)
 
     def encode(self, history: Tensor, user: Tensor | None = None) -> Memory:
         """Reads histories int64 [B, N, C]; at most the last `max_items` of them."""

@@ -19,7 +19,7 @@ import torch
 from tiger.artifacts import Artifact, open_artifact
 from tiger.catalog import Catalog
 from tiger.config import build
-from tiger.decoding import beam_search
+from tiger.decoding import beam_search, vary
 from tiger.embedding import read_vectors
 from tiger.errors import ArtifactError, DataError
 from tiger.examples import columns, hash_users, pad_histories
@@ -28,6 +28,9 @@ from tiger.semantic_ids import SemanticIds
 from tiger.trie import Trie
 
 WEIGHTS = "model.safetensors"
+
+_VARIED_FROM = 4
+"""Items a beam that a draw, or a spread over first codes, chooses from."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Recommender:
             self.keys = self.model.item_keys() if model.dense else None
         self.columns = columns(ids, bool(model.dense))
         self.trie = Trie(ids).to(self.device)
+        self.first_codes = torch.from_numpy(self.columns[:, 0]).to(self.device)
         self.user_tokens = user_tokens
 
     @classmethod
@@ -83,6 +87,9 @@ class Recommender:
         exclude_history: bool = False,
         allowed: npt.NDArray[np.bool_] | None = None,
         users: Sequence[str] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        per_first_code: int | None = None,
         batch_size: int = 64,
     ) -> Recommendations:
         """The `k` best next items of each history.
@@ -93,11 +100,18 @@ class Recommender:
             exclude_history: leave out the items of the history itself.
             allowed: bool [items], a filter for all users: in stock, of a category. The beam holds nothing else.
             users: names of the users, for a model with user tokens.
+            temperature: above 0, what the search found is drawn from and not ranked: see `decoding.vary`. The draw is a
+                function of `seed` and the user's name (without `users`, the history's row).
+            per_first_code: at most so many items that share their first code, which keeps a list from showing one kind
+                of item only; of what the search found, so lists can come back short of `k` (-1).
 
         Raises:
             DataError: a history is empty or holds an item that is not in the catalog; names its row.
             ValueError: `k` is not positive, users are missing, or `allowed` has another length than the catalog.
         """
+        varied = temperature > 0 or per_first_code is not None
+        results = max(k, _VARIED_FROM * beam) if varied else k
+        draws = hash_users(list(users), 1 << 31) if users else np.arange(len(histories))
         if k < 1:
             raise ValueError(f"k = {k}: at least one item must be asked for")
         if self.user_tokens and users is None:
@@ -123,12 +137,23 @@ class Recommender:
                 self.trie,
                 pad_histories(flat, begins[rows], ends[rows], self.columns).to(self.device),
                 beam=beam,
-                results=k,
+                results=results,
                 keys=self.keys,
                 user=None if tokens is None else tokens[rows].to(self.device),
                 exclude=self._padded([arrays[row] for row in rows]) if exclude_history else None,
                 alive=alive,
             )
+            if varied:
+                uniform = np.stack([np.random.default_rng([seed, draws[row]]).random(found.shape[1]) for row in rows])
+                found, score = vary(
+                    found,
+                    score,
+                    k,
+                    temperature=temperature,
+                    uniform=torch.from_numpy(uniform.clip(1e-12, 1 - 1e-12)).to(self.device),
+                    groups=self.first_codes,
+                    per_group=per_first_code,
+                )
             width = min(k, found.shape[1])
             items[rows, :width] = found[:, :width].cpu().numpy()
             scores[rows, :width] = score[:, :width].cpu().numpy()
@@ -139,8 +164,9 @@ class Recommender:
     ) -> tuple[Recommendations, Recommendations]:
         """The `k` best items of each history, once with all items allowed and once without those of the history.
 
-        One search gives both: what a history holds is left out of what the last prefixes lead to, as `exclude_history`
-        does it. Arguments and errors are those of `recommend`.
+        One search gives both: what a history holds is left out of what the last prefixes lead to. So does
+        `exclude_history`, and where a dense head guides the search it also keeps the beam from prefixes that only the
+        excluded items made good. Arguments and errors are those of `recommend`.
         """
         longest = max((len(np.unique(history)) for history in histories), default=0)
         wide = self.recommend(histories, k + longest, beam=beam, users=users)
@@ -169,9 +195,22 @@ class DecodeUsers:
     With `history = "both"` there are also masked_items and masked_scores, without the items of the history.
     """
 
-    def __init__(self, model: str, k: int, beam: int, history: Literal["allowed", "excluded", "both"]) -> None:
+    def __init__(
+        self,
+        model: str,
+        k: int,
+        beam: int,
+        history: Literal["allowed", "excluded", "both"],
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            options: further arguments of `Recommender.recommend`; `allowed` as item ids.
+        """
         self.recommender = Recommender.load(model)
-        self.k, self.beam, self.history = k, beam, history
+        self.k, self.beam, self.history, self.options = k, beam, history, dict(options or {})
+        if (items := self.options.get("allowed")) is not None:
+            self.options["allowed"] = np.isin(np.arange(len(self.recommender.columns)), items)
 
     def __call__(self, part: pa.Table) -> pa.Table:
         histories, users = [np.array(history) for history in part["history"].to_pylist()], part["source_id"].to_pylist()
@@ -180,7 +219,12 @@ class DecodeUsers:
             columns = self._columns(found, "") | self._columns(masked, "masked_")
         else:
             found = self.recommender.recommend(
-                histories, self.k, beam=self.beam, exclude_history=self.history == "excluded", users=users
+                histories,
+                self.k,
+                beam=self.beam,
+                exclude_history=self.history == "excluded",
+                users=users,
+                **self.options,
             )
             columns = self._columns(found, "")
         return pa.table({"user_id": part["user_id"], **columns})

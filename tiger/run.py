@@ -27,7 +27,7 @@ class EvaluationConfig(Config):
     beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
     max_users: int | None = Field(None, ge=1, description="users per split, drawn by seed; none: all")
     exact_users: int = Field(
-        200, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
+        1000, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
     )
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
     seed: int = Field(0, ge=0, description="seed of the draw of users and of the bootstrap")
@@ -42,6 +42,12 @@ class RecommendConfig(Config):
     k: int = Field(10, ge=1, description="items per user")
     beam: int = Field(50, ge=1, description="width of the beam search")
     exclude_history: bool = Field(True, description="leave out what the user already had")
+    allowed: str | None = Field(
+        None, description="a file of item names (source ids), one a line, UTF-8: only these come back; none: all items"
+    )
+    temperature: float = Field(0.0, ge=0, description="above 0: items are drawn, the higher the more freely")
+    per_first_code: int | None = Field(None, ge=1, description="items of one first code in a list, at most")
+    seed: int = Field(0, ge=0, description="seed of the draw")
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
 
 

@@ -80,3 +80,25 @@ class Trie(nn.Module):
             alive = before[first_child[1:]] > before[first_child[:-1]]
             masks.insert(0, alive)
         return masks
+
+    def best_below(self, values: Tensor, allowed: Tensor | None = None) -> list[Tensor]:
+        """The greatest value of any item below every node: per level float32 [B, children of that level].
+
+        It bounds what a prefix can lead to, so that a beam that adds it does not drop the prefix of a good item.
+
+        Args:
+            values: float32 [B, items].
+            allowed: bool [leaves, in the order of `leaf_items`], all others count as -inf.
+        """
+        best = values[:, self.leaf_items]
+        if allowed is not None:
+            best = best.masked_fill(~allowed, -torch.inf)
+        bounds = [best]
+        for level in range(self.depth - 1, 0, -1):
+            counts = self.get_buffer(f"first_child_{level}").diff()
+            parent = torch.repeat_interleave(torch.arange(len(counts), device=best.device), counts)
+            best = best.new_full((len(best), len(counts)), -torch.inf).scatter_reduce_(
+                1, parent.expand(len(best), -1), best, "amax"
+            )
+            bounds.insert(0, best)
+        return bounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ def decode_users(
     k: int,
     beam: int,
     history: Literal["allowed", "excluded", "both"] = "allowed",
+    options: dict[str, Any] | None = None,
     max_actors: int | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """The best items [U, k] of each user, padded with -1; with `both`, also those without the history's items.
@@ -38,6 +39,7 @@ def decode_users(
         name: user_id int32, items [k], scores [k] (and masked_items, masked_scores) of every user are left in the draft
             as `name/part-00000.parquet` and so on.
         history: whether the lists may hold what the user already had.
+        options: see `DecodeUsers`.
     """
     table = pa.table(
         {
@@ -54,7 +56,7 @@ def decode_users(
         table.column_names,
         draft.folder.child(name),
         DecodeUsers,
-        {"model": model.folder.uri, "k": k, "beam": beam, "history": history},
+        {"model": model.folder.uri, "k": k, "beam": beam, "history": history, "options": options},
         actors=Actors(maximum=max_actors),
         what=f"decode {name}",
     )
