@@ -8,10 +8,13 @@ Tables are Parquet, weights are safetensors, everything else is JSON; nothing is
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +29,13 @@ from pyarrow import fs as pafs
 
 import tiger
 from tiger.config import Config, fingerprint
-from tiger.errors import ArtifactError
+from tiger.errors import ArtifactError, ResourceError
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
+PARTIAL = ".partial"  # files being written, or left by a killed writer: they do not exist to readers
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
@@ -68,22 +72,30 @@ class Folder:
             for info in self.filesystem.get_file_info(selector)
             if info.type == pafs.FileType.File
         }
-        return {k: v for k, v in sorted(names.items()) if k != MANIFEST and not k.startswith(f"{SCRATCH}/")}
+        return {
+            name: size
+            for name, size in sorted(names.items())
+            if name != MANIFEST and not name.startswith(f"{SCRATCH}/") and not name.endswith(PARTIAL)
+        }
 
     def read_bytes(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self.join(name)) as stream:
             return stream.read()
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Writes a file as a whole: on a local disk a reader sees the old content or the new, nothing between."""
+        """Writes a file as a whole: a reader sees the old content or the new, nothing between, also after a power cut.
+
+        An object store does that by itself.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         path = self.join(name)
-        self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        local = isinstance(self.filesystem, pafs.LocalFileSystem)
-        target = f"{path}.partial" if local else path
-        with self.filesystem.open_output_stream(target) as stream:
+        if isinstance(self.filesystem, pafs.LocalFileSystem):
+            _write_local(path, data)
+            return
+        with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
-        if local:
-            self.filesystem.move(target, path)
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))
@@ -108,6 +120,13 @@ class Folder:
         if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
             self.filesystem.delete_dir(path)
 
+    def delete_partials(self) -> None:
+        """Removes what killed writers have left."""
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.path.endswith(PARTIAL):
+                self.filesystem.delete_file(info.path)
+
     def digest(self, name: str) -> str:
         """sha256 of a file, read in pieces."""
         sha = hashlib.sha256()
@@ -115,6 +134,32 @@ class Folder:
             while chunk := stream.read(1 << 22):
                 sha.update(chunk)
         return sha.hexdigest()
+
+
+def _write_local(path: str, data: bytes) -> None:
+    """The content is on the disk before the name is, and the name before this returns."""
+    parent = os.path.dirname(path)
+    partial = f"{path}.{os.getpid()}{PARTIAL}"
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            os.unlink(partial)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{path}: the disk is full, {len(data):,} bytes do not fit; free some, or set root to another disk"
+            ) from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -214,8 +259,11 @@ def build(
         return open_artifact(folder.uri, expected_kind=kind)
     log.info("%s: started (%s)", kind, folder.uri)
     draft, begin = Draft(folder, own), time.monotonic()
+    for artifact in inputs.values():
+        artifact.verify()
     make(draft)
     folder.delete(SCRATCH)
+    folder.delete_partials()
     manifest = {
         "kind": kind,
         "fingerprint": own,
@@ -230,9 +278,16 @@ def build(
         | {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         "seconds": round(time.monotonic() - begin, 1),
     }
+    manifest["digest"] = _digest(manifest)
     folder.write_json(MANIFEST, manifest)
     log.info("%s: finished in %.1f s", kind, manifest["seconds"])
     return Artifact(folder, manifest)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's own content, so that it cannot be altered unnoticed either."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 _MADE_BY = {
@@ -263,7 +318,8 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
     try:
         manifest = folder.read_json(MANIFEST)
         version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        recorded = {name: int(file["bytes"]) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
@@ -271,13 +327,17 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
         )
     if expected_kind and kind != expected_kind:
         raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
+    if manifest.get("digest") != _digest(manifest):
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} was altered; delete the folder and run the stage again")
     found = folder.files()
-    for name, expected in files.items():
-        if found.get(name) != expected["bytes"]:
+    for name, size in recorded.items():
+        if found.get(name) != size:
             raise ArtifactError(
-                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, recorded were {expected['bytes']}; "
+                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, recorded were {size}; "
                 "delete the folder and run the stage again"
             )
+    if extra := sorted(found.keys() - recorded.keys()):
+        raise ArtifactError(f"{folder.uri}: {extra[0]} is not part of the artifact; remove it")
     return Artifact(folder, manifest)
 
 

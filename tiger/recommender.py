@@ -72,6 +72,7 @@ class Recommender:
         """
         artifact = open_artifact(run, expected_kind="model") if isinstance(run, str) else run
         artifact.verify()
+        artifact.inputs["semantic_ids"].verify()
         config = build(ModelConfig, artifact.manifest["config"])
         ids = SemanticIds.read(artifact.inputs["semantic_ids"].folder)
         model = GenerativeRecommender(config, ids.level_sizes, text_vectors(config, artifact.inputs["semantic_ids"]))

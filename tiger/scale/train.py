@@ -1,14 +1,13 @@
-"""Ray Train around `training.fit`: a process group of workers, snapshots, going on after a loss."""
+"""Ray Train around `training.fit`: a process group of workers that goes on from its last snapshot after a loss."""
 
 from __future__ import annotations
 
 import logging
 import queue
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -20,11 +19,11 @@ from tiger.artifacts import SCRATCH, Folder
 from tiger.errors import TigerError
 from tiger.run import ScaleConfig
 from tiger.scale import cluster
+from tiger.snapshots import Snapshots
 from tiger.training import Hooks
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.pt"
 _ERROR = "error"
 
 WorkerLoop = Callable[[dict[str, Any], torch.device, Hooks], dict[str, Any]]
@@ -49,6 +48,7 @@ def train(loop: WorkerLoop, arguments: dict[str, Any], target: Folder, scale: Sc
     log.info("%s: %d workers with %s each", what, workers, resources)
     with _relayed_logs() as logs:
         config = {"loop": loop, "arguments": arguments, "threads": int(resources.get("CPU", 1)), "logs": logs}
+        config["snapshots"] = target.child(f"{SCRATCH}/snapshots").uri
         result = _fit(config, workers, resources, target, scale)
     if _ERROR in result:
         raise result[_ERROR]
@@ -65,10 +65,9 @@ def _fit(
             num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name="train",
+            name=f"train-{time.time_ns()}",  # what Ray Train kept of an earlier start is of no use, and may be torn
             storage_path=f"{target.uri}/{SCRATCH}",
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     returned: dict[str, Any] = trainer.fit().return_value
@@ -131,25 +130,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
+    given = {key: value for key, value in config["arguments"].items() if key != "target"}
+    world_size = ray.train.get_context().get_world_size()
+    snapshots = Snapshots(Folder(config["snapshots"]), {"scale.train_workers": world_size, **given})
+
+    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        snapshots.save(state, metrics)
+        ray.train.report(metrics)  # waits for all workers: none goes on before the snapshot is there
+
     try:
-        return config["loop"](config["arguments"], device, Hooks(save=_save, load=_load))
+        return config["loop"](config["arguments"], device, Hooks(save=save, load=snapshots.load))
     except TigerError as error:
         return {_ERROR: error}  # it would come again: not worth the retries that Ray Train makes after an exception
-
-
-def _save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Hands a snapshot to Ray Train; every worker must call it."""
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, Path(folder) / _STATE)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _load() -> dict[str, Any] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)
