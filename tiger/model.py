@@ -73,7 +73,7 @@ class ModelConfig(Config):
         "LIGER; items then bring their text embedding and a learned vector along (needs item_tokens); 0: none",
     )
     dense_share: float = Field(
-        0.5, ge=0, le=1, description="of the dense head in an item's score; 0: generation alone, 1: the head alone"
+        0.9, ge=0, le=1, description="of the dense head in an item's score; 0: generation alone, 1: the head alone"
     )
     dense_search: Literal["guided", "candidates"] = Field(
         "guided",
