@@ -15,6 +15,7 @@ from tiger.config import describe, load, load_plugin, shipped_plugins
 from tiger.datasets import DatasetConfig
 from tiger.errors import TigerError
 from tiger.run import RunConfig
+from tiger.scale import cluster
 from tiger.tokenizers import TokenizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -37,7 +38,11 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
             _help(doc, default)
             return
         name = arguments.pop(0) if arguments and "=" not in arguments[0] else default
-        artifact = stage(load(RunConfig, name, arguments, CONFIGS))
+        run = load(RunConfig, name, arguments, CONFIGS)
+        if run.scale.gpus:
+            cluster.connect()
+            cluster.wait_for_gpus(run.scale.gpus, run.scale.gpu_minutes)
+        artifact = stage(run)
     except TigerError as error:
         if debug:
             traceback.print_exc()

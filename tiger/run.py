@@ -56,6 +56,8 @@ class ScaleConfig(Config):
 
     train_workers: int | None = Field(None, ge=1, description="DDP workers; none: one per GPU, or one without GPUs")
     cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of a worker; none: all cores, or 1 with GPUs")
+    gpus: int = Field(0, ge=0, description="GPUs to wait for: an autoscaling cluster may start with none")
+    gpu_minutes: float = Field(15, gt=0, description="minutes to wait for them")
     max_failures: int = Field(3, ge=0, description="times that training goes on after a worker or node was lost")
 
 

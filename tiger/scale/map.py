@@ -95,7 +95,7 @@ def map_table(
         log.info("%s: %d of %d parts are there already", what, len(sizes) - len(missing), len(sizes))
     if not missing:
         return len(sizes)
-    cluster.connect()
+    cluster.connect(target)
     minimum, maximum, each = actors.resolve()
     maximum = min(maximum, len(missing))
     progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[part] for part in missing))

@@ -43,7 +43,7 @@ def train(loop: WorkerLoop, arguments: dict[str, Any], target: Folder, scale: Sc
         TigerError: raised by the loop, passed on as it was.
         ResourceError: more workers, CPUs or GPUs than the cluster has.
     """
-    cluster.connect()
+    cluster.connect(target)
     workers, resources = _resources(scale)
     log.info("%s: %d workers with %s each", what, workers, resources)
     with _relayed_logs() as logs:

@@ -61,7 +61,7 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
     Raises:
         HealthError: no trial ended with a figure.
     """
-    cluster.connect()
+    cluster.connect(target)
     workers = search.workers_per_trial
     cluster.require(search.cpus_per_trial * workers, search.gpus_per_trial * workers, "a trial")
     room = (cluster.cluster_cpus() - cluster.RESERVED_CPUS) / search.cpus_per_trial / workers
