@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tiger import logs
 from tiger.artifacts import Artifact
 from tiger.config import describe, load, load_plugin, shipped_plugins
 from tiger.datasets import DatasetConfig
@@ -18,27 +19,31 @@ from tiger.run import RunConfig
 from tiger.scale import cluster
 from tiger.tokenizers import TokenizerConfig
 
+log = logging.getLogger("jobs.command")
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sample") -> None:
     """Runs one job: reads the configuration, calls `stage`, prints one JSON object as the last line of stdout.
 
-    Progress and logs go to stderr. An error with a cure is one line there, and the exit code says its kind: 2
-    configuration, 3 data, 4 artifacts, 5 resources, 6 health. `--debug` adds the traceback.
+    Progress and logs go to stderr, and as JSON lines to `ROOT/logs`. An error with a cure is one line there, and the
+    exit code says its kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health. `--debug` adds the traceback.
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "sentence_transformers", "ray.data", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logs.to_console()
+    written: logs.JsonLines | None = None
     try:
         if "--help" in arguments or "-h" in arguments:
             _help(doc, default)
             return
         name = arguments.pop(0) if arguments and "=" not in arguments[0] else default
         run = load(RunConfig, name, arguments, CONFIGS)
+        written = logs.JsonLines(run.root, _job_name())
+        logging.getLogger("tiger").addHandler(written)
+        logging.getLogger("jobs").addHandler(written)
         if run.scale.gpus:
             cluster.connect()
             cluster.wait_for_gpus(run.scale.gpus, run.scale.gpu_minutes)
@@ -46,9 +51,20 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
     except TigerError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if written is not None:
+            logging.getLogger("jobs").propagate = False  # it is on the console already, in the next line
+            log.error("the job ended with exit code %d", error.exit_code, extra={"error": str(error)})
+        print(logs.redact(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        if written is not None:
+            written.flush()
     print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+
+
+def _job_name() -> str:
+    """`pipeline` for `python -m jobs.pipeline`."""
+    return Path(sys.argv[0]).stem
 
 
 def _help(doc: str, default: str) -> None:

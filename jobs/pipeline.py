@@ -5,6 +5,8 @@ What is finished already is skipped; a stage that ended in a degenerate state st
 
 from __future__ import annotations
 
+import logging
+
 from jobs.command import command
 from jobs.embed import embed
 from jobs.evaluate import evaluate
@@ -15,6 +17,8 @@ from jobs.train import train_model
 from tiger.artifacts import Artifact
 from tiger.run import RunConfig
 
+log = logging.getLogger(__name__)
+
 
 def pipeline(run: RunConfig) -> Artifact:
     catalog = prepare(run)  # raw files -> items with one text each, users with their histories
@@ -24,7 +28,18 @@ def pipeline(run: RunConfig) -> Artifact:
     metrics = evaluate(run, model)  # how often it finds what users took next
     recommendations = recommend(run, model)  # what they may take next
     show_some(recommendations)
+    log.info("%s", summary([*metrics.lineage(), recommendations], run.scale.dollars_per_hour))
     return metrics
+
+
+def summary(parts: list[Artifact], dollars_per_hour: float | None) -> str:
+    """Seconds of every stage, and what they cost; those that were skipped with what they took when they ran."""
+    total = sum(part.manifest["seconds"] for part in parts)
+    lines = []
+    for kind, seconds in [*((part.kind, part.manifest["seconds"]) for part in parts), ("all stages", total)]:
+        cost = "" if dollars_per_hour is None else f"  $ {seconds / 3600 * dollars_per_hour:8.2f}"
+        lines.append(f"  {kind:<16}{seconds:>9.1f} s{cost}")
+    return "\n".join(["time by stage", *lines])
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Folder:
             self.filesystem, self.path = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
             self.uri = self.path
 
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
     def child(self, name: str) -> Folder:
         return Folder(f"{self.uri}/{name}")
 
@@ -91,11 +95,17 @@ class Folder:
             ResourceError: the disk is full.
         """
         path = self.join(name)
-        if isinstance(self.filesystem, pafs.LocalFileSystem):
+        if self.is_local:
             _write_local(path, data)
             return
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
+
+    def append_bytes(self, name: str, data: bytes) -> None:
+        """Adds to a file on a local disk; object stores cannot."""
+        os.makedirs(self.path, exist_ok=True)
+        with open(self.join(name), "ab") as file:
+            file.write(data)
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read_bytes(name))

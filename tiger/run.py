@@ -27,7 +27,7 @@ class EvaluationConfig(Config):
     beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
     max_users: int | None = Field(None, ge=1, description="users per split, drawn by seed; none: all")
     exact_users: int = Field(
-        1000, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
+        300, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
     )
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
     seed: int = Field(0, ge=0, description="seed of the draw of users and of the bootstrap")
@@ -58,6 +58,7 @@ class ScaleConfig(Config):
     cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of a worker; none: all cores, or 1 with GPUs")
     gpus: int = Field(0, ge=0, description="GPUs to wait for: an autoscaling cluster may start with none")
     gpu_minutes: float = Field(15, gt=0, description="minutes to wait for them")
+    dollars_per_hour: float | None = Field(None, ge=0, description="price of the cluster, for the cost of each stage")
     max_failures: int = Field(3, ge=0, description="times that training goes on after a worker or node was lost")
 
 

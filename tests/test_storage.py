@@ -1,0 +1,210 @@
+"""Artifacts on a real S3-compatible server on loopback (moto), with a proxy in front that plants a store's faults."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pytest
+from pyarrow import fs as pafs
+from test_submit import free_ports
+
+from tiger.artifacts import MANIFEST, Artifact, Draft, Folder, build, newest, open_artifact
+from tiger.config import Config
+from tiger.errors import ArtifactError
+from tiger.snapshots import Snapshots
+
+pytestmark = pytest.mark.slow
+MOTO = "moto[server]==5.2.5"  # in an environment of its own: it asks for older packages than Ray's
+
+
+class Knobs(Config):
+    size: int = 1
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes everything on to the store; while `faults` is not empty, its next entry decides about a request."""
+
+    daemon_threads = True
+
+    def __init__(self, store: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Passing)
+        self.store, self.faults, self.planted = store, list[str](), 0
+
+
+class _Passing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError):  # the client has hung up, as clients may
+            self.close_connection = True
+
+    def _pass(self) -> None:
+        body = self._body()
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        self.server.planted += bool(fault)
+        if fault in ("500", "503"):
+            code = "InternalError" if fault == "500" else "SlowDown"
+            self._answer(int(fault), {}, f"<Error><Code>{code}</Code></Error>".encode())
+            return
+        if fault == "reset":
+            self.close_connection = True
+            self.connection.close()
+            return
+        passed = http.client.HTTPConnection("127.0.0.1", self.server.store, timeout=30)
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
+        passed.request(self.command, self.path, body, kept | {"Content-Length": str(len(body))})
+        answer = passed.getresponse()
+        content = answer.read()
+        headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("content-length", "transfer-encoding")}
+        if self.command == "HEAD":
+            headers["Content-Length"] = answer.getheader("Content-Length") or "0"
+        self._answer(answer.status, headers, content, cut=fault == "cut")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+        return b"".join(pieces)
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.close_connection = True
+            self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    if not shutil.which("uvx"):
+        pytest.skip("uvx, which brings the S3 server, is not installed")
+    (port,) = free_ports(1)
+    command = ["uvx", "--from", MOTO, "moto_server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = Proxy(port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("PUT", "/bucket")
+            assert connection.getresponse().status == 200
+            break
+        except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    settings = {
+        "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing-secret", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for key, value in settings.items():
+            monkeypatch.setenv(key, value)
+        yield server
+    server.shutdown()
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture
+def root(proxy: Proxy, request: pytest.FixtureRequest) -> str:
+    proxy.faults.clear()
+    proxy.planted = 0
+    name = "".join(c for c in request.node.name if c.isalnum())
+    return f"s3://bucket/{name}"
+
+
+def _fill(draft: Draft) -> None:
+    draft.folder.write_table("table/part-00000.parquet", pa.table({"x": list(range(50_000))}))
+    draft.folder.write_json("notes.json", {"a": 1})
+    draft.figures = {"rows": 50_000}
+
+
+def _publish(root: str) -> Artifact:
+    return build(root, "catalog", Knobs(), {}, _fill)
+
+
+def test_an_artifact_is_published_found_and_skipped(root: str) -> None:
+    artifact = _publish(root)
+    artifact.verify()
+    again = newest(root, "catalog")
+    assert again.manifest == artifact.manifest
+    assert _publish(root).folder.uri == artifact.folder.uri
+    assert artifact.folder.read_table("table")["x"].to_pylist()[-1] == 49_999
+    local = _local_fingerprint()
+    assert artifact.fingerprint == local  # the root is not in it
+
+
+def _local_fingerprint() -> str:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return _publish(folder).fingerprint
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "cut"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_passes_by_itself_is_tried_again(fault: str, times: int, root: str, proxy: Proxy) -> None:
+    for place in range(0, 12, 3):  # at different requests of a publish
+        proxy.faults[:] = [""] * place + [fault] * times
+        _publish(f"{root}-{place}").verify()
+        assert not proxy.faults
+    assert proxy.planted == 4 * times
+
+
+def test_a_store_that_stays_away_is_an_error_and_nothing_is_published(root: str, proxy: Proxy) -> None:
+    proxy.faults[:] = ["500"] * 10_000
+    with pytest.raises(OSError, match=r"(?i)error"):
+        _publish(root)
+    proxy.faults.clear()
+    assert not _publish(root).folder.exists("manifest.json.partial")
+
+
+def test_altered_objects_are_named(root: str) -> None:
+    artifact = _publish(root)
+    artifact.folder.write_bytes("notes.json", b'{"a": 2}\n')
+    with pytest.raises(ArtifactError, match="notes.json"):
+        open_artifact(artifact.folder.uri).verify()
+    artifact.folder.filesystem.delete_file(artifact.folder.join(MANIFEST))
+    with pytest.raises(ArtifactError, match="holds no finished artifact"):
+        open_artifact(artifact.folder.uri)
+
+
+def test_snapshots_go_on_from_a_store(root: str, proxy: Proxy) -> None:
+    from test_publish import _equal, _state
+
+    snapshots = Snapshots(Folder(root), {"a": 1})
+    assert snapshots.load() is None
+    for step in (1, 2, 3):
+        proxy.faults[:] = ["", "503", "", "reset"]
+        snapshots.save(_state(step), {"step": step})
+    assert _equal(snapshots.load(), _state(3))
+    folder = Folder(root)
+    names = folder.filesystem.get_file_info(pafs.FileSelector(folder.path))
+    assert sorted(info.base_name for info in names if "step" in info.base_name) == ["step-00000002", "step-00000003"]
