@@ -30,7 +30,9 @@ class Config(BaseModel):
     Fields named in `unfingerprinted` change where or how fast a stage runs, not what it leaves behind.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     unfingerprinted: ClassVar[frozenset[str]] = frozenset()
 
@@ -58,6 +60,10 @@ class PluginConfig(Config):
         if not isinstance(value, dict):
             return value
         module = load_plugin(cls.plugin_package, value.get("kind", cls.default_kind))
+        if not issubclass(getattr(module, "Config", object), cls):
+            raise ConfigError(
+                f"kind = {value['kind']!r}: the module {module.__name__} has no Config for a {cls.__name__}"
+            )
         return module.Config.model_validate(value)
 
 

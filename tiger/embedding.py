@@ -195,11 +195,21 @@ def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, p
         item_id int32, vector; and item_id, source_id: items are numbered in the order of their source ids.
 
     Raises:
-        DataError: a column is missing, an item stands twice or has no id, or vectors differ in length.
+        DataError: a column is missing or of another type, an item stands twice or has no id, or vectors differ in
+            length.
         HealthError: a vector is NaN, infinite or zero; names the items.
     """
     if missing := {"item_id", "vector"} - set(table.column_names):
         raise DataError(f"{name}: no column {', '.join(sorted(missing))}; found: {', '.join(table.column_names)}")
+    id_type, vector_type = table.schema.field("item_id").type, table.schema.field("vector").type
+    if not len(table):
+        raise DataError(f"{name}: the table has no rows")
+    if not (pa.types.is_string(id_type) or pa.types.is_large_string(id_type) or pa.types.is_integer(id_type)):
+        raise DataError(f"{name}: item_id holds {id_type}, text or integers are needed")
+    is_list = pa.types.is_list(vector_type) or pa.types.is_large_list(vector_type)
+    is_list = is_list or pa.types.is_fixed_size_list(vector_type)
+    if not is_list or not (pa.types.is_floating(vector_type.value_type) or pa.types.is_integer(vector_type.value_type)):
+        raise DataError(f"{name}: vector holds {vector_type}, not lists of numbers")
     names = pc.cast(table["item_id"], pa.string()).combine_chunks()
     order = pc.sort_indices(names)
     names, lists = names.take(order), table["vector"].combine_chunks().take(order)
@@ -210,6 +220,8 @@ def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, p
     lengths = pc.unique(pc.list_value_length(lists))
     if len(lengths) != 1:
         raise DataError(f"{name}: vectors have {len(lengths)} different lengths")
+    if not lengths[0].as_py():
+        raise DataError(f"{name}: vectors are empty")
     vectors = np.asarray(lists.flatten()).astype(np.float32).reshape(len(names), -1)
     if len(bad := unusable(vectors)):
         first = names.take(pa.array(bad[:10])).to_pylist()

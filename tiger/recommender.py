@@ -6,6 +6,7 @@ for recommendation in recommender.recommend([["B000123", "B000456"]], k=10): ...
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,13 +109,19 @@ class Recommender:
 
         Raises:
             DataError: a history is empty or holds an item that is not in the catalog; names its row.
-            ValueError: `k` is not positive, users are missing, or `allowed` has another length than the catalog.
+            ValueError: an argument is out of its range, users are missing, or `allowed` is of another catalog.
         """
         varied = temperature > 0 or per_first_code is not None
         results = max(k, _VARIED_FROM * beam) if varied else k
         draws = hash_users(list(users), 1 << 31) if users else np.arange(len(histories))
         if k < 1:
             raise ValueError(f"k = {k}: at least one item must be asked for")
+        if beam < 1:
+            raise ValueError(f"beam = {beam}: at least one prefix must be kept")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature = {temperature}: a number that is not negative is needed")
+        if users is not None and len(users) != len(histories):
+            raise ValueError(f"{len(users)} users for {len(histories)} histories")
         if self.user_tokens and users is None:
             raise ValueError("this model reads user tokens: pass users")
         if allowed is not None and np.shape(allowed) != (len(self.columns),):
@@ -122,8 +129,7 @@ class Recommender:
         alive = None
         if allowed is not None:
             alive = self.trie.reachable(torch.from_numpy(np.asarray(allowed, bool)).to(self.device))
-        arrays = [np.asarray(history, np.int64) for history in histories]
-        self._check(arrays)
+        arrays = self._checked(histories)
         items = np.full((len(arrays), k), -1, np.int64)
         scores = np.full((len(arrays), k), -np.inf, np.float32)
         flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
@@ -177,12 +183,21 @@ class Recommender:
             items[row, : len(kept)], scores[row, : len(kept)] = wide.items[row, kept], wide.scores[row, kept]
         return Recommendations(wide.items[:, :k], wide.scores[:, :k]), Recommendations(items, scores)
 
-    def _check(self, histories: list[npt.NDArray[np.int64]]) -> None:
+    def _checked(self, histories: Sequence[Any]) -> list[npt.NDArray[np.int64]]:
+        arrays = []
         for row, history in enumerate(histories):
             if not len(history):
                 raise DataError(f"history {row} is empty: at least one item is needed to recommend the next")
-            if history.min() < 0 or history.max() >= len(self.columns):
+            array = np.asarray(history, None if isinstance(history, np.ndarray) else object)
+            numbers = array.dtype.kind in "iu" or all(
+                type(item) is int or isinstance(item, np.integer) for item in array
+            )
+            if array.ndim != 1 or not numbers:
+                raise DataError(f"history {row} holds what is no item id: whole numbers are needed, found {array[0]!r}")
+            if array.min() < 0 or array.max() >= len(self.columns):
                 raise DataError(f"history {row} holds an item outside of 0 .. {len(self.columns) - 1}")
+            arrays.append(array.astype(np.int64))
+        return arrays
 
     def _padded(self, histories: list[npt.NDArray[np.int64]]) -> torch.Tensor:
         longest = max(map(len, histories))

@@ -65,7 +65,7 @@ class ScaleConfig(Config):
 class RunConfig(Config):
     """One run of the pipeline."""
 
-    root: str = Field("runs", description="where artifacts go: a folder, or s3://, gs://, ...")
+    root: str = Field("runs", min_length=1, description="where artifacts go: a folder, or s3://, gs://, ...")
     data: Annotated[SerializeAsAny[DatasetConfig], BeforeValidator(DatasetConfig.resolve)] = synthetic.Config()
     catalog: CatalogConfig = CatalogConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()

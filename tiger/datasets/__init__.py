@@ -17,9 +17,10 @@ import ast
 import gzip
 import json
 import logging
+import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -36,6 +37,7 @@ INTERACTIONS = pa.schema([("user", pa.string()), ("item", pa.string()), ("time",
 """One event a row: user and item by their names in the raw data, time in seconds since 1970."""
 
 BATCH_ROWS = 8192
+_EXPANDED_RATIO, _EXPANDED_FLOOR = 200, 1 << 24  # text shrinks to a tenth; a file of zeros to a thousandth
 LINE_CAP = 256 * 1024  # ast.literal_eval takes 134 MB and 0.3 s for a line of this size, 1 GB for 8 MB
 
 
@@ -114,14 +116,23 @@ def lines(path: Path, cap: int = LINE_CAP) -> Iterator[tuple[int, bytes | None]]
     gzip file follow each other.
 
     Raises:
-        DataError: not a readable file, or a gzip file that is truncated or damaged.
+        DataError: not a readable file, or a gzip file that is truncated, damaged, or made to fill a disk.
     """
     try:
         with path.open("rb") as raw:
             compressed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
-            yield from _lines(stream, cap)
+
+            def check() -> None:
+                expanded = stream.tell() if compressed else 0
+                if expanded > _EXPANDED_FLOOR and expanded > _EXPANDED_RATIO * raw.tell():
+                    raise DataError(
+                        f"{path}: the gzip file expands to more than {_EXPANDED_RATIO} times its size, which text does "
+                        "not; look at what it holds"
+                    )
+
+            yield from _lines(stream, cap, check)
     except EOFError:
         raise DataError(f"{path}: the gzip file is cut off; download or copy it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -130,13 +141,15 @@ def lines(path: Path, cap: int = LINE_CAP) -> Iterator[tuple[int, bytes | None]]
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _lines(stream: BinaryIO, cap: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(stream: BinaryIO, cap: int, check: Callable[[], None]) -> Iterator[tuple[int, bytes | None]]:
     number = 0
     while line := stream.readline(cap + 1):
         number += 1
+        if number % 4_096 == 0:
+            check()
         if len(line) > cap and not line.endswith(b"\n"):
             while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
-                pass
+                check()
             yield number, None
             continue
         if number == 1:
@@ -180,7 +193,9 @@ def identifier(value: Any, name: str) -> str:
     Raises:
         BadRow: missing, empty, longer than 256 characters, or with control characters.
     """
-    if value is None or isinstance(value, (bool, list, dict)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+        raise BadRow(f"no {name}")
+    if value != value:  # NaN
         raise BadRow(f"no {name}")
     text = str(value).strip()
     if not text:
@@ -199,6 +214,8 @@ def seconds(value: Any, per_second: int) -> int:
     Raises:
         BadRow: not a number, or outside the years 1990 to 2100 (the unit is wrong then).
     """
+    if not isinstance(value, (str, int, float)):
+        raise BadRow("time is missing or not a number")
     try:
         time = int(float(value) // per_second) if isinstance(value, (str, float)) else int(value) // per_second
     except (TypeError, ValueError, OverflowError):
