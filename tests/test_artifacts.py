@@ -8,7 +8,7 @@ import pytest
 
 from tiger.artifacts import SCRATCH, Artifact, Draft, Folder, build, newest, open_artifact
 from tiger.config import Config
-from tiger.errors import ArtifactError
+from tiger.errors import ArtifactError, ResourceError
 
 
 class Knobs(Config):
@@ -105,3 +105,24 @@ def test_parts_of_a_table_are_read_in_order_of_their_names(tmp_path: Path) -> No
     for part in (2, 0, 1):
         folder.write_table(f"t/part-{part:05d}.parquet", pa.table({"x": [part]}))
     assert folder.read_table("t")["x"].to_pylist() == [0, 1, 2]
+
+
+def test_two_runs_do_not_make_one_artifact_at_once(tmp_path: Path) -> None:
+    """The second is told so, and once the first has ended it uses what that has left."""
+
+    def meanwhile(draft: Draft) -> None:
+        with pytest.raises(ResourceError, match="another run is making"):
+            made(tmp_path)
+        fill(draft)
+
+    first = build(str(tmp_path), "catalog", Knobs(size=1), {}, meanwhile)
+    assert made(tmp_path).manifest == first.manifest
+
+
+def test_inputs_that_were_altered_are_not_built_on(tmp_path: Path) -> None:
+    parent = made(tmp_path)
+    path = Path(parent.folder.uri) / "more/notes.json"
+    path.write_text(path.read_text().replace("1", "2"))
+    with pytest.raises(ArtifactError, match=r"more/notes.json was altered"):
+        made(tmp_path, inputs={"catalog": parent}, kind="embeddings")
+    assert not list(tmp_path.glob("embeddings-*/manifest.json"))

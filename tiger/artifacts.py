@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -259,6 +260,7 @@ def build(
 
     Raises:
         ArtifactError: a finished artifact of the same fingerprint has a file missing or of another size.
+        ResourceError: another run is making the same artifact.
         TigerError: whatever `make` raises; nothing is published then.
     """
     given = {name: artifact.fingerprint for name, artifact in inputs.items()}
@@ -267,20 +269,35 @@ def build(
     if folder.exists(MANIFEST):
         log.info("%s: already there, skipped (%s)", kind, folder.uri)
         return open_artifact(folder.uri, expected_kind=kind)
-    log.info("%s: started (%s)", kind, folder.uri)
-    draft, begin = Draft(folder, own), time.monotonic()
     for artifact in inputs.values():
         artifact.verify()
+    with _claimed(folder):
+        if not folder.exists(MANIFEST):  # else another run has just made it
+            _make(Draft(folder, own), kind, config, given, source or {}, make)
+    return open_artifact(folder.uri, expected_kind=kind)
+
+
+def _make(
+    draft: Draft,
+    kind: str,
+    config: Config,
+    given: dict[str, str],
+    source: dict[str, str],
+    make: Callable[[Draft], None],
+) -> None:
+    """Fills a draft and publishes it."""
+    folder, begin = draft.folder, time.monotonic()
+    log.info("%s: started (%s)", kind, folder.uri)
     make(draft)
     folder.delete(SCRATCH)
     folder.delete_partials()
     manifest = {
         "kind": kind,
-        "fingerprint": own,
+        "fingerprint": draft.fingerprint,
         "schema_version": SCHEMA_VERSION,
         "config": config.model_dump(mode="json", serialize_as_any=True),
         "inputs": given,
-        "source": source or {},
+        "source": source,
         "figures": draft.figures,
         "health": draft.health,
         "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
@@ -289,9 +306,32 @@ def build(
         "seconds": round(time.monotonic() - begin, 1),
     }
     manifest["digest"] = _digest(manifest)
+    if folder.exists(MANIFEST):  # on an object store, where nothing can be claimed, another run was faster
+        log.warning("%s: another run has published it first, and its artifact is used (%s)", kind, folder.uri)
+        return
     folder.write_json(MANIFEST, manifest)
     log.info("%s: finished in %.1f s", kind, manifest["seconds"])
-    return Artifact(folder, manifest)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Folder) -> Iterator[None]:
+    """Keeps other runs from making the same artifact; a claim ends with its process, however that ends.
+
+    Raises:
+        ResourceError: another run is making it.
+    """
+    if not folder.is_local:
+        yield
+        return
+    os.makedirs(folder.join(SCRATCH), exist_ok=True)
+    with open(folder.join(f"{SCRATCH}/claim"), "ab") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"another run is making {folder.uri}; wait until it has ended, then the same command uses what it left"
+            ) from None
+        yield
 
 
 def _digest(manifest: dict[str, Any]) -> str:
