@@ -73,6 +73,17 @@ def test_a_wide_beam_is_exact(seed: int, items: int, extra: int, kind: dict[str,
         torch.testing.assert_close(scores[row][real], truth[row].sort(descending=True).values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(4, 5, 1), (4, 1, 5), (1, 6, 6)])
+def test_a_level_of_one_code_costs_nothing_and_changes_nothing(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(7)
+    ids = random_ids(rng, 18, sizes)
+    model = small_model(sizes)
+    history = histories(rng, ids.codes, users=5, longest=4)
+    truth = score_all(model, torch.from_numpy(ids.codes.astype(np.int64)), history)
+    found, scores = beam_search(model, Trie(ids), history, beam=18)
+    torch.testing.assert_close(scores, truth.gather(1, found), atol=1e-5, rtol=1e-5)
+
+
 def test_a_dense_head_orders_what_generation_found() -> None:
     """With a narrow beam, the candidates are those of generation alone, the order is that of the inner products."""
     rng = np.random.default_rng(3)

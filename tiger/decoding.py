@@ -63,7 +63,10 @@ def beam_search(
     log_p = scores = torch.zeros(batch, 1, device=history.device)
     codes, past = None, None
     for level in range(trie.depth):
-        step_log_p, past = model.step(level, codes, past, memory)
+        if model.level_sizes[level] == 1 and level == trie.depth - 1:  # certain, and nothing comes after it
+            step_log_p = log_p.new_zeros(*nodes.shape, 1)
+        else:
+            step_log_p, past = model.step(level, codes, past, memory)
         children, child_codes, exists = trie.expand(nodes, level, alive[level] if alive else None)
         exists = exists & (scores > -torch.inf)[..., None]  # a beam may stand for nothing where there are too few items
         candidates = log_p[..., None] + step_log_p.gather(-1, child_codes)
@@ -81,7 +84,7 @@ def beam_search(
             rows = (
                 torch.arange(batch, device=chosen.device)[:, None] * candidates.shape[1] + chosen // width
             ).flatten()
-            past = [(key[rows], value[rows]) for key, value in past]
+            past = past and [(key[rows], value[rows]) for key, value in past]
     items = torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1)
     if ordered_after:
         assert keys is not None
