@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -128,14 +129,21 @@ def look(storage: Folder) -> list[Node]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     own = ray.get_runtime_context().get_node_id()
     alive.sort(key=lambda node: node["NodeID"] != own)
-    asked = [
-        ray.remote(_see)
-        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(storage.uri, token, node["NodeManagerAddress"], int(node["Resources"].get("object_store_memory", 0)))
-        for node in alive
-    ]
+
+    def asked(node: dict[str, Any]) -> tuple[str, str, str, int]:
+        store = int(node["Resources"].get("object_store_memory", 0))
+        return storage.uri, token, node["NodeManagerAddress"], store
+
     try:
-        nodes: list[Node] = ray.get(asked, timeout=_ANSWER_SECONDS)
+        if len(alive) == 1 and alive[0]["NodeID"] == own:  # this machine: no process need be started to ask it
+            return [_see(*asked(alive[0]))]
+        answers = [
+            ray.remote(_see)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote(*asked(node))
+            for node in alive
+        ]
+        nodes: list[Node] = ray.get(answers, timeout=_ANSWER_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise ResourceError(
             f"not all of {len(alive)} nodes answered in {_ANSWER_SECONDS} s; look at `ray status` and the nodes' logs"
