@@ -16,6 +16,7 @@ from tiger import diagnostics
 from tiger.artifacts import Artifact, newest, open_artifact
 from tiger.catalog import Catalog
 from tiger.config import load
+from tiger.errors import DataError
 from tiger.recommender import Recommender
 from tiger.run import RunConfig
 
@@ -146,11 +147,31 @@ def test_diagnostics_print_the_whole_table(finished: Artifact) -> None:
     assert "UNHEALTHY" not in done.stdout
 
 
-def test_other_settings_of_one_stage_redo_only_what_follows(finished: Artifact) -> None:
+def test_other_settings_of_one_stage_redo_only_what_follows(
+    finished: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The settings are a filter: half of the items, and a name that is none."""
     root = Path(finished.folder.uri).parent
     before = {path.name for path in root.iterdir()}
-    run_pipeline(root, "recommend.k=3")
+    names = Catalog(finished.inputs["model"].inputs["catalog"]).source_ids
+    (tmp_path / "in-stock.txt").write_text("\n".join([*names[::2], "no item"]))
+    with caplog.at_level("INFO"):
+        run_pipeline(root, "recommend.k=3", f"recommend.allowed={tmp_path}/in-stock.txt")
     assert {path.name.partition("-")[0] for path in root.iterdir() if path.name not in before} == {"recommendations"}
+    found = newest(str(root), "recommendations").folder.read_table("recommendations")["items"].to_pylist()
+    assert all(item % 2 == 0 for items in found for item in items)
+    assert any("150 items allowed, 1 names are not in the catalog" in record.message for record in caplog.records)
+    assert any("time by stage" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"nothing\n", "none of its 1 names is an item"), (b"\xff", "cannot be read")]
+)
+def test_a_filter_that_cannot_be_is_refused(content: bytes, message: str, finished: Artifact, tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        run_pipeline(Path(finished.folder.uri).parent, f"recommend.allowed={file}")
 
 
 def test_a_collapsed_stage_stops_the_pipeline_there(local_ray: None, tmp_path: Path) -> None:

@@ -131,3 +131,27 @@ def test_a_dense_head_needs_item_tokens_and_texts() -> None:
         build(ModelConfig, {"dense": 0.5})
     with pytest.raises(ValueError, match="pass vectors"):
         GenerativeRecommender(build(ModelConfig, {"dense": 0.5, "item_tokens": True}), SIZES)
+
+
+def test_a_sampled_softmax_stands_for_the_whole_one() -> None:
+    """The mean of the exponent of the loss over draws is that of the loss over all items; evaluation takes all."""
+    rng = np.random.default_rng(8)
+    read = columns(random_ids(rng, 55, SIZES), True)
+    sequence, targets = histories(rng, read, users=16, longest=4).clamp_min(0), torch.full((16,), 2)
+    kind = {"mode": "fast", "item_tokens": True, "dense": 0.5, "dropout": 0.0}
+    whole, sampled = small_model(SIZES, 3, 55, **kind), small_model(SIZES, 3, 55, **kind, dense_negatives=28)
+    for model in (whole, sampled):
+        torch.nn.init.normal_(model.item_embedding.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    history, item = sequence[:, :-1], sequence[:, -1, -1]
+    query = whole.encode(history).query.detach()
+    truth = whole._dense_loss(query, item)
+    assert torch.equal(truth, sampled._dense_loss(query, item))
+    sampled.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = torch.stack([sampled._dense_loss(query, item) for _ in range(3_000)])
+    assert float(drawn.std(0).mean()) > 0.01  # it is a draw
+    torch.testing.assert_close(drawn.exp().mean(0), truth.detach().exp(), atol=0, rtol=0.05)
+    with torch.no_grad():
+        both = sampled.losses(sequence, targets)
+    assert all(torch.isfinite(loss).all() for loss in both if loss is not None)
