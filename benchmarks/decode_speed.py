@@ -1,6 +1,6 @@
 """Constrained beam search: users a second of ours beside Hugging Face's `generate`, and a step's cost by catalog size.
 
-    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [data.path=../shared/data/amazon-beauty]
+    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [data.path=../shared/data/amazon-beauty]
 
 Test histories are those of Beauty where the files are given, else of the sample; weights are untrained, IDs are
 random tuples of 3 x 256: neither changes the speed. Hugging Face gets a T5 of the same size, a Python trie by
@@ -103,7 +103,7 @@ def step_milliseconds(config: ModelConfig, catalogs: tuple[int, ...]) -> list[li
 
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(settings.pop("threads", "2")))
     config = build(ModelConfig, {"preset": settings.pop("preset", "tiger-paper")})
     n_users = int(settings.pop("users", "64"))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])

@@ -37,6 +37,11 @@ def lose_a_node_once(happened):
     cluster.remove_node(nodes[1], allow_graceful=False)
     Path({folder!r}, "lost").touch()
 
+def end(found):
+    print(json.dumps(found), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
 def watch(happened):
     threading.Thread(target=lose_a_node_once, args=(happened,), daemon=True).start()
 """
@@ -50,7 +55,7 @@ map_table(folder, "source.parquet", ["x"], folder.child("out"), slow_double, {{"
           actors=Actors(minimum=2, maximum=2), what="test")
 table = folder.read_table("out")
 dead = sum(not node["Alive"] for node in ray.nodes())
-print(json.dumps([table["x"].to_pylist(), table["y"].to_pylist(), dead]))
+end([table["x"].to_pylist(), table["y"].to_pylist(), dead])
 """
 TRAIN = """
 from test_nodes import watched
@@ -60,7 +65,7 @@ from tiger.scale.train import train
 watch(lambda: Path({folder!r}, "second-save").exists())
 found = train(watched, {{"folder": {folder!r}}}, Folder({folder!r} + "/artifact"),
               ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=5), "test")
-print(json.dumps(found))
+end(found)
 """
 
 
@@ -114,7 +119,7 @@ def on_three_nodes(script: str, folder: Path) -> Any:
         done = subprocess.run(
             [sys.executable, "-c", text], capture_output=True, text=True, timeout=500, env=environment, check=False
         )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     assert (folder / "lost").exists()
     return json.loads(done.stdout.splitlines()[-1])
 
