@@ -1,6 +1,6 @@
 """Constrained beam search: users a second of ours beside Hugging Face's `generate`, and a step's cost by catalog size.
 
-    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [data.path=../shared/data/amazon-beauty]
+    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [data.path=FOLDER]
 
 Test histories are those of Beauty where the files are given, else of the sample; weights are untrained, IDs are
 random tuples of 3 x 256: neither changes the speed. Hugging Face gets a T5 of the same size, a Python trie by
