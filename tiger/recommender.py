@@ -113,7 +113,6 @@ class Recommender:
         """
         varied = temperature > 0 or per_first_code is not None
         results = max(k, _VARIED_FROM * beam) if varied else k
-        draws = hash_users(list(users), 1 << 31) if users else np.arange(len(histories))
         if k < 1:
             raise ValueError(f"k = {k}: at least one item must be asked for")
         if beam < 1:
@@ -136,6 +135,9 @@ class Recommender:
         ends = np.cumsum([len(history) for history in arrays], dtype=np.int64)
         begins = ends - np.array([min(len(history), self.model.max_items) for history in arrays], np.int64)
         tokens = torch.from_numpy(hash_users(list(users), self.user_tokens)) if users and self.user_tokens else None
+        draws = np.arange(len(arrays))
+        if varied and users:
+            draws = hash_users(list(users), 1 << 31)
         order = np.argsort(ends - begins, kind="stable")  # equal lengths share a batch
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]

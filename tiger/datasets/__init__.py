@@ -193,9 +193,9 @@ def identifier(value: Any, name: str) -> str:
     Raises:
         BadRow: missing, empty, longer than 256 characters, or with control characters.
     """
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadRow(f"no {name}")
-    if value != value:  # NaN
+    if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f"no {name}")
     text = str(value).strip()
     if not text:

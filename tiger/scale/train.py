@@ -47,8 +47,13 @@ def train(loop: WorkerLoop, arguments: dict[str, Any], target: Folder, scale: Sc
     workers, resources = _resources(scale)
     log.info("%s: %d workers with %s each", what, workers, resources)
     with _relayed_logs() as logs:
-        config = {"loop": loop, "arguments": arguments, "threads": int(resources.get("CPU", 1)), "logs": logs}
-        config["snapshots"] = target.child(f"{SCRATCH}/snapshots").uri
+        config = {
+            "loop": loop,
+            "arguments": arguments,
+            "threads": int(resources.get("CPU", 1)),
+            "logs": logs,
+            "snapshots": target.child(f"{SCRATCH}/snapshots").uri,
+        }
         result = _fit(config, workers, resources, target, scale)
     if _ERROR in result:
         raise result[_ERROR]
