@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -10,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiger import logs
+from tiger import logs, tracking
 from tiger.artifacts import Artifact
 from tiger.config import describe, load, load_plugin, shipped_plugins
 from tiger.datasets import DatasetConfig
 from tiger.errors import TigerError
 from tiger.run import RunConfig
 from tiger.scale import cluster
+from tiger.scale.metrics import Gauges
 from tiger.tokenizers import TokenizerConfig
 
 log = logging.getLogger("jobs.command")
@@ -47,7 +49,9 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
         if run.scale.gpus:
             cluster.connect()
             cluster.wait_for_gpus(run.scale.gpus, run.scale.gpu_minutes)
-        artifact = stage(run)
+        with contextlib.ExitStack() as watching:
+            track(run, written.run, watching)
+            artifact = stage(run)
     except TigerError as error:
         if debug:
             traceback.print_exc()
@@ -60,6 +64,18 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
         if written is not None:
             written.flush()
     print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+
+
+def track(run: RunConfig, name: str, watching: contextlib.ExitStack) -> None:
+    """Figures go to Ray's metrics, and to TensorBoard and MLflow where the configuration asks for them."""
+    sinks: list[tracking.Sink] = [Gauges(_job_name())]
+    if run.tracking.tensorboard:
+        sinks.append(watching.enter_context(tracking.tensorboard(run.tracking.tensorboard, name)))
+    if run.tracking.mlflow:
+        parameters = run.model_dump(mode="json", serialize_as_any=True)
+        given = run.tracking.mlflow, run.tracking.experiment
+        sinks.append(watching.enter_context(tracking.mlflow(*given, name, parameters)))
+    watching.enter_context(tracking.recording(*sinks))
 
 
 def _job_name() -> str:

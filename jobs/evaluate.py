@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from jobs.command import command
 from jobs.train import whole_training
-from tiger import artifacts, baselines, metrics
+from tiger import artifacts, baselines, metrics, tracking
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog, EvaluationUsers, Split
-from tiger.diagnostics import check_recommendations, require
+from tiger.diagnostics import check_recommendations, invalid, require
 from tiger.embedding import read_vectors
 from tiger.recommender import Recommender
 from tiger.run import RunConfig
@@ -70,6 +70,7 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
                 for name, found in others.items()
             }
             log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
+            tracking.record(split, 0, tiger["unmasked"] | {"invalid_beams": invalid(lists[own], catalog.n_items)})
             draft.health += require(check_recommendations(lists[own], catalog.n_items))
         figures["search"] = against_exact(run, model, catalog, splits["test"])
         draft.folder.write_json("metrics.json", figures)

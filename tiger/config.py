@@ -195,6 +195,15 @@ def dump_toml(values: dict[str, Any]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as {dotted key: value}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: item for key, child in value.items() for name, item in flat(child, f"{prefix}.{key}".strip(".")).items()
+    }
+
+
 def with_override(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of nested tables in which the dotted `key` has `value`."""
     head, dot, rest = key.partition(".")

@@ -183,16 +183,20 @@ def check_model(best_recall: float, uniform_recall: float) -> list[Check]:
     return [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, 0.5, cause)]
 
 
+def invalid(items: npt.NDArray[Any], n_items: int) -> int:
+    """Places of lists, padded with -1, that hold no item of the catalog."""
+    return int(((items >= n_items) | (items < -1)).sum())
+
+
 def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> list[Check]:
     """Every recommendation must be a real item, no list may repeat one, and not all users may get the same list."""
     top = items[:, :cutoff]
-    invalid = int(((top >= n_items) | (top < -1)).sum())
-    ordered = np.sort(top, axis=1)
+    wrong, ordered = invalid(top, n_items), np.sort(top, axis=1)
     repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
     expected = min(cutoff, n_items) * len(items)
     distinct = len(np.unique(top[top >= 0]))
     return [
-        Check("recommendations", "invalid items", invalid, 0, "trie and model belong to different IDs", upper=True),
+        Check("recommendations", "invalid items", wrong, 0, "trie and model belong to different IDs", upper=True),
         Check("recommendations", "repeated items", repeated, 0, "two items share a semantic ID", upper=True),
         Check("recommendations", "filled places", float((top >= 0).sum()) / expected, 0.99, "the beam is too narrow"),
         Check("recommendations", "distinct items", distinct, min(cutoff + 1, n_items), "all users get one list"),

@@ -40,9 +40,9 @@ class JsonLines(logging.Handler):
 
     def __init__(self, root: str, job: str) -> None:
         super().__init__()
-        now = datetime.now(UTC)
         self.job, self.folder = job, Folder(root).child("logs")
-        self.name_of_file = f"{job}-{now:%Y%m%dT%H%M%S}-{os.getpid()}.jsonl"
+        self.run = f"{job}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+        self.name_of_file = f"{self.run}.jsonl"
         self.lines: list[str] = []
         self.written, self.flushed = 0, time.monotonic()
 

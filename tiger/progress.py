@@ -31,6 +31,11 @@ class Progress:
         self.done = self.before = done
         self.begin = self.said = time.monotonic()
 
+    @property
+    def rate(self) -> float:
+        """Units a second, of this attempt."""
+        return (self.done - self.before) / max(time.monotonic() - self.begin, 1e-9)
+
     def add(self, amount: int, note: str = "") -> None:
         self.done += amount
         now = time.monotonic()
@@ -42,14 +47,13 @@ class Progress:
         self._say(time.monotonic(), note, final=True)
 
     def _say(self, now: float, note: str, final: bool = False) -> None:
-        seconds = max(now - self.begin, 1e-9)
-        rate = (self.done - self.before) / seconds
+        rate = self.rate
         line = f"{self.what}: {self.done:,}"
         if self.total is not None:
             line += f" of {self.total:,}"
         line += f" {self.unit}, {rate:,.1f}/s"
         if final:
-            line += f", {seconds:.1f} s"
+            line += f", {now - self.begin:.1f} s"
         elif self.total is not None and rate > 0:
             line += f", {(self.total - self.done) / rate:,.0f} s to go"
         if note:

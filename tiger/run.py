@@ -17,6 +17,7 @@ from tiger.model import ModelConfig
 from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIdsConfig
 from tiger.tokenizers import TokenizerConfig, rqvae
+from tiger.tracking import TrackingConfig
 
 
 class EvaluationConfig(Config):
@@ -76,3 +77,4 @@ class RunConfig(Config):
     recommend: RecommendConfig = RecommendConfig()
     sasrec: SASRecConfig = SASRecConfig()
     scale: ScaleConfig = ScaleConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tiger import errors
 from tiger.artifacts import Folder
+from tiger.config import flat
 from tiger.errors import ArtifactError, ConfigError, TigerError
 from tiger.training import rank
 
@@ -104,7 +105,7 @@ class Snapshots:
         return sorted((int(name[5:]) for name in names if name.startswith("step-")), reverse=True)
 
     def _require_same(self, given: Any) -> None:
-        before, now = _flat(given), _flat(self.given)
+        before, now = flat(given), flat(self.given)
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             said = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
@@ -143,11 +144,3 @@ def _unpack(box: Any, tensors: dict[str, Tensor]) -> Any:
         items = [_unpack(item, tensors) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        name: item for key, child in value.items() for name, item in _flat(child, f"{prefix}.{key}".strip(".")).items()
-    }

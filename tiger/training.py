@@ -245,7 +245,7 @@ def fit(
                 said = {key: value for key, value in state.log[-1].items() if key != "losses"}
                 if rank() == 0:
                     log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
-                hooks.report(said)
+                hooks.report(said | ({"steps_per_second": progress.rate} if progress else {}))
                 hooks.save(state.snapshot(module, optimizer), said)
                 if state.since_best >= config.patience:
                     break

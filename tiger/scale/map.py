@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from tiger import errors
+from tiger import errors, tracking
 from tiger.artifacts import Folder
 from tiger.progress import Progress
 from tiger.scale import cluster
@@ -128,6 +128,7 @@ def map_table(
                 kind, message = json.loads(error)
                 raise getattr(errors, kind)(message)
             progress.add(rows)
+            tracking.record(what, progress.done, {"rows": progress.done, "rows_per_second": progress.rate})
     progress.close()
     return len(sizes) - len(missing)
 

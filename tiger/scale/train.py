@@ -15,6 +15,7 @@ import ray.train.torch
 import ray.util.queue
 import torch
 
+from tiger import tracking
 from tiger.artifacts import SCRATCH, Folder
 from tiger.errors import TigerError
 from tiger.run import ScaleConfig
@@ -46,7 +47,7 @@ def train(loop: WorkerLoop, arguments: dict[str, Any], target: Folder, scale: Sc
     cluster.connect(target)
     workers, resources = _resources(scale)
     log.info("%s: %d workers with %s each", what, workers, resources)
-    with _relayed_logs() as logs:
+    with _relayed_logs(what) as logs:
         config = {
             "loop": loop,
             "arguments": arguments,
@@ -80,16 +81,19 @@ def _fit(
 
 
 @contextmanager
-def _relayed_logs() -> Iterator[ray.util.queue.Queue]:
-    """A queue whose lines a thread of the driver logs: workers' progress without the rest of their output."""
+def _relayed_logs(what: str) -> Iterator[ray.util.queue.Queue]:
+    """A queue that a thread of the driver empties: lines go to its log, figures of looks to whoever tracks them."""
     lines = ray.util.queue.Queue(actor_options={"num_cpus": 0})
     done = threading.Event()
 
     def relay() -> None:
         while True:
             try:
-                for line in lines.get_nowait_batch(max(1, lines.qsize())):
-                    log.info("%s", line)
+                for said in lines.get_nowait_batch(max(1, lines.qsize())):
+                    if isinstance(said, str):
+                        log.info("%s", said)
+                    else:
+                        tracking.record(what, said["step"], said)
             except queue.Empty:
                 if done.wait(0.5):
                     return
@@ -130,8 +134,10 @@ def _resources(scale: ScaleConfig) -> tuple[int, dict[str, float]]:
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     own = logging.getLogger("tiger")
     own.setLevel(logging.INFO)
+    hooks = Hooks()
     if ray.train.get_context().get_world_rank() == 0:
         own.addHandler(_ToDriver(config["logs"]))
+        hooks.report = config["logs"].put_nowait
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
@@ -144,6 +150,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         ray.train.report(metrics)  # waits for all workers: none goes on before the snapshot is there
 
     try:
-        return config["loop"](config["arguments"], device, Hooks(save=save, load=snapshots.load))
+        hooks.save, hooks.load = save, snapshots.load
+        return config["loop"](config["arguments"], device, hooks)
     except TigerError as error:
         return {_ERROR: error}  # it would come again: not worth the retries that Ray Train makes after an exception

@@ -1,0 +1,90 @@
+"""Figures arrive where they are watched: an event file, MLflow's own store, a node's Prometheus page."""
+
+from __future__ import annotations
+
+import struct
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from tiger import tracking
+from tiger.errors import ResourceError
+
+
+def record() -> None:
+    tracking.record("tokenizer", 47, {"loss": 1.5, "usage@1": 1.0, "said": "no number"})
+    tracking.record("tokenizer", 94, {"loss": 1.25, "usage@1": 0.75})
+
+
+def events(file: Path) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of an event file: records of length, check, content, check (TFRecord)."""
+    content, found, at = file.read_bytes(), [], 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += length + 16
+    return found
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    with tracking.tensorboard(str(tmp_path), "pipeline-1") as sink, tracking.recording(sink):
+        record()
+    (file,) = (tmp_path / "pipeline-1").iterdir()
+    assert events(file) == [
+        (47, "tokenizer/loss", 1.5),
+        (47, "tokenizer/usage_at_1", 1.0),
+        (94, "tokenizer/loss", 1.25),
+        (94, "tokenizer/usage_at_1", 0.75),
+    ]
+
+
+def test_mlflow_gets_figures_and_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    uri = (tmp_path / "mlruns").as_uri()
+    parameters = {"model": {"preset": "small", "training": {"epochs": 2}}, "root": None}
+    with tracking.mlflow(uri, "tiger", "pipeline-1", parameters) as sink, tracking.recording(sink):
+        record()
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiger")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "pipeline-1" and run.info.status == "FINISHED"
+    assert run.data.params == {"model.preset": "small", "model.training.epochs": "2"}
+    history = client.get_metric_history(run.info.run_id, "tokenizer/loss")
+    assert [(point.step, point.value) for point in history] == [(47, 1.5), (94, 1.25)]
+    assert run.data.metrics["tokenizer/usage_at_1"] == 0.75
+
+
+def test_a_server_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with (
+        pytest.raises(ResourceError, match=r"tracking\.mlflow = http://127\.0\.0\.1:9"),
+        tracking.mlflow("http://127.0.0.1:9", "tiger", "pipeline-1", {}),
+    ):
+        pass
+
+
+def test_prometheus_reads_figures_from_the_node(local_ray: None) -> None:
+    import ray
+
+    from tiger.scale.metrics import Gauges
+
+    with tracking.recording(Gauges("pipeline")):
+        record()
+        (node,) = ray.nodes()
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        deadline, expected = time.monotonic() + 60, "ray_tiger_usage{"
+        while True:
+            with urllib.request.urlopen(address, timeout=10) as response:
+                lines = [line for line in response.read().decode().splitlines() if line.startswith(expected)]
+            if lines or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+    (line,) = lines
+    assert line.endswith(" 0.75")
+    assert all(label in line for label in ('job="pipeline"', 'stage="tokenizer"', 'at="1"'))
