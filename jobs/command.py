@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
     """Runs one job: reads the configuration, calls `stage`, prints one JSON object as the last line of stdout.
 
     Progress and logs go to stderr, and as JSON lines to `ROOT/logs`. An error with a cure is one line there, and the
-    exit code says its kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health. `--debug` adds the traceback.
+    exit code says its kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health, 8 security. With
+    `--debug` the traceback comes first.
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
@@ -42,6 +44,7 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
             _help(doc, default)
             return
         name = arguments.pop(0) if arguments and "=" not in arguments[0] else default
+        cluster.require_safe(os.environ)
         run = load(RunConfig, name, arguments, CONFIGS)
         written = logs.JsonLines(run.root, _job_name())
         logging.getLogger("tiger").addHandler(written)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import safetensors.torch
-
 from jobs.command import command
 from jobs.evaluate import SPLITS, K, evaluation_users, figures_of, without_history
 from jobs.prepare import prepare
@@ -13,7 +11,7 @@ from tiger import artifacts, baselines
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog
 from tiger.learning import sasrec_worker
-from tiger.recommender import WEIGHTS
+from tiger.recommender import load_weights
 from tiger.run import RunConfig
 from tiger.sasrec import SASRec
 from tiger.scale.train import train
@@ -31,7 +29,7 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
         draft.figures = train(sasrec_worker, arguments, draft.folder, run.scale, "sasrec")
         read = Catalog(catalog)
         model = SASRec(run.sasrec, read.n_items).eval()
-        model.load_state_dict(safetensors.torch.load(draft.folder.read_bytes(WEIGHTS)))
+        load_weights(model, draft.folder)
         counts, figures = baselines.training_counts(read.histories, read.n_items), {}
         for split in SPLITS:
             users = evaluation_users(run, read, split)

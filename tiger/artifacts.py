@@ -17,12 +17,13 @@ import json
 import logging
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +31,10 @@ from pyarrow import fs as pafs
 
 import tiger
 from tiger.config import Config, fingerprint
-from tiger.errors import ArtifactError, ResourceError
+from tiger.errors import ArtifactError, ResourceError, SecurityError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes seconds to import, and most stages hold none
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +123,34 @@ class Folder:
         if self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.Directory:
             parts = [part for part in self.files() if part.startswith(f"{name}/") and part.endswith(".parquet")]
             return pa.concat_tables([self.read_table(part, columns) for part in parts])
-        return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
+        try:
+            return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
+        except pa.ArrowInvalid as error:
+            raise ArtifactError(f"{self.uri}/{name} is no Parquet file: {str(error).splitlines()[0]}") from None
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
         self.write_bytes(name, sink.getvalue())
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """Reads named tensors, on the CPU.
+
+        Raises:
+            ArtifactError: the file is no safetensors file. No other format is ever tried: pickles run code.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(self.read_bytes(name))
+        except SafetensorError as error:
+            raise ArtifactError(f"{self.uri}/{name} is no safetensors file: {error}") from None
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        self.write_bytes(name, save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}))
 
     def delete(self, name: str = "") -> None:
         path = self.join(name) if name else self.path
@@ -360,6 +386,7 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
     Raises:
         ArtifactError: no manifest (names the job that makes it), another schema, another kind, or a file that is
             missing or not of the recorded size. `Artifact.verify` compares contents, too.
+        SecurityError: the manifest names inputs that are not artifacts beside it.
     """
     folder = Folder(uri)
     if not folder.exists(MANIFEST):
@@ -368,6 +395,7 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
     try:
         manifest = folder.read_json(MANIFEST)
         version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
+        strange = [f"{key}-{given}" for key, given in manifest["inputs"].items() if not _is_name(key, given)]
         recorded = {name: int(file["bytes"]) for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
@@ -379,6 +407,8 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
     if manifest.get("digest") != _digest(manifest):
         raise ArtifactError(f"{folder.uri}/{MANIFEST} was altered; delete the folder and run the stage again")
+    if strange:
+        raise SecurityError(f"{folder.uri}/{MANIFEST} names {strange[0]!r} as an input, which is no artifact beside it")
     found = folder.files()
     for name, size in recorded.items():
         if found.get(name) != size:
@@ -389,6 +419,11 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
     if extra := sorted(found.keys() - recorded.keys()):
         raise ArtifactError(f"{folder.uri}: {extra[0]} is not part of the artifact; remove it")
     return Artifact(folder, manifest)
+
+
+def _is_name(kind: str, given: str) -> bool:
+    """Whether a manifest's input is a folder beside the artifact: it becomes part of a path."""
+    return re.fullmatch(r"[a-z_]{1,32}-[0-9a-f]{8}", f"{kind}-{given}") is not None
 
 
 def newest(root: str, kind: str | None = None) -> Artifact:

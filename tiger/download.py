@@ -38,7 +38,7 @@ def download(url: str, cache: Path | None = None, pause: float = 1.0) -> Path:
     Raises:
         DataError: the server refuses, cannot be reached, or keeps sending less than it announced.
     """
-    name = Path(urllib.parse.urlparse(url).path).name or "download"
+    name = Path(urllib.parse.urlparse(url).path).name.strip(".") or "download"
     folder = (cache or cache_folder()) / hashlib.sha256(url.encode()).hexdigest()[:8]
     target = folder / name
     if target.exists():

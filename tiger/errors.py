@@ -35,6 +35,12 @@ class ResourceError(TigerError):
     exit_code = 5
 
 
+class SecurityError(TigerError):
+    """A setting, a path or a file that would let others run code here or read what is not theirs."""
+
+    exit_code = 8
+
+
 class HealthError(TigerError):
     """A stage that ended in a degenerate state: identical texts, one code for all, a loss that is not finite."""
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import safetensors.torch
 import torch
+from torch import nn
 
-from tiger.artifacts import Artifact, open_artifact
+from tiger.artifacts import Artifact, Folder, open_artifact
 from tiger.catalog import Catalog
 from tiger.config import build
 from tiger.decoding import beam_search, vary
@@ -77,7 +77,7 @@ class Recommender:
         config = build(ModelConfig, artifact.manifest["config"])
         ids = SemanticIds.read(artifact.inputs["semantic_ids"].folder)
         model = GenerativeRecommender(config, ids.level_sizes, text_vectors(config, artifact.inputs["semantic_ids"]))
-        model.load_state_dict(safetensors.torch.load(artifact.folder.read_bytes(WEIGHTS)))
+        load_weights(model, artifact.folder)
         return cls(model, ids, config.user_tokens, device)
 
     def recommend(
@@ -259,6 +259,19 @@ def show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], s
         if item >= 0:
             lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
     return "\n".join(lines)
+
+
+def load_weights(module: nn.Module, folder: Folder) -> None:
+    """Fills a module with the weights of an artifact.
+
+    Raises:
+        ArtifactError: they are not safetensors, or not of this module.
+    """
+    try:
+        module.load_state_dict(folder.read_tensors(WEIGHTS))
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{folder.uri}/{WEIGHTS} does not fit the configuration beside it: {said:.300}") from None
 
 
 def text_vectors(config: ModelConfig, semantic_ids: Artifact) -> torch.Tensor | None:

@@ -126,7 +126,9 @@ class SemanticIds:
     @classmethod
     def read(cls, folder: Folder) -> SemanticIds:
         table = folder.read_table("ids.parquet").combine_chunks()
-        lists = table["codes"].combine_chunks()
+        lists = table["codes"].combine_chunks() if "codes" in table.column_names else table
+        if not (hasattr(lists, "flatten") and pa.types.is_integer(getattr(lists.type, "value_type", pa.null()))):
+            raise ArtifactError(f"{folder.uri}/ids.parquet: codes are no lists of integers")
         codes = np.asarray(lists.flatten()).reshape(len(lists), -1)
         items = np.asarray(table["item_id"])
         if not np.array_equal(items, np.arange(len(items))):

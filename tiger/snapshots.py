@@ -115,7 +115,7 @@ class Snapshots:
             )
 
     def _read(self, own: Folder) -> dict[str, Any]:
-        tensors = safetensors.torch.load(own.read_bytes(_TENSORS))
+        tensors = own.read_tensors(_TENSORS)
         state: dict[str, Any] = _unpack(own.read_json(_REST), tensors)
         return state
 

@@ -76,7 +76,9 @@ class Config(DatasetConfig):
     path: str | None = Field(None, description="folder that holds meta_* and the review files")
     items: list[str] = Field([], description="metadata files or URLs, where no folder or category is given")
     interactions: list[str] = Field([], description="review files or URLs, where no folder or category is given")
-    category: str | None = Field(None, description="public category to download, such as Beauty or Toys_and_Games")
+    category: str | None = Field(
+        None, pattern=r"^\w+$", description="public category to download, such as Beauty or Toys_and_Games"
+    )
     version: Literal["2014", "2018", "2023"] = Field("2014", description="generation of the category to download")
 
     unfingerprinted = frozenset({"path", "items", "interactions"})  # the files' contents count, not where they lie

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger.artifacts import Folder
-from tiger.errors import ResourceError
+from tiger.errors import ResourceError, SecurityError
 from tiger.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,25 @@ RESERVED_CPUS = 2
 """CPUs that long-lived actors leave to Ray Data's reading and writing tasks; without any it stalls in silence."""
 
 
+_UNSAFE = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+)
+
+
+def require_safe(environment: Mapping[str, str]) -> None:
+    """Refuses switches under which reading a Parquet file or a checkpoint would run code that is in it.
+
+    Raises:
+        SecurityError: one is on; names it.
+    """
+    for name in _UNSAFE:
+        if environment.get(name, "").lower() not in ("", "0", "false"):
+            raise SecurityError(f"{name} is set: with it, data files can run code on every node; unset it")
+
+
 def connect(storage: Folder | None = None) -> None:
     """Joins the cluster of `RAY_ADDRESS` (set inside a Ray job), or starts a local one, unless connected already.
 
@@ -41,7 +60,9 @@ def connect(storage: Folder | None = None) -> None:
 
     Raises:
         ResourceError: a node lacks something that the run will need.
+        SecurityError: the environment lets data files run code.
     """
+    require_safe(os.environ)
     if not ray.is_initialized():
         _join()
         _checked.clear()
@@ -64,6 +85,10 @@ def _join() -> None:
             logging_level=logging.ERROR,
         )
     resources = ray.cluster_resources()
+    if os.environ.get("RAY_AUTH_MODE") == "disabled" and len({node["NodeManagerAddress"] for node in ray.nodes()}) > 1:
+        log.warning(
+            "this cluster asks nobody for a token: whoever reaches its ports runs code; set RAY_AUTH_MODE=token"
+        )
     log.info(
         "ray %s: %d nodes, %g CPUs, %g GPUs",
         ray.__version__,

@@ -52,6 +52,8 @@ class Tokenizer(nn.Module):
     scale: Tensor
     refresh_every = 1
     """Epochs between two calls of `refresh`."""
+    refresh_until = 1.0
+    """Share of the epochs after which there are no further calls."""
 
     def __init__(self, config: TokenizerConfig, dim: int) -> None:
         super().__init__()

@@ -4,8 +4,9 @@ Zeghidour et al. 2021 for the residual quantizer).
 Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
 identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
 ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
-measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every other epoch, directions
-instead of vectors at the later levels, a reconstruction loss summed over dimensions, AdamW.
+measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every other epoch until the
+learning rate is small, directions instead of vectors at the later levels, a reconstruction loss summed over
+dimensions, AdamW.
 
 Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
 """
@@ -34,7 +35,7 @@ class RQVAETraining(TrainingConfig):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
     clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    validate_every: float = Field(5.0, gt=0, description="epochs between two looks at usage and reconstruction")
+    validate_every: float = Field(10.0, gt=0, description="epochs between two looks at usage and reconstruction")
     patience: int = Field(10, ge=1, description="looks without a better reconstruction before training stops")
 
 
@@ -53,6 +54,7 @@ class Config(ResidualConfig):
         "lloyd", description="gradients and now and then a k-means iteration; moving averages; gradients alone"
     )
     refresh_every: int = Field(2, ge=1, description="epochs between two k-means iterations, or resets of dead codes")
+    refresh_until: float = Field(0.6, ge=0, le=1, description="share of the epochs after which that ends")
     ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
     reset_dead: bool = Field(True, description="codes that no item has move to badly represented items")
     gradient: Literal["straight-through", "rotation"] = Field(
@@ -100,7 +102,7 @@ class RQVAE(ResidualTokenizer):
         self.encoder = _Coder(widths, config.dropout, config.linear_path)
         self.decoder = _Coder(widths[::-1], config.dropout, config.linear_path)
         self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
-        self.config, self.refresh_every = config, config.refresh_every
+        self.config, self.refresh_every, self.refresh_until = config, config.refresh_every, config.refresh_until
         if config.codebook_update == "ema":
             self.codebooks.requires_grad_(False)
             self.register_buffer("ema_sums", torch.zeros_like(self.codebooks))
