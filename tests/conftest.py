@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from faults import FAULTS
 
 import tiger.scale  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
 from tiger.catalog import Histories
@@ -19,11 +21,49 @@ BEAUTY = Path(os.environ.get("TIGER_BEAUTY", Path(__file__).parents[2] / "shared
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the real data are skipped, with the reason, where the files are not."""
+    """Faults are marked; tests of the real data are skipped, with the reason, where the files are not."""
+    for item in items:
+        if _name(item.nodeid) in FAULTS:
+            item.add_marker("fault")
     if not BEAUTY.is_dir():
         for item in items:
             if item.get_closest_marker("beauty"):
                 item.add_marker(pytest.mark.skip(reason=f"the Amazon Beauty files are not in {BEAUTY}"))
+
+
+def _name(nodeid: str) -> str:
+    """`test_corpus::test_a_bad_file_is_named` of a test and all its variants."""
+    return nodeid.partition("[")[0].rpartition("/")[2].replace(".py::", "::")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """After `-m fault`: every fault, how often it was injected, what was promised and seen, and the seconds it took."""
+    if config.option.markexpr != "fault":
+        return
+    seen: dict[str, list[Any]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            seen.setdefault(_name(report.nodeid), []).append((outcome, report))
+    terminalreporter.section("faults")
+    lines, total = [], 0
+    for name, fault in FAULTS.items():
+        reports = seen.get(name, [])
+        outcomes = [outcome for outcome, _ in reports]
+        wrong = [outcome for outcome in outcomes if outcome != "passed"]
+        given = [value for _, report in reports for key, value in report.user_properties if key == "injections"]
+        injected = sum(given) if given else len(outcomes)
+        total += injected
+        verdict = "as expected" if outcomes and not wrong else ", ".join(sorted(set(wrong))) or "not run"
+        seconds = sum(report.duration for _, report in reports)
+        lines.append(
+            f"{fault.stage:<10}{fault.what:<58}{injected:>9,}  {fault.expected:<60}{verdict:<14}{seconds:>7.1f}"
+        )
+    terminalreporter.write_line(
+        f"{'stage':<10}{'fault':<58}{'injected':>9}  {'expected':<60}{'seen':<14}{'seconds':>7}"
+    )
+    for line in lines:
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"{len(FAULTS)} faults, {total:,} injections")
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ def small_model(sizes: tuple[int, ...], seed: int = 0, items: int = 0, **changes
     model = GenerativeRecommender(config, sizes, torch.randn(items, 6) if items else None).eval()
     if config.dense:
         torch.nn.init.normal_(model.item_embedding.weight)  # as different as training would make them
+        if model.repeats is not None:
+            torch.nn.init.normal_(model.repeats)
     return model
 
 

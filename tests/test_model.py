@@ -120,10 +120,30 @@ def test_an_item_token_is_the_sum_of_its_codes() -> None:
 def test_the_dense_loss_is_the_cross_entropy_over_all_items() -> None:
     model, items = model_and_items(KINDS[2])
     history, target = torch.from_numpy(items[None, :3]), torch.from_numpy(items[7:8])
+    torch.nn.init.normal_(model.repeats)
     of_codes, of_items = model.losses(history, target)
-    scores = model.encode(history).query @ model.item_keys().T
+    query = model.encode(history).query
+    scores = query @ model.item_keys().T
+    scores[:, :3] += query @ model.repeats  # the history is items 0, 1 and 2
     torch.testing.assert_close(of_items, -scores.log_softmax(-1)[:, 7])
     torch.testing.assert_close(model(history, target), of_codes + 0.5 * of_items)
+
+
+def test_repeats_count_and_both_ways_to_score_agree() -> None:
+    model, items = model_and_items(KINDS[2])
+    torch.nn.init.normal_(model.repeats)
+    history = torch.from_numpy(items[[[4, 2, 4], [1, 5, 3]]])
+    history[1, 0] = -1
+    memory, keys = model.encode(history), model.item_keys()
+    scores = model.dense_logits(memory.query, keys, memory.last)
+    worth, plain = memory.query @ model.repeats, memory.query @ keys.T
+    torch.testing.assert_close((scores - plain)[0, [4, 2, 1]], worth[0] * torch.tensor([2.0, 1.0, 0.0]))
+    torch.testing.assert_close((scores - plain)[1, [5, 3, 1, 0]], worth[1] * torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    asked = torch.tensor([[4, 0, 2], [3, 3, 1]])
+    some = model.dense_logits_of(memory.query, keys[asked], memory.last, asked)
+    torch.testing.assert_close(some, scores.gather(1, asked))
+    same_for_all = model.dense_logits_of(memory.query, keys[asked[0]], memory.last, asked[0])
+    torch.testing.assert_close(same_for_all, scores[:, asked[0]])
 
 
 def test_a_dense_head_needs_item_tokens_and_texts() -> None:
@@ -142,14 +162,16 @@ def test_a_sampled_softmax_stands_for_the_whole_one() -> None:
     whole, sampled = small_model(SIZES, 3, 55, **kind), small_model(SIZES, 3, 55, **kind, dense_negatives=28)
     for model in (whole, sampled):
         torch.nn.init.normal_(model.item_embedding.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(model.repeats, std=0.3, generator=torch.Generator().manual_seed(1))
     history, item = sequence[:, :-1], sequence[:, -1, -1]
     query = whole.encode(history).query.detach()
-    truth = whole._dense_loss(query, item)
-    assert torch.equal(truth, sampled._dense_loss(query, item))
+    numbers = history[..., -1]
+    truth = whole._dense_loss(query, item, numbers)
+    assert torch.equal(truth, sampled._dense_loss(query, item, numbers))
     sampled.train()
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn = torch.stack([sampled._dense_loss(query, item) for _ in range(3_000)])
+        drawn = torch.stack([sampled._dense_loss(query, item, numbers) for _ in range(3_000)])
     assert float(drawn.std(0).mean()) > 0.01  # it is a draw
     torch.testing.assert_close(drawn.exp().mean(0), truth.detach().exp(), atol=0, rtol=0.05)
     with torch.no_grad():

@@ -24,6 +24,8 @@ from tiger.config import Config
 from tiger.errors import ArtifactError, ConfigError, ResourceError
 from tiger.snapshots import Snapshots
 
+Property = Callable[[str, object], None]
+
 
 class Killed(BaseException):
     pass
@@ -145,7 +147,7 @@ def _points(work: str, how: str, prepare: Callable[[Path], None], check: Callabl
 
 
 @pytest.mark.parametrize("how", ["before", "after", "torn", "full", "broken"])
-def test_a_publish_that_ends_anywhere_is_there_or_not(how: str, tmp_path: Path) -> None:
+def test_a_publish_that_ends_anywhere_is_there_or_not(how: str, tmp_path: Path, record_property: Property) -> None:
     def prepare(root: Path) -> None:
         _publish(str(root), size=2)  # another artifact, which must stay as it is
 
@@ -162,11 +164,15 @@ def test_a_publish_that_ends_anywhere_is_there_or_not(how: str, tmp_path: Path) 
         assert artifact.figures == {"rows": 2}
         assert set(artifact.manifest["files"]) == {"table/part-00000.parquet", "notes.json"}
 
-    assert _points("publish", how, prepare, check, tmp_path) >= 20
+    points = _points("publish", how, prepare, check, tmp_path)
+    assert points >= 20
+    record_property("injections", points)
 
 
 @pytest.mark.parametrize("how", ["before", "after", "torn", "full", "broken"])
-def test_a_snapshot_that_ends_anywhere_leaves_the_one_before_or_itself(how: str, tmp_path: Path) -> None:
+def test_a_snapshot_that_ends_anywhere_leaves_the_one_before_or_itself(
+    how: str, tmp_path: Path, record_property: Property
+) -> None:
     def prepare(root: Path) -> None:
         for step in (1, 2):
             _snapshots(str(root)).save(_state(step), {"step": step})
@@ -180,7 +186,9 @@ def test_a_snapshot_that_ends_anywhere_leaves_the_one_before_or_itself(how: str,
         _snapshots(str(root)).save(_state(4), {"step": 4})
         assert len(list(root.glob("step-*"))) == 2  # what the killed writer left is collected
 
-    assert _points("snapshot", how, prepare, check, tmp_path) >= 20
+    points = _points("snapshot", how, prepare, check, tmp_path)
+    assert points >= 20
+    record_property("injections", points)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -227,12 +235,13 @@ def test_a_snapshot_of_another_training_is_refused_by_field(tmp_path: Path) -> N
         _snapshots(str(tmp_path), config={"lr": 0.2}, workers=4).load()
 
 
-def test_every_byte_of_an_artifact_counts(tmp_path: Path) -> None:
+def test_every_byte_of_an_artifact_counts(tmp_path: Path, record_property: Property) -> None:
     """One bit flipped in every byte of the manifest and of a file; an added file; each is refused."""
-    artifact = _publish(str(tmp_path))
+    artifact, flipped = _publish(str(tmp_path)), 0
     for name in (MANIFEST, "notes.json"):
         path = Path(artifact.folder.uri, name)
         content = path.read_bytes()
+        flipped += len(content)
         for place in range(len(content)):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
             try:
@@ -241,6 +250,7 @@ def test_every_byte_of_an_artifact_counts(tmp_path: Path) -> None:
                 continue
             assert content[place : place + 1].isspace(), f"{name}: byte {place} was altered unnoticed"
         path.write_bytes(content)
+    record_property("injections", flipped)
     open_artifact(artifact.folder.uri).verify()
     Path(artifact.folder.uri, "table", "part-00001.parquet").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"table/part-00001.parquet is not part of the artifact"):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
+from test_jobs import ROOT, TINY, digests
+from test_publish import Property
 from test_submit import free_ports
 
 from tiger.artifacts import MANIFEST, Artifact, Draft, Folder, build, newest, open_artifact
@@ -28,14 +35,64 @@ class Knobs(Config):
     size: int = 1
 
 
+class Store:
+    """The S3 server. It keeps objects in memory, so a copy of them stands for the disk that a real one has."""
+
+    def __init__(self) -> None:
+        (self.port,) = free_ports(1)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["uvx", "--from", MOTO, "moto_server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("PUT", "/bucket")
+                assert connection.getresponse().status == 200
+                return
+            except OSError:
+                assert self.process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def crash(self) -> None:
+        """Killed, away for some seconds, and back with its disk."""
+        direct = pafs.S3FileSystem(endpoint_override=f"127.0.0.1:{self.port}", scheme="http", region="us-east-1")
+        infos = direct.get_file_info(pafs.FileSelector("bucket", recursive=True))
+        disk = {}
+        for info in infos:
+            if info.type == pafs.FileType.File:
+                with direct.open_input_stream(info.path) as stream:
+                    disk[info.path] = stream.read()
+        self.kill()
+        time.sleep(3)
+        self.start()
+        for path, content in disk.items():
+            with direct.open_output_stream(path) as stream:
+                stream.write(content)
+
+
 class Proxy(ThreadingHTTPServer):
-    """Passes everything on to the store; while `faults` is not empty, its next entry decides about a request."""
+    """Passes everything on to the store; while `faults` is not empty, its next entry decides about a request.
+
+    `outages` are parts of names: when the next one is about to be written, the store crashes.
+    """
 
     daemon_threads = True
 
-    def __init__(self, store: int) -> None:
+    def __init__(self, store: Store) -> None:
         super().__init__(("127.0.0.1", 0), _Passing)
-        self.store, self.faults, self.planted = store, list[str](), 0
+        self.store, self.faults, self.outages, self.planted = store, list[str](), list[str](), 0
+        self.one_at_a_time = threading.Lock()  # so that a crash is between two requests
 
 
 class _Passing(BaseHTTPRequestHandler):
@@ -50,6 +107,18 @@ class _Passing(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         body = self._body()
+        with self.server.one_at_a_time:
+            self._pass_on(body)
+
+    def _pass_on(self, body: bytes) -> None:
+        outages = self.server.outages
+        if self.command == "PUT" and outages and outages[0] in self.path:
+            self.server.planted += 1
+            self.server.store.crash()
+            outages.pop(0)
+            self.close_connection = True
+            self.connection.close()
+            return
         fault = self.server.faults.pop(0) if self.server.faults else ""
         self.server.planted += bool(fault)
         if fault in ("500", "503"):
@@ -60,7 +129,7 @@ class _Passing(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        passed = http.client.HTTPConnection("127.0.0.1", self.server.store, timeout=30)
+        passed = http.client.HTTPConnection("127.0.0.1", self.server.store.port, timeout=30)
         kept = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
         passed.request(self.command, self.path, body, kept | {"Content-Length": str(len(body))})
         answer = passed.getresponse()
@@ -103,22 +172,10 @@ class _Passing(BaseHTTPRequestHandler):
 def proxy() -> Iterator[Proxy]:
     if not shutil.which("uvx"):
         pytest.skip("uvx, which brings the S3 server, is not installed")
-    (port,) = free_ports(1)
-    command = ["uvx", "--from", MOTO, "moto_server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = Proxy(port)
+    store = Store()
+    store.start()
+    server = Proxy(store)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("PUT", "/bucket")
-            assert connection.getresponse().status == 200
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
     settings = {
         "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing-secret", "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
@@ -128,13 +185,13 @@ def proxy() -> Iterator[Proxy]:
             monkeypatch.setenv(key, value)
         yield server
     server.shutdown()
-    process.terminate()
-    process.wait(20)
+    store.kill()
 
 
 @pytest.fixture
 def root(proxy: Proxy, request: pytest.FixtureRequest) -> str:
     proxy.faults.clear()
+    proxy.outages.clear()
     proxy.planted = 0
     name = "".join(c for c in request.node.name if c.isalnum())
     return f"s3://bucket/{name}"
@@ -170,12 +227,15 @@ def _local_fingerprint() -> str:
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "cut"])
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_passes_by_itself_is_tried_again(fault: str, times: int, root: str, proxy: Proxy) -> None:
+def test_what_passes_by_itself_is_tried_again(
+    fault: str, times: int, root: str, proxy: Proxy, record_property: Property
+) -> None:
     for place in range(0, 12, 3):  # at different requests of a publish
         proxy.faults[:] = [""] * place + [fault] * times
         _publish(f"{root}-{place}").verify()
         assert not proxy.faults
     assert proxy.planted == 4 * times
+    record_property("injections", proxy.planted)
 
 
 def test_a_store_that_stays_away_is_an_error_and_nothing_is_published(root: str, proxy: Proxy) -> None:
@@ -208,3 +268,24 @@ def test_snapshots_go_on_from_a_store(root: str, proxy: Proxy) -> None:
     folder = Folder(root)
     names = folder.filesystem.get_file_info(pafs.FileSelector(folder.path))
     assert sorted(info.base_name for info in names if "step" in info.base_name) == ["step-00000002", "step-00000003"]
+
+
+def test_a_store_that_is_killed_and_comes_back_changes_nothing(
+    root: str, proxy: Proxy, tmp_path: Path, record_property: Property
+) -> None:
+    """Once while embeddings are written, once while the tokenizer's training writes a snapshot."""
+
+    def run(where: str) -> Artifact:
+        command = [sys.executable, "-m", "jobs.semantic_ids", *TINY, f"root={where}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return open_artifact(json.loads(done.stdout.splitlines()[-1])["artifact"])
+
+    alone = run(str(tmp_path))
+    proxy.outages[:] = ["vectors/part-", "snapshots/step-"]
+    disturbed = run(root)
+    assert not proxy.outages
+    record_property("injections", proxy.planted)
+    for artifact in disturbed.lineage():
+        artifact.verify()
+    assert digests(disturbed) == digests(alone)

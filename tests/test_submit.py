@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from test_jobs import ROOT, TINY
 
+from tiger.artifacts import open_artifact
+
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -99,6 +101,31 @@ def test_a_failing_job_fails_with_its_error_in_the_last_lines(head: dict[str, st
         "error: unknown key tokenizer.levls; did you mean tokenizer.levels?"
         in done.stdout[-1500:] + done.stderr[-1500:]
     )
+
+
+def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(head: dict[str, str], tmp_path: Path) -> None:
+    training = [
+        "tokenizer.training.epochs=2000",
+        "tokenizer.training.patience=1000",
+        "tokenizer.training.validate_every=20",
+    ]
+    command = ["jobs.semantic_ids", *TINY, *training, f"root={tmp_path}"]
+    arguments = [RAY, "job", "submit", "--no-wait", "--submission-id=stopped", "--working-dir", ".", "--"]
+    arguments += [sys.executable, "-m", *command]
+    subprocess.run(arguments, cwd=ROOT, env=head, check=True, capture_output=True, timeout=120)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("tokenizer-*/scratch/snapshots/step-*/record.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    subprocess.run([RAY, "job", "stop", "stopped"], env=head, check=True, capture_output=True, timeout=120)
+    status = subprocess.run([RAY, "job", "status", "stopped"], env=head, capture_output=True, text=True, timeout=60)
+    assert "STOPPED" in status.stdout + status.stderr
+    assert not list(tmp_path.glob("tokenizer-*/manifest.json")), "it had ended before it was stopped"
+    done = submit(head, *command)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "going on from the snapshot at step" in done.stdout
+    (tokenizer,) = tmp_path.glob("tokenizer-*")
+    open_artifact(str(tokenizer)).verify()
 
 
 def test_without_the_token_nobody_gets_in(head: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ Tables are Parquet, weights are safetensors, everything else is JSON; nothing is
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -42,6 +43,7 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
 PARTIAL = ".partial"  # files being written, or left by a killed writer: they do not exist to readers
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
+_ATTEMPTS = 10  # at a request to S3
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
 
@@ -54,7 +56,7 @@ class Folder:
             uri: a local path (made absolute, because Ray's workers have other working folders) or a filesystem URI.
         """
         if "://" in uri:
-            self.filesystem, self.path = pafs.FileSystem.from_uri(uri)
+            self.filesystem, self.path = _connect(uri)
             self.uri = uri.rstrip("/")
         else:
             self.filesystem, self.path = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -65,7 +67,9 @@ class Folder:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def child(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}")
+        child = copy.copy(self)  # with the connection, which an object store takes a request or two to make
+        child.uri, child.path = f"{self.uri}/{name}", self.join(name)
+        return child
 
     def join(self, name: str) -> str:
         return f"{self.path}/{name}"
@@ -103,8 +107,15 @@ class Folder:
         if self.is_local:
             _write_local(path, data)
             return
-        with self.filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+        for again in (True, False):
+            try:
+                with self.filesystem.open_output_stream(path) as stream:
+                    stream.write(data)
+                return
+            except OSError as error:  # a store that was restarted may have forgotten an upload of several parts
+                if not again:
+                    raise
+                log.warning("%s/%s is written once more: %s", self.uri, name, error)
 
     def append_bytes(self, name: str, data: bytes) -> None:
         """Adds to a file on a local disk; object stores cannot."""
@@ -171,6 +182,22 @@ class Folder:
             while chunk := stream.read(1 << 22):
                 sha.update(chunk)
         return sha.hexdigest()
+
+
+def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    if isinstance(filesystem, pafs.S3FileSystem) and "?" not in uri and "@" not in uri:
+        # By default it gives up after three attempts, about a second: a store that restarts takes longer. The waits
+        # double, up to 20 s.
+        patient = pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        filesystem = pafs.S3FileSystem(
+            region=filesystem.region,
+            endpoint_override=endpoint,
+            retry_strategy=patient,
+            allow_delayed_open=True,  # small files in one request
+        )
+    return filesystem, path
 
 
 def _write_local(path: str, data: bytes) -> None:

@@ -52,7 +52,7 @@ def beam_search(
     guide = None
     if share and model.dense_search == "guided":
         assert keys is not None
-        of_head = dense_scores(memory, keys)
+        of_head = dense_scores(model, memory, keys)
         if exclude is not None:  # a prefix is not worth what its excluded items are; -1 goes to a column of its own
             places = torch.where(exclude < 0, of_head.shape[1], exclude)
             of_head = torch.nn.functional.pad(of_head, (0, 1)).scatter(1, places, -torch.inf)[:, :-1]
@@ -88,16 +88,16 @@ def beam_search(
     items = torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1)
     if ordered_after:
         assert keys is not None
-        inner = (keys[items.clamp_min(0)] @ memory.query[:, :, None]).squeeze(2).float()
-        scores = _mixed(share, scores, inner).masked_fill(items < 0, -torch.inf)
+        of_head = model.dense_logits_of(memory.query, keys[items.clamp_min(0)], memory.last, items)
+        scores = _mixed(share, scores, of_head).masked_fill(items < 0, -torch.inf)
         scores, chosen = scores.topk(min(results, scores.shape[1]), dim=1)
         items = items.gather(1, chosen)
     return items, scores
 
 
-def dense_scores(memory: Memory, keys: Tensor) -> Tensor:
+def dense_scores(model: GenerativeRecommender, memory: Memory, keys: Tensor) -> Tensor:
     """Log-probabilities float32 [B, items] that the dense head gives every item."""
-    return (memory.query @ keys.T).float().log_softmax(1)
+    return model.dense_logits(memory.query, keys, memory.last).log_softmax(1)
 
 
 def _mixed(share: float, log_probability: Tensor, of_head: Tensor) -> Tensor:
@@ -166,6 +166,7 @@ def score_all(model: GenerativeRecommender, ids: Tensor, history: Tensor, user: 
     scores = torch.stack(rows)
     if model.dense and model.dense_share:
         memory, keys = model.encode(history, user), model.item_keys()
-        of_head = dense_scores(memory, keys) if model.dense_search == "guided" else memory.query @ keys.T
+        of_head = model.dense_logits(memory.query, keys, memory.last)
+        of_head = of_head.log_softmax(1) if model.dense_search == "guided" else of_head
         scores = _mixed(model.dense_share, scores, of_head)
     return scores

@@ -83,6 +83,9 @@ class ModelConfig(Config):
     dense_negatives: int | None = Field(
         None, ge=1, description="items drawn at every step for the dense head's loss to compare with; none: all"
     )
+    dense_repeats: bool = Field(
+        True, description="the dense head learns what it means that an item stands in the history already"
+    )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
@@ -217,13 +220,19 @@ class Memory:
     """A batch of encoded histories: per decoder layer the keys and values [B, H, S, E], made once a user.
 
     `next_place` [1] is the place of the item to be generated, where places are relative; `query` [B, M] is the
-    encoder's last state, which a dense head compares with items.
+    encoder's last state, which a dense head compares with items; `last` [B, N] is the last column of the history, there
+    the items' numbers, negative where there is none.
     """
 
     def __init__(
-        self, key_values: list[tuple[Tensor, Tensor]], mask: Tensor | None, next_place: Tensor | None, query: Tensor
+        self,
+        key_values: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None,
+        next_place: Tensor | None,
+        query: Tensor,
+        last: Tensor,
     ) -> None:
-        self.key_values, self.mask, self.next_place, self.query = key_values, mask, next_place, query
+        self.key_values, self.mask, self.next_place, self.query, self.last = key_values, mask, next_place, query, last
 
 
 class GenerativeRecommender(nn.Module):
@@ -249,6 +258,7 @@ class GenerativeRecommender(nn.Module):
             self.register_buffer("vectors", standardized, persistent=False)
             self.item_embedding = nn.Embedding(len(vectors), d_model)
             self.text = nn.Linear(vectors.shape[1], d_model, bias=False)
+        self.repeats = nn.Parameter(torch.zeros(d_model)) if config.dense and config.dense_repeats else None
         starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
         self.register_buffer("level_start", starts, persistent=False)
         self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
@@ -282,6 +292,31 @@ class GenerativeRecommender(nn.Module):
             keys = self.item_embedding(items) + self.text(self.vectors[items])
         return keys
 
+    def dense_logits(self, query: Tensor, keys: Tensor, history: Tensor) -> Tensor:
+        """Scores float32 [B, items] of the dense head for every item.
+
+        What an item is worth for standing in the history, each time, is learned: a linear function of the query. Where
+        nobody takes an item twice the head learns to leave those out, which their likeness to the history speaks for.
+
+        Args:
+            query: [B, M] encoder states.
+            keys: `item_keys()`.
+            history: int64 [B, N] numbers of the items that the query knows, negative where there is none.
+        """
+        scores = (query @ keys.T).float()
+        if self.repeats is None:
+            return scores
+        worth = (query @ self.repeats).float()[:, None] * (history >= 0)
+        return scores.scatter_add(1, history.clamp_min(0), worth)
+
+    def dense_logits_of(self, query: Tensor, keys: Tensor, history: Tensor, items: Tensor) -> Tensor:
+        """The same for some items [B, R] or [R] alone, whose keys are [B, R, M] or [R, M]: float32 [B, R]."""
+        scores = (keys @ query[:, :, None]).squeeze(2).float()
+        if self.repeats is None:
+            return scores
+        times = (items[..., None] == history[:, None, :]).sum(2)
+        return scores + (query @ self.repeats).float()[:, None] * times
+
     def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
         """Loss of each row, float32 [B]: that of the codes and, weighted, that of the dense head; see `losses`."""
         of_codes, of_items = self.losses(history, target, user)
@@ -307,7 +342,7 @@ class GenerativeRecommender(nn.Module):
         for layer, key_value in zip(self.decoder, memory.key_values, strict=True):
             x_BLM = layer(x_BLM, levels, key_value, memory.mask, None)
         of_codes = self._cross_entropy(self.decoder_norm(x_BLM), target[:, :levels])
-        return of_codes, self._dense_loss(memory.query, target[:, -1]) if self.dense else None
+        return of_codes, self._dense_loss(memory.query, target[:, -1], memory.last) if self.dense else None
 
     def _sequence_losses(self, sequence: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """One pass over a sequence for all its targets.
@@ -339,9 +374,10 @@ class GenerativeRecommender(nn.Module):
         of_codes = summed(self._cross_entropy(x_TLM, codes[wanted_BT]))
         if not self.dense:
             return of_codes, None
-        return of_codes, summed(self._dense_loss(x_BSM[wanted_BT], target[..., -1][wanted_BT]))
+        known_BTN = torch.where(seen_BTN, history[:, None, :, -1], PAD)
+        return of_codes, summed(self._dense_loss(x_BSM[wanted_BT], target[..., -1][wanted_BT], known_BTN[wanted_BT]))
 
-    def _dense_loss(self, query_BM: Tensor, item: Tensor) -> Tensor:
+    def _dense_loss(self, query_BM: Tensor, item: Tensor, history_BN: Tensor) -> Tensor:
         """Cross-entropy [B] over all items, or over the target and items drawn for the step, as many for every row.
 
         A drawn item stands for items / drawn others, so its score goes up by the logarithm of that: the sampled softmax
@@ -349,10 +385,10 @@ class GenerativeRecommender(nn.Module):
         """
         count, items = self.dense_negatives, len(self.item_embedding.weight)
         if count is None or count >= items or not self.training:
-            return F.cross_entropy((query_BM @ self.item_keys().T).float(), item, reduction="none")
+            return F.cross_entropy(self.dense_logits(query_BM, self.item_keys(), history_BN), item, reduction="none")
         drawn = torch.randint(items, (count,), device=item.device)
-        of_target = (query_BM * self.item_keys(item)).sum(1, keepdim=True).float()
-        of_drawn = (query_BM @ self.item_keys(drawn).T).float() + math.log(items / count)
+        of_target = self.dense_logits_of(query_BM, self.item_keys(item)[:, None], history_BN, item[:, None])
+        of_drawn = self.dense_logits_of(query_BM, self.item_keys(drawn), history_BN, drawn) + math.log(items / count)
         of_drawn = of_drawn.masked_fill(drawn == item[:, None], -torch.inf)
         return torch.cat([of_target, of_drawn], dim=1).logsumexp(1) - of_target.squeeze(1)
 
@@ -365,7 +401,7 @@ class GenerativeRecommender(nn.Module):
             item = torch.arange(history.shape[1] + 1, device=history.device)
             places = item[:-1].repeat_interleave(self.item_width)
             key_values = [layer.cross_attention.keys_values(x_BSM, places) for layer in self.decoder]
-            return Memory(key_values, self._key_mask(keep_BS), item[-1:], x_BSM[:, -1])
+            return Memory(key_values, self._key_mask(keep_BS), item[-1:], x_BSM[:, -1], history[..., -1])
         recency = torch.arange(self.max_items - history.shape[1], self.max_items, device=history.device)
         assert self.recency is not None
         x_BSM = (self._embed(history) + self.recency(recency)[:, None]).flatten(1, 2)
@@ -380,7 +416,8 @@ class GenerativeRecommender(nn.Module):
         for layer in self.encoder:
             x_BSM = layer(x_BSM, mask, None)
         x_BSM = self.encoder_norm(x_BSM)
-        return Memory([layer.cross_attention.keys_values(x_BSM) for layer in self.decoder], mask, None, x_BSM[:, -1])
+        key_values = [layer.cross_attention.keys_values(x_BSM) for layer in self.decoder]
+        return Memory(key_values, mask, None, x_BSM[:, -1], history[..., -1])
 
     def _encode_causal(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states [B, S, M] that know their own item and those before it, and which items exist, [B, N]."""
