@@ -4,7 +4,7 @@
 
 The plain loop is what one would write first: three codebooks of 256, distances as a matrix product, straight-through
 gradients, AdamW. Ours has the same dimensions and batch, and all that it does beside the step: the check that gradients
-are finite, the schedule, k-means refits every other epoch, looks at usage and error every five. Once with the
+are finite, the schedule, k-means refits every other epoch, looks at usage and error every ten. Once with the
 dimensions of our default, and once with those that public implementations have: a latent of 64, no linear path. Rounds
 of both take turns; the k-means start of ours is left out, the plain loop has none.
 """
@@ -24,7 +24,7 @@ from tiger.learning import learn_tokenizer
 from tiger.tokenizers import TokenizerConfig
 from tiger.training import Hooks
 
-ROUNDS, ITEMS, EPOCHS = 5, 12_101, 10
+ROUNDS, ITEMS, EPOCHS = 3, 12_101, 20
 
 
 def perceptron(*widths: int) -> nn.Sequential:
@@ -68,7 +68,7 @@ def ours(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int
     """Seconds from the look before the first step to the end of training."""
     config = TokenizerConfig.resolve(
         {"hidden": hidden, "latent": latent, "linear_path": linear_path, "kmeans_iterations": 1}
-        | {"training": {"epochs": EPOCHS, "batch_size": batch, "validate_every": 5.0}}
+        | {"training": {"epochs": EPOCHS, "batch_size": batch}}
     )
     started: list[float] = []
     hooks = Hooks(report=lambda figures: started.append(time.perf_counter()))

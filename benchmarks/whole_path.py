@@ -27,7 +27,12 @@ from tiger.semantic_ids import SemanticIds
 from tiger.trie import Trie
 
 STAGES = ("prepare", "embed", "tokenizer", "semantic IDs", "trie")
-SETTINGS = ["embedding.max_tokens=24", "tokenizer.training.epochs=2", "tokenizer.training.validate_every=1"]
+SETTINGS = [
+    "catalog.k_core=0",
+    "embedding.max_tokens=24",
+    "tokenizer.training.epochs=2",
+    "tokenizer.training.validate_every=1",
+]
 _SAMPLE_SECONDS = 0.5
 
 
@@ -97,12 +102,13 @@ def measure(items: int, root: str, overrides: list[str]) -> dict[str, dict[str, 
     job: Callable[[str], list[str]] = lambda name: [sys.executable, "-m", f"jobs.{name}", "sample", *given]  # noqa: E731
     found = {"prepare": watched(job("prepare")), "embed": watched(job("embed"))}
     both = watched(job("semantic_ids"))
-    ids = open_artifact(json.loads(both["last"])["artifact"])
+    figures = json.loads(both["last"])
+    ids = open_artifact(figures["artifact"])
     seconds = {part.kind: part.manifest["seconds"] for part in ids.lineage()}
     found["tokenizer"] = both | {"seconds": seconds["tokenizer"]}
     found["semantic IDs"] = both | {"seconds": seconds["semantic_ids"]}
     found["trie"] = watched([sys.executable, __file__, f"trie={ids.folder.uri}"])
-    return found
+    return {stage: row | {"items": figures["items"]} for stage, row in found.items()}
 
 
 def main() -> None:
@@ -117,12 +123,13 @@ def main() -> None:
         runs = {}
         for size in sizes:
             runs[size] = measure(size, root, overrides)
-            print(f"\n{size:,} items\n\n| stage | seconds | items/s | driver | largest worker | store | at half |")
+            print(f"\n{runs[size]['trie']['items']:,} items\n")
+            print("| stage | seconds | items/s | driver | largest worker | store | at half |")
             print("|---|---|---|---|---|---|---|")
             for stage in STAGES:
                 row = runs[size][stage]
                 print(
-                    f"| {stage} | {row['seconds']:.1f} | {size / row['seconds']:,.0f} | {row['driver']:.2f} | "
+                    f"| {stage} | {row['seconds']:.1f} | {row['items'] / row['seconds']:,.0f} | {row['driver']:.2f} | "
                     f"{row['worker']:.2f} | {row['store']:.2f} | {row['half']:.2f} |",
                     flush=True,
                 )

@@ -221,23 +221,25 @@ def fit(
                 row_losses = parallel(*(tensor.to(device, non_blocking=True) for tensor in batch.inputs))
             loss = (row_losses.float() * batch.weights.to(device)).sum() / batch.total_weight
             (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            if config.clip_norm:
-                nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, norm)
             losses.append(loss.detach())
-            # Looking at the norm waits for the device: on a GPU only now and then, on a CPU it is free.
-            if (device.type == "cpu" or state.step % 50 == 0) and not bool(torch.isfinite(norm)):
+            look_next = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
+            decisive = loss.detach()
+            if config.clip_norm or look_next or state.step % 50 == 0:
+                decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+                if config.clip_norm:
+                    nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
+            # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the weights.
+            if (device.type == "cpu" or look_next or state.step % 50 == 0) and not bool(torch.isfinite(decisive)):
                 raise HealthError(
-                    f"{name}: the gradient is not finite at step {state.step} (loss {float(loss.detach())}); lower the "
-                    "learning rate, and look for NaN or huge values in the inputs"
+                    f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
+                    f"{float(loss.detach())}); lower the learning rate, and look for NaN or huge values in the inputs"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             if progress:
                 progress.add(1)
-            if state.step % schedule.validate_every == 0 or state.step == schedule.steps:
+            if look_next:
                 global_losses = all_sum(torch.stack(losses)).tolist()
                 losses.clear()
                 figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
