@@ -2,7 +2,8 @@
 
     uv run python benchmarks/whole_path.py [sizes=25000,250000] [root=FOLDER] [key=value of the configuration ...]
 
-Generated shops of so many items and half as many users. Every stage runs in a process of its own, by its job. `driver`
+Generated shops of so many items and half as many users; texts are cut after 8 tokens and the tokenizer has two epochs,
+so that two cores are done within the hour. Every stage runs in a process of its own, by its job. `driver`
 is the job's own memory, `largest worker` that of the greatest of Ray's worker processes (encoder, trainer), both
 without what they map from files or share; `store` is what Ray's object store holds, all at their peaks, in GB. `at
 half` is the driver's and the store's together when half of the stage's time was over: a stage whose memory grows with
@@ -29,7 +30,7 @@ from tiger.trie import Trie
 STAGES = ("prepare", "embed", "tokenizer", "semantic IDs", "trie")
 SETTINGS = [
     "catalog.k_core=0",
-    "embedding.max_tokens=24",
+    "embedding.max_tokens=8",
     "tokenizer.training.epochs=2",
     "tokenizer.training.validate_every=1",
 ]

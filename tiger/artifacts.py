@@ -71,6 +71,12 @@ class Folder:
         child.uri, child.path = f"{self.uri}/{name}", self.join(name)
         return child
 
+    @property
+    def parent(self) -> Folder:
+        parent = copy.copy(self)
+        parent.uri, parent.path = self.uri.rpartition("/")[0], self.path.rpartition("/")[0]
+        return parent
+
     def join(self, name: str) -> str:
         return f"{self.path}/{name}"
 
@@ -252,9 +258,9 @@ class Artifact:
     @cached_property
     def inputs(self) -> dict[str, Artifact]:
         """The artifacts that this one was made from, by kind; they stand beside it."""
-        root, _, _ = self.folder.uri.rpartition("/")
+        root = self.folder.parent
         return {
-            kind: open_artifact(f"{root}/{kind}-{given}", expected_kind=kind)
+            kind: open_artifact(root.child(f"{kind}-{given}"), expected_kind=kind)
             for kind, given in self.manifest["inputs"].items()
         }
 
@@ -321,13 +327,13 @@ def build(
     folder = Folder(root).child(f"{kind}-{own}")
     if folder.exists(MANIFEST):
         log.info("%s: already there, skipped (%s)", kind, folder.uri)
-        return open_artifact(folder.uri, expected_kind=kind)
+        return open_artifact(folder, expected_kind=kind)
     for artifact in inputs.values():
         artifact.verify()
     with _claimed(folder):
         if not folder.exists(MANIFEST):  # else another run has just made it
             _make(Draft(folder, own), kind, config, given, source or {}, make)
-    return open_artifact(folder.uri, expected_kind=kind)
+    return open_artifact(folder, expected_kind=kind)
 
 
 def _make(
@@ -407,7 +413,7 @@ _MADE_BY = {
 }
 
 
-def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
+def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Artifact:
     """Opens a published artifact; refuses one that is incomplete.
 
     Raises:
@@ -415,10 +421,10 @@ def open_artifact(uri: str, expected_kind: str | None = None) -> Artifact:
             missing or not of the recorded size. `Artifact.verify` compares contents, too.
         SecurityError: the manifest names inputs that are not artifacts beside it.
     """
-    folder = Folder(uri)
+    folder = where if isinstance(where, Folder) else Folder(where)
     if not folder.exists(MANIFEST):
-        job = _MADE_BY.get(expected_kind or uri.rpartition("/")[2].partition("-")[0], "pipeline")
-        raise ArtifactError(f"{uri} holds no finished artifact; `python -m jobs.{job}` makes it")
+        job = _MADE_BY.get(expected_kind or folder.uri.rpartition("/")[2].partition("-")[0], "pipeline")
+        raise ArtifactError(f"{folder.uri} holds no finished artifact; `python -m jobs.{job}` makes it")
     try:
         manifest = folder.read_json(MANIFEST)
         version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
@@ -467,4 +473,4 @@ def newest(root: str, kind: str | None = None) -> Artifact:
     if not done:
         job = _MADE_BY.get(kind or "", "pipeline")
         raise ArtifactError(f"{root} holds no finished {kind or 'stage'}; `python -m jobs.{job}` makes one")
-    return open_artifact(f"{base.uri}/{max(done)[1]}")
+    return open_artifact(base.child(max(done)[1]))

@@ -257,12 +257,15 @@ def read_vectors(folder: Folder, at_most: int | None = None) -> Tensor:
     """Embeddings float32 [N, d], row = item_id; or those of the first file, `at_most` of them.
 
     Raises:
-        ArtifactError: the item ids are not 0 .. N-1, each once.
+        ArtifactError: a column is missing, or the item ids are not 0 .. N-1, each once.
     """
     if at_most is not None:
         first = next(name for name in folder.files() if name.startswith("vectors/"))
         return matrix(folder.read_table(first).slice(0, at_most))
-    table = folder.read_table("vectors").sort_by("item_id").combine_chunks()
+    table = folder.read_table("vectors")
+    if missing := {"item_id", "vector"} - set(table.column_names):
+        raise ArtifactError(f"{folder.uri}/vectors: no column {', '.join(sorted(missing))}; delete the folder")
+    table = table.sort_by("item_id").combine_chunks()
     items = np.asarray(table["item_id"])
     if not np.array_equal(items, np.arange(len(items))):
         raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")

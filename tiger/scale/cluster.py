@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,12 +67,12 @@ def connect(storage: Folder | None = None) -> None:
     if not ray.is_initialized():
         _join()
         _checked.clear()
-    if storage is not None and not _checked:
-        _checked.add(ray.get_runtime_context().get_job_id())
+    if storage is not None and not _checked.is_set():
+        _checked.set()
         require_healthy(look(storage), storage)
 
 
-_checked: set[str] = set()
+_checked = threading.Event()  # the storage, in this connection
 
 
 def _join() -> None:

@@ -47,7 +47,7 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
     """
     if config.balance_last_level:
         raise ConfigError("tokenizer.balance_last_level needs all vectors in memory; set tokenizer.streamed = false")
-    cluster.connect(Folder(embeddings.uri.rpartition("/")[0]))
+    cluster.connect(embeddings.parent)
     parts, rows = _parts(embeddings)
     require_enough_items(config, rows)
     sample = _sample(embeddings, parts, rows, config.kmeans_sample, config.seed)
@@ -66,7 +66,7 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
 
 def encode(tokenizer: Tokenizer, embeddings: Folder) -> tuple[npt.NDArray[np.int64], float]:
     """Codes int64 [N, L] of all items, and the reconstruction error relative to the variance."""
-    cluster.connect(Folder(embeddings.uri.rpartition("/")[0]))
+    cluster.connect(embeddings.parent)
     parts, rows = _parts(embeddings)
     codes, error, done = np.zeros((rows, tokenizer.levels), np.int64), 0.0, 0
     progress = Progress("encode", rows, "rows")
