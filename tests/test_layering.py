@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("tiger/**/*.py"), *ROOT.glob("jobs/*.py")])
@@ -51,3 +52,13 @@ def test_imports_point_upwards(path: Path) -> None:
 def test_ray_is_imported_in_scale_and_jobs_only(path: Path) -> None:
     if "scale" not in path.parts and "jobs" not in path.parts:
         assert not [name for name in imports(path) if name.split(".")[0] == "ray"]
+
+
+def test_every_fault_of_the_catalogue_has_its_test() -> None:
+    found = {
+        f"{path.stem}::{node.name}"
+        for path in ROOT.glob("tests/test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not FAULTS.keys() - found
