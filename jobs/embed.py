@@ -11,7 +11,7 @@ from jobs.prepare import prepare
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft, Folder
 from tiger.diagnostics import check_embeddings, require
-from tiger.embedding import EncodeTexts, adopt_vectors, read_vectors
+from tiger.embedding import EncodeTexts, adopt_vectors, count_vectors, sample_vectors
 from tiger.errors import DataError
 from tiger.run import RunConfig
 from tiger.scale.map import Actors, map_table
@@ -43,11 +43,15 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             actors=Actors(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
             what="embed",
         )
-        vectors = read_vectors(draft.folder).numpy()
+        vectors = sample_vectors(draft.folder, _LOOK_AT).numpy()
         tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
         quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
-        draft.figures = {"items": len(vectors), "dimension": vectors.shape[1], "tokens": quantiles}
-        draft.health = require(check_embeddings(vectors[:: -(-len(vectors) // _LOOK_AT)]))
+        draft.figures = {
+            "items": count_vectors(draft.folder),
+            "dimension": vectors.shape[1],
+            "tokens": quantiles,
+        }
+        draft.health = require(check_embeddings(vectors))
 
     return artifacts.build(run.root, "embeddings", config, {"catalog": catalog}, make)
 
@@ -65,9 +69,9 @@ def adopt(run: RunConfig) -> Artifact:
         for part, begin in enumerate(range(0, len(vectors), _PART_ROWS)):
             draft.folder.write_table(f"vectors/part-{part:05d}.parquet", vectors.slice(begin, _PART_ROWS))
         draft.folder.write_table("items.parquet", items)
-        array = read_vectors(draft.folder).numpy()
-        draft.figures = {"items": len(array), "dimension": array.shape[1]}
-        draft.health = require(check_embeddings(array[:: -(-len(array) // _LOOK_AT)]))
+        looked_at = sample_vectors(draft.folder, _LOOK_AT).numpy()
+        draft.figures = {"items": count_vectors(draft.folder), "dimension": looked_at.shape[1]}
+        draft.health = require(check_embeddings(looked_at))
 
     return artifacts.build(run.root, "embeddings", config, {}, make, source={name: source.digest(name)})
 

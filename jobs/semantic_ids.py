@@ -14,7 +14,7 @@ from jobs.embed import embeddings_of
 from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
 from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
-from tiger.embedding import read_vectors
+from tiger.embedding import read_vectors, sample_vectors
 from tiger.errors import ConfigError
 from tiger.learning import (
     encode_all,
@@ -49,7 +49,7 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
         codes, error, _ = _quantize(config, tokenizer, embeddings)
         draft.figures |= {"reconstruction_error": error} | code_figures(codes, config.codebook_size)
         with torch.no_grad():
-            latents = tokenizer.latent(tokenizer.standardize(read_vectors(embeddings.folder, at_most=_LOOK_AT)))
+            latents = tokenizer.latent(tokenizer.standardize(sample_vectors(embeddings.folder, _LOOK_AT)))
         draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
     return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiger.embedding import EncodeTexts, TextEncoder, adopt_vectors, cut_by_tokens, unusable
-from tiger.errors import DataError, HealthError, ResourceError
+from tiger.artifacts import Folder
+from tiger.embedding import (
+    EncodeTexts,
+    TextEncoder,
+    adopt_vectors,
+    count_vectors,
+    cut_by_tokens,
+    read_vectors,
+    sample_vectors,
+    unusable,
+)
+from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
@@ -85,6 +97,22 @@ BAD_TABLES = {
         "vector": [[1.0], [0.0]],
     },
 }
+
+
+def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    for part in range(10):
+        items = np.arange(10 * part, 10 * part + 10, dtype=np.int32)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(items, 2).astype(np.float32)), 2)
+        folder.write_table(f"vectors/part-{part:05d}.parquet", pa.table({"item_id": items, "vector": vectors}))
+    assert count_vectors(folder) == 100
+    assert torch.equal(sample_vectors(folder, 100), read_vectors(folder))
+    assert sample_vectors(folder, 20)[:, 0].tolist() == [*range(10), *range(50, 60)]
+    assert sample_vectors(folder, 4)[:, 0].tolist() == [0, 3, 6, 9]
+    folder.write_table("vectors/part-00010.parquet", folder.read_table("vectors/part-00003.parquet"))
+    for read in (count_vectors, read_vectors):
+        with pytest.raises(ArtifactError, match="missing or doubled"):
+            read(folder)
 
 
 @pytest.mark.parametrize("message", BAD_TABLES)

@@ -253,23 +253,61 @@ def unusable(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
 
 
-def read_vectors(folder: Folder, at_most: int | None = None) -> Tensor:
-    """Embeddings float32 [N, d], row = item_id; or those of the first file, `at_most` of them.
+def read_vectors(folder: Folder) -> Tensor:
+    """Embeddings float32 [N, d], row = item_id; one file after the other, so that no second copy of all is ever held.
 
     Raises:
         ArtifactError: a column is missing, or the item ids are not 0 .. N-1, each once.
     """
-    if at_most is not None:
-        first = next(name for name in folder.files() if name.startswith("vectors/"))
-        return matrix(folder.read_table(first).slice(0, at_most))
-    table = folder.read_table("vectors")
-    if missing := {"item_id", "vector"} - set(table.column_names):
-        raise ArtifactError(f"{folder.uri}/vectors: no column {', '.join(sorted(missing))}; delete the folder")
-    table = table.sort_by("item_id").combine_chunks()
-    items = np.asarray(table["item_id"])
+    count, vectors = count_vectors(folder), None
+    for name in _files(folder):
+        part = _columns(folder, name, "item_id", "vector")
+        rows = matrix(part)
+        if vectors is None:
+            vectors = torch.empty(count, rows.shape[1])
+        vectors[torch.from_numpy(np.asarray(part["item_id"]).astype(np.int64))] = rows
+    assert vectors is not None, "count_vectors has read a file"
+    return vectors
+
+
+def count_vectors(folder: Folder) -> int:
+    """How many there are, without reading them.
+
+    Raises:
+        ArtifactError: there are none, or as of `read_vectors`.
+    """
+    items = np.sort(
+        np.concatenate([np.asarray(_columns(folder, name, "item_id")["item_id"]) for name in _files(folder)])
+    )
     if not np.array_equal(items, np.arange(len(items))):
         raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
-    return matrix(table)
+    return len(items)
+
+
+def sample_vectors(folder: Folder, at_most: int) -> Tensor:
+    """`at_most` embeddings float32 [n, d] from all over the catalog: whole files, as many as it takes, then every n-th
+    row. Memory does not grow with the catalog.
+    """
+    files = _files(folder)
+    first = folder.read_table(files[0])
+    needed = min(len(files), -(-at_most // max(1, len(first))))
+    chosen = [files[index * len(files) // needed] for index in range(needed)]
+    vectors = torch.cat([matrix(first), *(matrix(folder.read_table(name)) for name in chosen[1:])])
+    return vectors[:: -(-len(vectors) // at_most)]
+
+
+def _files(folder: Folder) -> list[str]:
+    files = [name for name in folder.files() if name.startswith("vectors/")]
+    if not files:
+        raise ArtifactError(f"{folder.uri}/vectors holds no file; delete the folder")
+    return files
+
+
+def _columns(folder: Folder, file: str, *names: str) -> pa.Table:
+    table = folder.read_table(file, list(names))
+    if missing := set(names) - set(table.column_names):
+        raise ArtifactError(f"{folder.uri}/{file}: no column {', '.join(sorted(missing))}; delete the folder")
+    return table
 
 
 def matrix(table: pa.Table) -> Tensor:
