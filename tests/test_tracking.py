@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -49,7 +50,9 @@ def test_mlflow_gets_figures_and_parameters(tmp_path: Path, monkeypatch: pytest.
     uri = (tmp_path / "mlruns").as_uri()
     parameters = {"model": {"preset": "small", "training": {"epochs": 2}}, "root": None}
     with tracking.mlflow(uri, "tiger", "pipeline-1", parameters) as sink, tracking.recording(sink):
-        record()
+        relay = threading.Thread(target=record)  # as figures of a training come
+        relay.start()
+        relay.join()
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tiger")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -67,6 +70,18 @@ def test_a_server_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPa
         tracking.mlflow("http://127.0.0.1:9", "tiger", "pipeline-1", {}),
     ):
         pass
+
+
+def test_a_sink_that_fails_is_switched_off_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+
+    def broken(stage: str, step: int, figures: object) -> None:
+        raise OSError("the server is gone")
+
+    with tracking.recording(broken, lambda stage, step, figures: seen.append(step)):
+        record()
+    assert seen == [47, 94]
+    assert caplog.text.count("no longer tracked by") == 1 and "the server is gone" in caplog.text
 
 
 def test_prometheus_reads_figures_from_the_node(local_ray: None) -> None:

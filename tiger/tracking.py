@@ -6,6 +6,7 @@ A stage calls `record`; where its figures go is settled once, by the job. Withou
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from pydantic import Field
 
 from tiger.config import Config, flat
 from tiger.errors import ResourceError
+
+log = logging.getLogger(__name__)
 
 Sink = Callable[[str, int, Mapping[str, float]], None]
 """(stage, step, {figure: value}); `recall@10` is the figure recall at 10."""
@@ -31,14 +34,18 @@ class TrackingConfig(Config):
 
 
 def record(stage: str, step: int, figures: Mapping[str, Any]) -> None:
-    """Hands the numbers among `figures` to every sink.
+    """Hands the numbers among `figures` to every sink. One that fails is said to and switched off: the run goes on.
 
     Args:
         step: training steps, rows, or 0 for figures that come once.
     """
     numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
-    for sink in _sinks:
-        sink(stage, step, numbers)
+    for sink in list(_sinks):
+        try:
+            sink(stage, step, numbers)
+        except Exception as error:  # a library's own, of any kind
+            _sinks.remove(sink)
+            log.warning("figures are no longer tracked by %s: %r", getattr(sink, "__qualname__", sink), error)
 
 
 @contextlib.contextmanager
@@ -48,8 +55,7 @@ def recording(*sinks: Sink) -> Iterator[None]:
     try:
         yield
     finally:
-        for sink in sinks:
-            _sinks.remove(sink)
+        _sinks[:] = [sink for sink in _sinks if sink not in sinks]
 
 
 @contextlib.contextmanager
@@ -87,7 +93,8 @@ def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -
         library.log_params({key: value for key, value in flat(parameters).items() if value is not None})
 
         def sink(stage: str, step: int, figures: Mapping[str, float]) -> None:
-            library.log_metrics(_named(stage, figures), step=step)
+            # By its id: a run is the active one of its thread, and figures of a training come from another.
+            library.log_metrics(_named(stage, figures), step=step, run_id=active.info.run_id)
 
         yield sink
 
