@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data  # noqa: F401  registers Arrow extension types, whose readers meet the files, too
 import torch
 
 from tiger.artifacts import MANIFEST, Draft, build, open_artifact
@@ -77,8 +78,9 @@ def payloads(marker: Path) -> dict[str, bytes]:
 
     def extension(name: str) -> pa.Table:
         metadata = {b"ARROW:extension:name": name.encode(), b"ARROW:extension:metadata": pickle.dumps(boom)}
-        codes = pa.field("codes", pa.binary(), metadata=metadata)
-        return pa.table([[pickle.dumps(boom)]], schema=pa.schema([codes]))
+        storage = pa.list_(pa.float32()) if "tensor" in name else pa.binary()
+        value = [1.0] if "tensor" in name else pickle.dumps(boom)
+        return pa.table([[value]], schema=pa.schema([pa.field("codes", storage, metadata=metadata)]))
 
     def archive(target: io.BytesIO) -> None:
         with zipfile.ZipFile(target, "w") as file:

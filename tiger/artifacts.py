@@ -142,8 +142,10 @@ class Folder:
             return pa.concat_tables([self.read_table(part, columns) for part in parts])
         try:
             return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
-        except pa.ArrowInvalid as error:
-            raise ArtifactError(f"{self.uri}/{name} is no Parquet file: {str(error).splitlines()[0]}") from None
+        except OSError:
+            raise  # of the storage
+        except Exception as error:  # of Arrow, or of the readers of Ray's extension types, which believe files
+            raise ArtifactError(f"{self.uri}/{name} is no table: {str(error).partition(chr(10))[0]}") from None
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
