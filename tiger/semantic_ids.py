@@ -126,9 +126,10 @@ class SemanticIds:
     @classmethod
     def read(cls, folder: Folder) -> SemanticIds:
         table = folder.read_table("ids.parquet").combine_chunks()
-        lists = table["codes"].combine_chunks() if "codes" in table.column_names else table
-        if not (hasattr(lists, "flatten") and pa.types.is_integer(getattr(lists.type, "value_type", pa.null()))):
+        kind = table.schema.field("codes").type if "codes" in table.column_names else pa.null()
+        if not (isinstance(kind, pa.ListType | pa.FixedSizeListType) and pa.types.is_integer(kind.value_type)):
             raise ArtifactError(f"{folder.uri}/ids.parquet: codes are no lists of integers")
+        lists = table["codes"].combine_chunks()
         codes = np.asarray(lists.flatten()).reshape(len(lists), -1)
         items = np.asarray(table["item_id"])
         if not np.array_equal(items, np.arange(len(items))):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -25,8 +25,6 @@ _sinks: list[Sink] = []
 
 class TrackingConfig(Config):
     """Where losses, code usage, rates and metrics go while a job runs, beside the log."""
-
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"tensorboard", "mlflow", "experiment"})
 
     tensorboard: str | None = Field(None, min_length=1, description="a local folder for TensorBoard; none: not written")
     mlflow: str | None = Field(None, min_length=1, description="MLflow's tracking URI; none: not used")

@@ -223,13 +223,15 @@ def fit(
             (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
             losses.append(loss.detach())
             look_next = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
-            decisive = loss.detach()
-            if config.clip_norm or look_next or state.step % 50 == 0:
+            thorough, decisive = look_next or state.step % 50 == 0, loss.detach()
+            # In a group the norm decides at every step: it is the same on all workers, who must stop together; a loss
+            # is a worker's own.
+            if config.clip_norm or thorough or world_size() > 1:
                 decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
                 if config.clip_norm:
                     nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
             # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the weights.
-            if (device.type == "cpu" or look_next or state.step % 50 == 0) and not bool(torch.isfinite(decisive)):
+            if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):
                 raise HealthError(
                     f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
                     f"{float(loss.detach())}); lower the learning rate, and look for NaN or huge values in the inputs"
