@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import ray.util.queue
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger import tracking
 from tiger.artifacts import SCRATCH, Folder
@@ -83,7 +84,9 @@ def _fit(
 @contextmanager
 def _relayed_logs(what: str) -> Iterator[ray.util.queue.Queue]:
     """A queue that a thread of the driver empties: lines go to its log, figures of looks to whoever tracks them."""
-    lines = ray.util.queue.Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # On the driver's node: lost with another one, it would take a training down that survives the loss of a worker.
+    lines = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     done = threading.Event()
 
     def relay() -> None:
