@@ -1,10 +1,10 @@
 """Constrained beam search: users a second of ours beside Hugging Face's `generate`, and a step's cost by catalog size.
 
-    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [data.path=FOLDER]
+    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [their_batch=16] [data.path=FOLDER]
 
 Test histories are those of Beauty where the files are given, else of the sample; weights are untrained, IDs are
 random tuples of 3 x 256: neither changes the speed. Hugging Face gets a T5 of the same size, a Python trie by
-`prefix_allowed_tokens_fn`, and its better batch size, 16. Both take turns. Results are checked to be real items, and
+`prefix_allowed_tokens_fn`, and by default the batch size that suits it best, 16. Both take turns. Results are checked to be real items, and
 the search to give the same lists twice.
 """
 
@@ -37,7 +37,9 @@ def random_ids(items: int) -> SemanticIds:
     return SemanticIds(codes, SIZES)
 
 
-def hugging_face(config: ModelConfig, ids: SemanticIds) -> Callable[[list[np.ndarray], int], np.ndarray]:
+def hugging_face(
+    config: ModelConfig, ids: SemanticIds, batch_size: int
+) -> Callable[[list[np.ndarray], int], np.ndarray]:
     starts = np.array([0, *np.cumsum(SIZES)[:-1]]) + 1
     model = T5ForConditionalGeneration(
         T5Config(
@@ -56,8 +58,8 @@ def hugging_face(config: ModelConfig, ids: SemanticIds) -> Callable[[list[np.nda
     @torch.inference_mode()
     def decode(taken: list[np.ndarray], beam: int) -> np.ndarray:
         lists = []
-        for begin in range(0, len(taken), 16):
-            rows = taken[begin : begin + 16]
+        for begin in range(0, len(taken), batch_size):
+            rows = taken[begin : begin + batch_size]
             history = padded(rows, ids)
             inputs = torch.where(history == PAD, 0, history + torch.from_numpy(starts)).flatten(1)
             found = model.generate(
@@ -105,12 +107,12 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(settings.pop("threads", "2")))
     config = build(ModelConfig, {"preset": settings.pop("preset", "tiger-paper")})
-    n_users = int(settings.pop("users", "64"))
+    n_users, their_batch = int(settings.pop("users", "64")), int(settings.pop("their_batch", "16"))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
     ids = random_ids(n_items)
     torch.manual_seed(0)
     recommender = Recommender(GenerativeRecommender(config, SIZES), ids, device="cpu")
-    theirs = hugging_face(config, ids)
+    theirs = hugging_face(config, ids, their_batch)
     evaluation = past.evaluation("test").histories()
     drawn = np.random.default_rng(0).permutation(len(evaluation))[:n_users]
     taken = [evaluation[user][-config.max_items :].astype(np.int64) for user in drawn]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiger.model import GenerativeRecommender, Memory
+from tiger.model import GenerativeRecommender, Memory, Past, of_parents
 from tiger.trie import Trie
 
 _CANDIDATES_PER_BEAM = 4
@@ -61,12 +61,15 @@ def beam_search(
     leaves = max(results, _CANDIDATES_PER_BEAM * beam) if ordered_after else results
     nodes = history.new_zeros(batch, 1)
     log_p = scores = torch.zeros(batch, 1, device=history.device)
-    codes, past = None, None
+    codes: Tensor | None = None
+    past: list[Past] = []
+    certain = model.level_sizes[-1] == 1  # the last code then, and nothing comes after it
+    steps = trie.depth - certain
     for level in range(trie.depth):
-        if model.level_sizes[level] == 1 and level == trie.depth - 1:  # certain, and nothing comes after it
-            step_log_p = log_p.new_zeros(*nodes.shape, 1)
-        else:
+        if level < steps:
             step_log_p, past = model.step(level, codes, past, memory)
+        else:
+            step_log_p = log_p.new_zeros(*nodes.shape, 1)
         children, child_codes, exists = trie.expand(nodes, level, alive[level] if alive else None)
         exists = exists & (scores > -torch.inf)[..., None]  # a beam may stand for nothing where there are too few items
         candidates = log_p[..., None] + step_log_p.gather(-1, child_codes)
@@ -80,11 +83,8 @@ def beam_search(
         scores, chosen = worth.masked_fill(~exists.flatten(1), -torch.inf).topk(keep, dim=1)
         nodes, log_p = children.gather(1, chosen), flat_log_p.gather(1, chosen)
         codes = child_codes.flatten(1).gather(1, chosen)
-        if level < trie.depth - 1:
-            rows = (
-                torch.arange(batch, device=chosen.device)[:, None] * candidates.shape[1] + chosen // width
-            ).flatten()
-            past = past and [(key[rows], value[rows]) for key, value in past]
+        if level + 1 < steps:
+            past = of_parents(past, chosen // width)
     items = torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1)
     if ordered_after:
         assert keys is not None

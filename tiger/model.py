@@ -106,6 +106,22 @@ class ModelConfig(Config):
         return {**values, **{key: value for key, value in preset.items() if values.get(key) is None}}
 
 
+Past = list[tuple[Tensor, Tensor]]
+"""Keys and values of the places so far, each [B, Q, H, E], or [B, 1, H, E] where all beams of a user share a place."""
+
+
+def of_parents(past: list[Past], parents: Tensor) -> list[Past]:
+    """What the layers remember, for beams that go on from the beams `parents` int64 [B, Q] of the step before."""
+    batch = torch.arange(len(parents), device=parents.device)[:, None]
+
+    def chosen(x: Tensor) -> Tensor:
+        if x.shape[1] == 1:  # the first place: the same for all
+            return x
+        return x.flatten(0, 1).index_select(0, (batch * x.shape[1] + parents).flatten()).unflatten(0, parents.shape)
+
+    return [[(chosen(key), chosen(value)) for key, value in places] for places in past]
+
+
 class Attention(nn.Module):
     """Multi-head attention on PyTorch's fused kernels; keys and values can be made once and used many times."""
 
@@ -121,6 +137,27 @@ class Attention(nn.Module):
         both = self.key_value(x_BSM).unflatten(-1, (2, self.heads, -1))
         key, value = both.permute(2, 0, 3, 1, 4)
         return (key if places is None else turn(key, places)), value
+
+    def one_key_value(self, x_BQM: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [B, Q, H, E] of every query's own place."""
+        key, value = self.key_value(x_BQM).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return key, value
+
+    def over_places(self, x_BQM: Tensor, past: Past) -> Tensor:
+        """Every query over one key and value of its own a place.
+
+        For the few places of a semantic ID this takes less than half the time of the fused kernel, which is called with
+        one query a beam and wants all places in one tensor.
+        """
+        query_BQHE = self.query(x_BQM).unflatten(-1, (self.heads, -1))
+        scores_BQHP = (
+            torch.stack([(query_BQHE * key).sum(-1) for key, _ in past], dim=-1) * query_BQHE.shape[-1] ** -0.5
+        )
+        weights = scores_BQHP.softmax(-1).unsqueeze(-1).unbind(-2)
+        mixed_BQHE = weights[0] * past[0][1]
+        for weight, (_, value) in zip(weights[1:], past[1:], strict=True):
+            mixed_BQHE = torch.addcmul(mixed_BQHE, weight, value)
+        return self.out(mixed_BQHE.flatten(2))
 
     def forward(
         self,
@@ -152,7 +189,9 @@ def turn(x_BHSE: Tensor, places: Tensor) -> Tensor:
 
 class FeedForward(nn.Sequential):
     def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(), nn.Linear(d_ff, d_model, bias=False))
+        super().__init__(
+            nn.Linear(d_model, d_ff, bias=False), nn.ReLU(inplace=True), nn.Linear(d_ff, d_model, bias=False)
+        )
 
 
 class EncoderLayer(nn.Module):
@@ -196,20 +235,13 @@ class DecoderLayer(nn.Module):
         return self._rest(x_BQM + self.dropout(attended.view_as(x_BQM)), memory, mask, places)
 
     def step(
-        self,
-        x_BQM: Tensor,
-        past: tuple[Tensor, Tensor] | None,
-        memory: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        places: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One place of Q beams a user; `past` holds keys and values [B * Q, H, places so far, E] of the beams."""
-        normed = self.self_norm(x_BQM).flatten(0, 1).unsqueeze(1)
-        key, value = self.self_attention.keys_values(normed)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        attended = self.self_attention(normed, (key, value)).view_as(x_BQM)
-        return self._rest(x_BQM + attended, memory, mask, places), (key, value)
+        self, x_BQM: Tensor, past: Past, memory: tuple[Tensor, Tensor], mask: Tensor | None, places: Tensor | None
+    ) -> tuple[Tensor, Past]:
+        """One place of Q beams a user; returns their states and `past` with this place."""
+        normed = self.self_norm(x_BQM)
+        past = [*past, self.self_attention.one_key_value(normed)]
+        x_BQM = x_BQM + self.self_attention.over_places(normed, past)
+        return self._rest(x_BQM, memory, mask, places), past
 
     def _rest(self, x: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor | None, places: Tensor | None) -> Tensor:
         x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, mask, places=places))
@@ -459,15 +491,13 @@ class GenerativeRecommender(nn.Module):
         ]
         return torch.stack(losses).mean(0)
 
-    def step(
-        self, level: int, codes: Tensor | None, past: list[tuple[Tensor, Tensor]] | None, memory: Memory
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def step(self, level: int, codes: Tensor | None, past: list[Past], memory: Memory) -> tuple[Tensor, list[Past]]:
         """One decoding step for Q beams a user.
 
         Args:
             level: which code is to be generated.
             codes: int64 [B, Q], the codes chosen at the level before; None at level 0, where Q is 1.
-            past: per layer the beams' keys and values so far; None at level 0.
+            past: of every layer, as the step before gave it and `of_parents` put it in order; [] at level 0.
 
         Returns:
             log-probabilities float32 [B, Q, K] over the codes of `level`, and the new `past`.
@@ -478,7 +508,7 @@ class GenerativeRecommender(nn.Module):
             x_BQM = self.code_embedding(codes + self.level_start[level - 1]) + self.level_embedding.weight[level]
         present = []
         for index, (layer, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):
-            x_BQM, kept = layer.step(x_BQM, past[index] if past else None, key_value, memory.mask, memory.next_place)
+            x_BQM, kept = layer.step(x_BQM, past[index] if past else [], key_value, memory.mask, memory.next_place)
             present.append(kept)
         return self._logits(self.decoder_norm(x_BQM), level).float().log_softmax(-1), present
 
