@@ -1,11 +1,12 @@
 """Constrained beam search: users a second of ours beside Hugging Face's `generate`, and a step's cost by catalog size.
 
-    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [their_batch=16] [data.path=FOLDER]
+    uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [their_batch=16]
+        [data.path=FOLDER]
 
 Test histories are those of Beauty where the files are given, else of the sample; weights are untrained, IDs are
 random tuples of 3 x 256: neither changes the speed. Hugging Face gets a T5 of the same size, a Python trie by
-`prefix_allowed_tokens_fn`, and by default the batch size that suits it best, 16. Both take turns. Results are checked to be real items, and
-the search to give the same lists twice.
+`prefix_allowed_tokens_fn`, and by default the batch size that suits it best, 16. Both take turns. Results are checked
+to be real items, and the search to give the same lists twice.
 """
 
 from __future__ import annotations
