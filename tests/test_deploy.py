@@ -72,3 +72,22 @@ def test_what_a_schema_does_not_say(path: Path) -> None:
         mounts = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
         assert "/dev/shm" in mounts
         assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_service_names_what_there_is() -> None:
+    from jobs.serve import application
+    from tiger.scale import serve
+
+    manifest = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())["spec"]
+    (served,) = yaml.safe_load(manifest["serveConfigV2"])["applications"]
+    assert served["import_path"] == "jobs.serve:application"
+    assert application(served["args"])  # its arguments are those that the application takes
+    assert [each["name"] for each in served["deployments"]] == [serve.Server.__name__]
+    cluster = manifest["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        files = {variable["name"]: Path(variable["value"]) for variable in container["env"]}
+        secret = next(volume["secret"] for volume in pod["volumes"] if "secret" in volume)
+        assert str(files[serve.TOKEN_FILE].parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert secret["defaultMode"] & 0o007 == 0  # `read_token` refuses what every user can read

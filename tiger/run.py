@@ -52,6 +52,19 @@ class RecommendConfig(Config):
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
 
 
+class ServeConfig(Config):
+    """Recommendations over HTTP (`jobs.serve`)."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; beyond loopback a token is needed")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    token_file: str | None = Field(
+        None, description="file with the bearer token that requests must bring, readable by its owner only"
+    )
+    beam: int = Field(50, ge=1, description="width of the beam search, and the most items that a request may ask for")
+    replicas: int = Field(1, ge=1, description="copies of the model")
+    cpus: int = Field(1, ge=1, description="CPUs, and PyTorch threads, of a copy; one with a GPU takes one GPU as well")
+
+
 class ScaleConfig(Config):
     """What Ray may use for training. None of it changes what comes out, but for rounding."""
 
@@ -76,5 +89,6 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
     sasrec: SASRecConfig = SASRecConfig()
+    serve: ServeConfig = ServeConfig()
     scale: ScaleConfig = ScaleConfig()
     tracking: TrackingConfig = TrackingConfig()

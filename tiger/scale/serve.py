@@ -1,0 +1,252 @@
+"""A trained model behind HTTP: a Ray Serve deployment around `Recommender`, requests decoded in batches.
+
+Ray's token does not cover Serve's port, and Serve takes a request of any size. So a bearer token is asked for wherever
+the port is open beyond loopback, a body is read up to a limit only, and so is what one request may ask for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import torch
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tiger.artifacts import Artifact, open_artifact
+from tiger.catalog import Catalog
+from tiger.errors import ConfigError, SecurityError
+from tiger.recommender import Recommender
+from tiger.run import ServeConfig
+from tiger.scale import cluster
+
+log = logging.getLogger(__name__)
+
+TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
+"""Environment variable of the replicas: a file with the bearer token."""
+
+MAX_BODY = 64 * 1024  # bytes
+_MAX_HISTORY, _MAX_NAME = 200, 256
+_BATCH, _BATCH_SECONDS = 64, 0.005
+_NAME = "tiger"
+
+Name = Annotated[str, StringConstraints(max_length=_MAX_NAME)]
+
+
+class Request(BaseModel):
+    """What a user has taken, by the names of the catalog's items, in time order."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="source ids, the oldest first")
+    k: int = Field(10, ge=1, description="items that come back, at most as many as the server's beam")
+    exclude_history: bool = Field(True, description="leave out the items of the history")
+    user: Name | None = Field(None, description="name of the user, for a model with user tokens")
+
+
+class Recommendation(BaseModel):
+    """One item; its score is that of `decoding.beam_search`."""
+
+    item: str
+    title: str
+    score: float
+
+
+class Answer(BaseModel):
+    """The best items, best first; names of the history that the catalog does not have; the artifact that answered."""
+
+    items: list[Recommendation]
+    ignored: list[str]
+    model: str
+
+
+class Gate:
+    """ASGI middleware: refuses who brings no token (401), and stops to read a body at its limit (413)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.token = app, read_token(os.environ.get(TOKEN_FILE))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/healthz" or self._knows(dict(scope["headers"]).get(b"authorization", b"")):
+            await self._limited(scope, receive, send)
+        else:
+            await _refuse(send, 401, b"a bearer token is needed", (b"www-authenticate", b"Bearer"))
+
+    def _knows(self, authorization: bytes) -> bool:
+        return self.token is None or hmac.compare_digest(authorization, f"Bearer {self.token}".encode())
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read, refused = 0, False
+
+        async def limited() -> Message:
+            nonlocal read, refused
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY and not refused:
+                refused = True
+                await _refuse(send, 413, b"a body of at most 64 KiB is read", (b"connection", b"close"))
+            return {"type": "http.disconnect"} if refused else message
+
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        await self.app(scope, limited, unless_refused)
+
+
+async def _refuse(send: Send, status: int, why: bytes, header: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", b"application/json"), header]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"detail": "%s"}' % why})
+
+
+api = FastAPI(title="TIGER on Ray", description="The next items after a history.", docs_url=None, redoc_url=None)
+api.add_middleware(Gate)
+
+
+@serve.ingress(api)
+class Server:
+    """One replica: the model, its trie, and the names of its items."""
+
+    def __init__(self, model: str, beam: int, token_needed: bool) -> None:
+        if token_needed and not read_token(os.environ.get(TOKEN_FILE)):
+            raise SecurityError(f"whoever reaches the port could ask this server: name a token's file in {TOKEN_FILE}")
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        artifact = open_artifact(model, expected_kind="model")
+        self.recommender, self.beam = Recommender.load(artifact), beam
+        self.catalog = Catalog(artifact.inputs["catalog"])
+        self.item_of = {name: item for item, name in enumerate(self.catalog.source_ids)}
+        self.model = f"{artifact.kind}-{artifact.fingerprint}"
+
+    @api.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """Answers once the model is loaded."""
+        return {"status": "ok", "model": self.model}
+
+    @api.post("/recommend")
+    async def recommend(self, request: Request) -> Answer:
+        """The next items after a history."""
+        if request.k > self.beam:
+            raise HTTPException(422, f"k: this server's beam is {self.beam}, at most so many items come back")
+        if self.recommender.user_tokens and request.user is None:
+            raise HTTPException(422, "user: this model reads user tokens, and needs the user's name")
+        known = [name for name in request.history if name in self.item_of]
+        if not known:
+            raise HTTPException(422, f"history: none of its {len(request.history)} names is an item of the catalog")
+        answer: Answer = await self._decode(request)
+        return answer
+
+    @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
+    async def _decode(self, requests: list[Request]) -> list[Answer]:
+        return await asyncio.to_thread(self._decode_now, requests)  # health checks are answered meanwhile
+
+    def _decode_now(self, requests: list[Request]) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        for exclude in (False, True):
+            rows = [row for row, request in enumerate(requests) if request.exclude_history == exclude]
+            if not rows:
+                continue
+            found = self.recommender.recommend(
+                [[self.item_of[name] for name in requests[row].history if name in self.item_of] for row in rows],
+                max(requests[row].k for row in rows),
+                beam=self.beam,
+                exclude_history=exclude,
+                users=[requests[row].user or "" for row in rows],
+            )
+            for row, items, scores in zip(rows, found.items.tolist(), found.scores.tolist(), strict=True):
+                best = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+                answers[row] = self._answer(requests[row], best[: requests[row].k])
+        return [answers[row] for row in range(len(requests))]
+
+    def _answer(self, request: Request, best: list[tuple[int, float]]) -> Answer:
+        names, titles = self.catalog.source_ids, self.catalog.titles
+        items = [Recommendation(item=names[item], title=titles[item], score=score) for item, score in best]
+        return Answer(items=items, ignored=[n for n in request.history if n not in self.item_of], model=self.model)
+
+
+_deployment: Any = serve.deployment(
+    max_ongoing_requests=2 * _BATCH,  # the default of 5 would keep batches at 5 requests
+    max_queued_requests=8 * _BATCH,  # beyond that 503, at once
+    health_check_timeout_s=30,
+)(Server)
+
+
+def application(arguments: dict[str, str]) -> serve.Application:
+    """What a RayService's `import_path` names; its `args` are `model` (a URI) and, if wanted, `beam`.
+
+    The service's port is open to its network, so replicas ask for a token.
+
+    Raises:
+        ConfigError: an argument is missing or unknown.
+    """
+    if "model" not in arguments or set(arguments) - {"model", "beam"}:
+        raise ConfigError(f"args of the application are model and beam, found {', '.join(arguments) or 'none'}")
+    return _deployment.bind(arguments["model"], int(arguments.get("beam", "50")), token_needed=True)
+
+
+def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
+    """Serves a model artifact on this cluster until the process is interrupted; requests under way are answered first.
+
+    Raises:
+        SecurityError: the port would be open beyond loopback without a token, or its file can be read by others.
+        ResourceError: the cluster has no core left.
+    """
+    token_needed = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    if token_needed and not config.token_file:
+        raise SecurityError(
+            f"serve.host = {config.host} is open to others: set serve.token_file, or serve on 127.0.0.1"
+        )
+    read_token(config.token_file)
+    cluster.connect(model.folder.parent)
+    cluster.require(config.cpus, 0, "serving")
+    gpus = 1 if cluster.cluster_gpus() else 0
+    environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
+    replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    serve.start(http_options={"host": config.host, "port": config.port})
+    try:
+        deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
+        serve.run(deployment.bind(model.folder.uri, config.beam, token_needed), name=_NAME)
+        log.info("serving %s on http://%s:%d/recommend", model.folder.uri, config.host, config.port)
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        log.info("serving: stopped")
+    finally:
+        serve.shutdown()
+
+
+def read_token(file: str | None) -> str | None:
+    """The token of a file, None without a file.
+
+    Raises:
+        SecurityError: the file cannot be read, can be read by others, or is empty.
+    """
+    if file is None:
+        return None
+    try:
+        if Path(file).stat().st_mode & 0o007:
+            raise SecurityError(f"{file} holds a token that every user of the machine can read: chmod 600 it")
+        token = Path(file).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecurityError(f"the token's file {file} cannot be read ({error})") from None
+    if not token:
+        raise SecurityError(f"the token's file {file} is empty: openssl rand -hex 32 makes a token")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
