@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 from jobs.command import command
 from jobs.train import whole_training
 from tiger.artifacts import Artifact
@@ -15,7 +13,6 @@ __all__ = ["application"]  # a RayService names it: jobs.serve:application
 
 def serve(run: RunConfig) -> Artifact:
     model = whole_training(run)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts
     serve_until_stopped(model, run.serve)
     return model
 

@@ -4,13 +4,14 @@ Ray's token does not cover Serve's port, and Serve takes a request of any size. 
 the port is open beyond loopback, a body is read up to a limit only, and so is what one request may ask for.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Ray Serve moves the routes' methods to where strings name nothing any more.
 
 import asyncio
 import hmac
 import ipaddress
 import logging
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -213,6 +214,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
     gpus = 1 if cluster.cluster_gpus() else 0
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
     replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
