@@ -117,6 +117,12 @@ FAULTS: dict[str, Fault] = {
     "test_submit::test_without_the_token_nobody_gets_in": Fault("job", "no token", "401"),
     "test_cluster::test_what_a_node_lacks_is_said_with_the_cure": Fault("job", "a node lacks something", "an error, before"),
     "test_cluster::test_gpus_that_do_not_come_are_not_waited_for_in_silence": Fault("job", "no GPUs come", "an error"),
+    # --- serving
+    "test_serve::test_who_brings_no_token_is_refused_before_anything_is_read": Fault("serve", "no token", "401, unread"),
+    "test_serve::test_a_body_is_read_up_to_its_limit": Fault("serve", "huge bodies", "413, read up to the limit"),
+    "test_serve::test_an_open_port_needs_a_token": Fault("serve", "open port without a token", "refuses to start"),
+    "test_serve::test_ray_s_other_proxy_ignores_the_host": Fault("serve", "a proxy that opens the port", "refuses to start"),
+    "test_serve::test_a_real_server": Fault("serve", "malformed requests; a copy killed", "4xx with the field; right answers"),
     # --- security
     "test_security::test_hostile_files_run_nothing": Fault("security", "pickles in artifacts", "nothing runs, refused"),
     "test_security::test_hostile_snapshots_run_nothing": Fault("security", "pickles in snapshots", "nothing runs, refused"),

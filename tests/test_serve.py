@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -119,7 +120,7 @@ class Running:
         (port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jobs.serve", *TINY, f"root={root}/runs", f"serve.port={port}"]
-        command += [f"serve.token_file={self.token}", "serve.beam=20"]
+        command += [f"serve.token_file={self.token}", "serve.beam=20", "serve.replicas=2"]
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment["RAY_TMPDIR"] = ray_folder
         self.log = root / "serve.log"
@@ -130,6 +131,17 @@ class Running:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.5)
+
+    def children(self) -> list[int]:
+        """All processes below ours."""
+        parents = {}
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found[1:]
 
     def ask(self, path: str, body: Any = None, token: str = "") -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
@@ -147,13 +159,15 @@ class Running:
 
 
 @pytest.mark.slow
-def test_a_real_server(tmp_path: Path) -> None:
+def test_a_real_server(tmp_path: Path, record_property: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
         server = Running(tmp_path, ray_folder)
         try:
             model = newest(f"{tmp_path}/runs", "model")
             _answers_are_those_of_the_recommender(server, model)
-            _what_cannot_be_answered_says_why(server)
+            refused = _what_cannot_be_answered_says_why(server)
+            _a_killed_copy_costs_no_wrong_answer(server, model)
+            record_property("injections", refused + 1)
         finally:
             server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
@@ -182,14 +196,9 @@ def _answers_are_those_of_the_recommender(server: Running, model: Artifact) -> N
     assert server.recommend(history=["who?", known])[1] == server.recommend(history=[known])[1] | {"ignored": ["who?"]}
 
 
-def _what_cannot_be_answered_says_why(server: Running) -> None:
-    assert server.recommend(token="", history=["a"])[0] == 401
-    assert server.recommend(token="wrong", history=["a"])[0] == 401
-    status, said = server.recommend(history=["a", "b"])
-    assert (status, said["detail"]) == (422, "history: none of its 2 names is an item of the catalog")
-    status, said = server.recommend(history=["a"], k=21)
-    assert (status, said["detail"]) == (422, "k: this server's beam is 20, at most so many items come back")
-    for body, where in [
+def _what_cannot_be_answered_says_why(server: Running) -> int:
+    """Asks what must be refused; returns how often."""
+    of_a_field = [
         ({}, "history"),
         ({"history": []}, "history"),
         ({"history": ["a"] * 201}, "history"),
@@ -202,15 +211,45 @@ def _what_cannot_be_answered_says_why(server: Running) -> None:
         ({"history": ["a"], "exclude_history": "no"}, "exclude_history"),
         ({"history": ["a"], "kk": 3}, "kk"),
         ({"history": ["a"], "user": 7}, "user"),
-    ]:
+    ]
+    for body, where in of_a_field:
         status, said = server.recommend(**body)
         assert (status, said["detail"][0]["loc"][1]) == (422, where), said
-    for bad in (b"", b"{", b"\xff\xfe", b"[" * 30_000):
-        assert server.ask("/recommend", bad, TOKEN)[0] in (400, 422)
-    status, said = server.recommend(history=["a" * 200] * 400)
-    assert (status, said["detail"]) == (413, "a body of at most 64 KiB is read")
+    of_a_value = [
+        ({"history": ["a", "b"]}, 422, "history: none of its 2 names is an item of the catalog"),
+        ({"history": ["a"], "k": 21}, 422, "k: this server's beam is 20, at most so many items come back"),
+        ({"history": ["a" * 200] * 400}, 413, "a body of at most 64 KiB is read"),
+    ]
+    for body, status, detail in of_a_value:
+        assert server.recommend(**body) == (status, {"detail": detail})
+    broken = (b"", b"{", b"\xff\xfe", b"[" * 30_000)
+    for body in broken:
+        assert server.ask("/recommend", body, TOKEN)[0] in (400, 422)
+    for token in ("", "wrong"):
+        assert server.recommend(token=token, history=["a"])[0] == 401
     assert server.ask("/recommend", token=TOKEN)[0] == 405
     assert server.ask("/elsewhere", token=TOKEN)[0] == 404
+    return len(of_a_field) + len(of_a_value) + len(broken) + 4
+
+
+def _a_killed_copy_costs_no_wrong_answer(server: Running, model: Artifact) -> None:
+    catalog = Catalog(model.inputs["catalog"])
+    body = {"history": [catalog.source_ids[item] for item in catalog.histories.of(0)], "k": 5}
+
+    def names(answer: tuple[int, Any]) -> list[str]:  # scores depend on the batch, in their last digits
+        return [each["item"] for each in answer[1]["items"]]
+
+    right = names(server.recommend(**body))
+    copies = [pid for pid in server.children() if "ServeReplica" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(copies) == 2
+    with ThreadPoolExecutor(4) as clients:
+        under_way = [clients.submit(server.recommend, **body) for _ in range(100)]
+        os.kill(copies[0], signal.SIGKILL)
+        answers = [each.result() for each in under_way]
+    good = [answer for answer in answers if answer[0] == 200]
+    assert len(good) >= 96  # four clients: the killed copy was working on four requests at most
+    assert all(names(answer) == right for answer in good)
+    assert names(server.recommend(**body)) == right
 
 
 def test_the_configuration_knows_the_server() -> None:

@@ -4,7 +4,8 @@ Ray's token does not cover Serve's port, and Serve takes a request of any size. 
 the port is open beyond loopback, a body is read up to a limit only, and so is what one request may ask for.
 """
 
-# No `from __future__ import annotations`: Ray Serve moves the routes' methods to where strings name nothing any more.
+# `serve.ingress` pickles the class as soon as it is decorated: what its methods use must stand above it, and its
+# annotations must not be strings, as `from __future__ import annotations` would make them.
 
 import asyncio
 import hmac
@@ -68,6 +69,32 @@ class Answer(BaseModel):
     items: list[Recommendation]
     ignored: list[str]
     model: str
+
+
+def read_token(file: str | None) -> str | None:
+    """The token of a file, None without a file.
+
+    Raises:
+        SecurityError: the file cannot be read, can be read by others, or is empty.
+    """
+    if file is None:
+        return None
+    try:
+        if Path(file).stat().st_mode & 0o007:
+            raise SecurityError(f"{file} holds a token that every user of the machine can read: chmod 600 it")
+        token = Path(file).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecurityError(f"the token's file {file} cannot be read ({error})") from None
+    if not token:
+        raise SecurityError(f"the token's file {file} is empty: openssl rand -hex 32 makes a token")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Gate:
@@ -203,8 +230,9 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
         SecurityError: the port would be open beyond loopback without a token, or its file can be read by others.
         ResourceError: the cluster has no core left.
     """
-    token_needed = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    if token_needed and not config.token_file:
+    # That proxy listens on all addresses, whatever host it is given.
+    is_open = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    if is_open and not config.token_file:
         raise SecurityError(
             f"serve.host = {config.host} is open to others: set serve.token_file, or serve on 127.0.0.1"
         )
@@ -218,7 +246,9 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
-        serve.run(deployment.bind(model.folder.uri, config.beam, token_needed), name=_NAME)
+        serve.run(
+            deployment.bind(model.folder.uri, config.beam, token_needed=config.token_file is not None), name=_NAME
+        )
         log.info("serving %s on http://%s:%d/recommend", model.folder.uri, config.host, config.port)
         while True:
             time.sleep(1)
@@ -226,29 +256,3 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
         log.info("serving: stopped")
     finally:
         serve.shutdown()
-
-
-def read_token(file: str | None) -> str | None:
-    """The token of a file, None without a file.
-
-    Raises:
-        SecurityError: the file cannot be read, can be read by others, or is empty.
-    """
-    if file is None:
-        return None
-    try:
-        if Path(file).stat().st_mode & 0o007:
-            raise SecurityError(f"{file} holds a token that every user of the machine can read: chmod 600 it")
-        token = Path(file).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SecurityError(f"the token's file {file} cannot be read ({error})") from None
-    if not token:
-        raise SecurityError(f"the token's file {file} is empty: openssl rand -hex 32 makes a token")
-    return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
