@@ -12,7 +12,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from tiger import tracking
+from tiger.config import flat
 from tiger.errors import ResourceError
+from tiger.run import RunConfig
 
 
 def record() -> None:
@@ -61,6 +63,25 @@ def test_mlflow_gets_figures_and_parameters(tmp_path: Path, monkeypatch: pytest.
     history = client.get_metric_history(run.info.run_id, "tokenizer/loss")
     assert [(point.step, point.value) for point in history] == [(47, 1.5), (94, 1.25)]
     assert run.data.metrics["tokenizer/usage_at_1"] == 0.75
+
+
+def test_mlflow_takes_a_whole_configuration_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    run = RunConfig.model_validate({"recommend": {"allowed": "https://me:hunter2@example.org/allowed.txt"}})
+    parameters = run.model_dump(mode="json", serialize_as_any=True)
+    uri = (tmp_path / "mlruns").as_uri()
+    with tracking.mlflow(uri, "tiger", "whole", parameters):
+        pass
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("tiger").experiment_id])
+    given = {key for key, value in flat(parameters).items() if value is not None}
+    assert set(found.data.params) == given and len(given) > 100  # MLflow takes a hundred a call
+    assert "hunter2" not in found.data.params["recommend.allowed"]
+    assert found.data.params["model.training.learning_rate"] == "0.001"
 
 
 def test_a_server_that_does_not_answer_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

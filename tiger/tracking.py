@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tiger.config import Config, flat
 from tiger.errors import ResourceError
+from tiger.logs import redact
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def tensorboard(folder: str, run: str) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -> Iterator[Sink]:
-    """A sink that logs to a run of an MLflow server, with the configuration as its parameters.
+    """A sink that logs to a run of an MLflow server, with the configuration, without its secrets, as its parameters.
 
     Raises:
         ResourceError: MLflow is not installed, or the server does not answer.
@@ -88,7 +89,7 @@ def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -
     except library.exceptions.MlflowException as error:
         raise ResourceError(f"tracking.mlflow = {uri}: {str(error).splitlines()[0]}") from None
     with active:
-        library.log_params({key: value for key, value in flat(parameters).items() if value is not None})
+        library.log_params({key: redact(str(value)) for key, value in flat(parameters).items() if value is not None})
 
         def sink(stage: str, step: int, figures: Mapping[str, float]) -> None:
             # By its id: a run is the active one of its thread, and figures of a training come from another.
