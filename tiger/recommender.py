@@ -1,7 +1,7 @@
 """A trained run, ready to recommend: batch jobs, evaluation and serving all call this.
 
 recommender = Recommender.load("runs/model-1a2b3c4d")
-for recommendation in recommender.recommend([["B000123", "B000456"]], k=10): ...
+recommender.recommend([[17, 4]], k=10).items  # item ids; `Catalog.source_ids` has their names
 """
 
 from __future__ import annotations
