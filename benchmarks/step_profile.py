@@ -148,10 +148,9 @@ def report(step: Step, mode: str, precision: torch.dtype, count: int) -> None:
             step.run(precision)
     limit, work = matrix_limit(precision, step.device), counter.get_total_flops() / seconds
     share, kernels = busy_share(lambda: step.run(precision), step.device, min(count, 10))
-    print(
-        f"\n{mode}, {str(precision).removeprefix('torch.')}: {targets / seconds:,.0f} targets/s, "
-        f"{seconds / count * 1e3:.1f} ms a step; {work / 1e9:,.1f} of {limit / 1e9:,.1f} GFLOP/s, {work / limit:.1%} of the limit; busy {share:.0%}"
-    )
+    print(f"\n{mode}, {str(precision).removeprefix('torch.')}: {targets / seconds:,.0f} targets/s", end=", ")
+    print(f"{seconds / count * 1e3:.1f} ms a step; {work / 1e9:,.1f} of {limit / 1e9:,.1f} GFLOP/s", end=", ")
+    print(f"{work / limit:.1%} of the limit; busy {share:.0%}")
     waited = sum(step.seconds.values())
     print("  stages: " + ", ".join(f"{name} {value / waited:.0%}" for name, value in step.seconds.items()))
     print("  operators: " + ", ".join(f"{name.removeprefix('aten::')} {value:.0%}" for name, value in kernels))
