@@ -19,7 +19,7 @@ CLUSTER = """
 import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})
 os.environ |= {{"PYTHONPATH": {tests!r}, "RAY_health_check_initial_delay_ms": "1000",
-               "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}}
+               "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}}
 import tiger.scale
 import ray
 from pathlib import Path
