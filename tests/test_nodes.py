@@ -54,7 +54,9 @@ watch(lambda: len(list(Path({folder!r}, "table", "out").glob("*.parquet"))) >= 2
 map_table(folder, "source.parquet", ["x"], folder.child("out"), slow_double, {{"notes": {folder!r} + "/table/notes"}},
           actors=Actors(minimum=2, maximum=2), what="test")
 table = folder.read_table("out")
-dead = sum(not node["Alive"] for node in ray.nodes())
+deadline = time.monotonic() + 60  # the head notices by heartbeats that do not come
+while (dead := sum(not node["Alive"] for node in ray.nodes())) == 0 and time.monotonic() < deadline:
+    time.sleep(0.5)
 end([table["x"].to_pylist(), table["y"].to_pylist(), dead])
 """
 TRAIN = """
@@ -80,14 +82,19 @@ end(found)
 
 
 def slow_double(**arguments: Any) -> Any:
+    """Doubles; with two parts written it waits until a node is gone, as a longer stage would meet it."""
     import time
 
     from test_scale import Double
 
-    worker = Double(**arguments)
+    worker, table = Double(**arguments), Path(arguments["notes"]).parent
 
     def slowly(part: Any) -> Any:
         time.sleep(1)
+        deadline = time.monotonic() + 120
+        while len(list((table / "out").glob("*.parquet"))) >= 2 and not (table.parent / "lost").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         return worker(part)
 
     return slowly
