@@ -238,7 +238,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
         )
     read_token(config.token_file)
     cluster.connect(model.folder.parent)
-    cluster.require(config.cpus, 0, "serving")
+    cluster.require(config.cpus * config.replicas, 0, f"serving with {config.replicas} replicas")
     gpus = 1 if cluster.cluster_gpus() else 0
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
     replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
