@@ -134,7 +134,7 @@ def on_three_nodes(script: str, folder: Path) -> Any:
         environment |= {"RAY_TMPDIR": ray_folder, "RAY_AUTH_MODE": "disabled"}
         text = (CLUSTER + script).format(tests=str(Path(__file__).parent), folder=str(folder))
         done = subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, timeout=500, env=environment, check=False
+            [sys.executable, "-c", text], capture_output=True, text=True, timeout=1500, env=environment, check=False
         )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
     assert (folder / "lost").exists()

@@ -126,7 +126,7 @@ class Running:
         self.log = root / "serve.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 1200
         while "serving " not in self.log.read_text() or self.ask("/healthz")[0] != 200:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]

@@ -47,7 +47,7 @@ class Store:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -277,7 +277,7 @@ def test_a_store_that_is_killed_and_comes_back_changes_nothing(
 
     def run(where: str) -> Artifact:
         command = [sys.executable, "-m", "jobs.semantic_ids", *TINY, f"root={where}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stderr[-3000:]
         return open_artifact(json.loads(done.stdout.splitlines()[-1])["artifact"])
 

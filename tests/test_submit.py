@@ -84,7 +84,7 @@ def submit(head: dict[str, str], *command: str, options: tuple[str, ...] = ()) -
     arguments = [RAY, "job", "submit", *options, "--working-dir", ".", "--", sys.executable, "-m", *command]
     deadline = time.monotonic() + 120
     while True:
-        done = subprocess.run(arguments, cwd=ROOT, env=head, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(arguments, cwd=ROOT, env=head, capture_output=True, text=True, timeout=1500)
         if "No available agent to submit job" not in done.stderr or time.monotonic() > deadline:
             return done  # a head answers some seconds before it takes jobs
         time.sleep(2)
@@ -117,7 +117,7 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(head: dict[st
     command = ["jobs.semantic_ids", *TINY, *training, f"root={tmp_path}"]
     begun = submit(head, *command, options=("--no-wait", "--submission-id=stopped"))
     assert begun.returncode == 0, begun.stdout + begun.stderr
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not list(tmp_path.glob("tokenizer-*/scratch/snapshots/step-*/record.json")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
