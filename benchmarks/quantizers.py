@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction": "mean"},
     "RQ-VAE, latent 128": {"latent": 128},
     "RQ-VAE, layers 256-128": {"hidden": (256, 128)},
-    "RQ-VAE, layers 512-256, latent 256, commitment 0.35 (the sweep's winner)": {
+    "RQ-VAE, layers 512-256, latent 256, commitment 0.35 (the winner of an earlier sweep)": {
         "hidden": (512, 256), "latent": 256, "commitment": 0.3526760100985247,
         "training": {"learning_rate": 0.0010098324695192984},
     },
