@@ -112,6 +112,13 @@ def test_arguments_of_a_service_are_checked(arguments: dict[str, str]) -> None:
         application(arguments)
 
 
+@pytest.mark.parametrize("beam", ["ten", "", "0", "-1", "5.5", 0])
+def test_a_beam_is_a_number(beam: Any) -> None:
+    with pytest.raises(ConfigError, match="of the application: a whole number from 1 is needed"):
+        application({"model": "m", "beam": beam})
+    assert application({"model": "m", "beam": 20}) and application({"model": "m", "beam": "20"})
+
+
 class Running:
     """`python -m jobs.serve` in a process of its own, on a port of its own."""
 

@@ -210,17 +210,20 @@ _deployment: Any = serve.deployment(
 )(Server)
 
 
-def application(arguments: dict[str, str]) -> serve.Application:
+def application(arguments: dict[str, Any]) -> serve.Application:
     """What a RayService's `import_path` names; its `args` are `model` (a URI) and, if wanted, `beam`.
 
     The service's port is open to its network, so replicas ask for a token.
 
     Raises:
-        ConfigError: an argument is missing or unknown.
+        ConfigError: an argument is missing, unknown, or no number.
     """
     if "model" not in arguments or set(arguments) - {"model", "beam"}:
         raise ConfigError(f"args of the application are model and beam, found {', '.join(arguments) or 'none'}")
-    return _deployment.bind(arguments["model"], int(arguments.get("beam", "50")), token_needed=True)
+    beam = str(arguments.get("beam", ServeConfig().beam))
+    if not beam.isdecimal() or int(beam) < 1:
+        raise ConfigError(f"beam = {beam} of the application: a whole number from 1 is needed")
+    return _deployment.bind(arguments["model"], int(beam), token_needed=True)
 
 
 def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
