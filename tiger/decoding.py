@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiger.model import GenerativeRecommender, Memory, Past, of_parents
+from tiger.layers import Past, of_parents
+from tiger.model import GenerativeRecommender, Memory
 from tiger.trie import Trie
 
 _CANDIDATES_PER_BEAM = 4
