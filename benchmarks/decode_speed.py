@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from train_speed import histories
+from train_speed import histories, random_ids
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tiger.config import build
@@ -30,12 +30,6 @@ from tiger.trie import Trie
 
 ROUNDS = 3
 SIZES = (256, 256, 256, 1)
-
-
-def random_ids(items: int) -> SemanticIds:
-    flat = np.random.default_rng(0).choice(256**3, items, replace=False)
-    codes = np.stack([*np.unravel_index(flat, (256, 256, 256)), np.zeros(items, int)], axis=1).astype(np.int16)
-    return SemanticIds(codes, SIZES)
 
 
 def hugging_face(
@@ -81,7 +75,7 @@ def padded(rows: list[np.ndarray], ids: SemanticIds) -> torch.Tensor:
 
 def searcher(config: ModelConfig, items: int) -> Callable[[], None]:
     """One beam search of 32 users x 50 beams over that many items."""
-    ids = random_ids(items)
+    ids = random_ids(items, SIZES[-1])
     torch.manual_seed(0)
     model, trie = GenerativeRecommender(config, SIZES).eval(), Trie(ids)
     history = padded([np.random.default_rng(1).integers(0, items, 10) for _ in range(32)], ids)
@@ -110,7 +104,7 @@ def main() -> None:
     config = build(ModelConfig, {"preset": settings.pop("preset", "tiger-paper")})
     n_users, their_batch = int(settings.pop("users", "64")), int(settings.pop("their_batch", "16"))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
-    ids = random_ids(n_items)
+    ids = random_ids(n_items, SIZES[-1])
     torch.manual_seed(0)
     recommender = Recommender(GenerativeRecommender(config, SIZES), ids, device="cpu")
     theirs = hugging_face(config, ids, their_batch)

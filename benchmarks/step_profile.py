@@ -19,16 +19,16 @@ from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_speed import histories
+from train_speed import histories, random_ids
 
 from tiger.config import build
 from tiger.examples import Examples, Sequences
 from tiger.model import GenerativeRecommender, ModelConfig
 from tiger.semantic_ids import SemanticIds
+from tiger.training import use_bfloat16
 
 KERNELS = 8
 
@@ -41,9 +41,7 @@ class Step:
         self.model = GenerativeRecommender(config, ids.level_sizes).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.device, self.seconds = device, defaultdict[str, float](float)
-        order = data.order(0, 0, config.training.batch_size)
-        self.rows = cycle(order)
-        self.collate = data.collate
+        self.rows, self.collate = cycle(data.order(0, 0, config.training.batch_size)), data.collate
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -64,8 +62,7 @@ class Step:
         with self.stage("copy", timed):
             inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in inputs)
         with self.stage("forward", timed):
-            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-            with autocast:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 losses = self.model(*inputs)
             loss = losses.sum() / targets
         with self.stage("backward", timed):
@@ -121,15 +118,13 @@ def main() -> None:
     if "threads" in settings:
         torch.set_num_threads(int(settings.pop("threads")))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
-    flat = np.random.default_rng(0).choice(256**3, n_items, replace=False)
-    ids = SemanticIds(np.stack(np.unravel_index(flat, (256,) * 3), axis=1).astype(np.int16), (256,) * 3)
+    ids = random_ids(n_items)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; preset {preset}, {batch} targets a batch, {count} steps")
-    bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     for mode in ("faithful", "fast"):
         config = build(ModelConfig, {"preset": preset, "mode": mode, "training": {"batch_size": batch}})
         data = Sequences(past, ids, config.max_items) if mode == "fast" else Examples(past, ids, config.max_items, 0)
-        for precision in [torch.float32, *([torch.bfloat16] if bfloat16 else [])]:
+        for precision in [torch.float32, *([torch.bfloat16] if use_bfloat16("auto", device) else [])]:
             report(Step(config, data, ids, device), mode, precision, count)
 
 

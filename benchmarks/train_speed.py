@@ -38,6 +38,13 @@ def histories(overrides: list[str]) -> tuple[Histories, int]:
         return catalog.histories, catalog.n_items
 
 
+def random_ids(items: int, last: int = 256) -> SemanticIds:
+    """Three drawn codes of 256, no two items alike, and a last code that is 0 of `last`."""
+    flat = np.random.default_rng(0).choice(256**3, items, replace=False)
+    codes = np.stack([*np.unravel_index(flat, (256, 256, 256)), np.zeros(items, int)], axis=1).astype(np.int16)
+    return SemanticIds(codes, (256, 256, 256, last))
+
+
 def ours(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
     model = GenerativeRecommender(config, ids.level_sizes)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -99,10 +106,7 @@ def main() -> None:
     torch.set_num_threads(int(settings.pop("threads", "2")))
     preset = settings.pop("preset", "small")
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
-    rng = np.random.default_rng(0)
-    flat = rng.choice(256**3, n_items, replace=False)
-    codes = np.stack([*np.unravel_index(flat, (256, 256, 256)), np.zeros(n_items, int)], axis=1).astype(np.int16)
-    ids = SemanticIds(codes, (256, 256, 256, 256))
+    ids = random_ids(n_items)
     torch.manual_seed(0)
     steps = {"Hugging Face T5": hugging_face(build(ModelConfig, {"preset": preset}), past, ids)}
     for mode in ("faithful", "fast"):

@@ -204,7 +204,7 @@ def fit(
     if state.step == 0 and not state.log:
         _look(state, module, validate, objective, {}, name)
         hooks.report(state.log[-1])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(config.precision, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.precision, device))
     progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
     losses: list[Tensor] = []
     while state.step < schedule.steps and state.since_best < config.patience:
@@ -323,7 +323,8 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-def _use_bfloat16(precision: Precision, device: torch.device) -> bool:
+def use_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether a step computes in bfloat16: as told, or, on auto, where the hardware has it."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
