@@ -39,7 +39,6 @@ TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
 MAX_BODY = 64 * 1024  # bytes
 _MAX_HISTORY, _MAX_NAME = 200, 256
 _BATCH, _BATCH_SECONDS = 64, 0.005
-_NAME = "tiger"
 
 Name = Annotated[str, StringConstraints(max_length=_MAX_NAME)]
 
@@ -169,38 +168,37 @@ class Server:
             raise HTTPException(422, f"k: this server's beam is {self.beam}, at most so many items come back")
         if self.recommender.user_tokens and request.user is None:
             raise HTTPException(422, "user: this model reads user tokens, and needs the user's name")
-        known = [name for name in request.history if name in self.item_of]
-        if not known:
+        history = [self.item_of[name] for name in request.history if name in self.item_of]
+        if not history:
             raise HTTPException(422, f"history: none of its {len(request.history)} names is an item of the catalog")
-        answer: Answer = await self._decode(request)
-        return answer
+        best = await self._decode((request, history))
+        names, titles = self.catalog.source_ids, self.catalog.titles
+        items = [Recommendation(item=names[item], title=titles[item], score=score) for item, score in best]
+        ignored = [name for name in request.history if name not in self.item_of]
+        return Answer(items=items, ignored=ignored, model=self.model)
 
     @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
-    async def _decode(self, requests: list[Request]) -> list[Answer]:
-        return await asyncio.to_thread(self._decode_now, requests)  # health checks are answered meanwhile
+    async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
+        return await asyncio.to_thread(self._decode_now, asked)  # health checks are answered meanwhile
 
-    def _decode_now(self, requests: list[Request]) -> list[Answer]:
-        answers: dict[int, Answer] = {}
+    def _decode_now(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
+        """Of every request the best items with their scores; the histories are item ids."""
+        best: list[list[tuple[int, float]]] = [[] for _ in asked]
         for exclude in (False, True):
-            rows = [row for row, request in enumerate(requests) if request.exclude_history == exclude]
+            rows = [row for row, (request, _) in enumerate(asked) if request.exclude_history == exclude]
             if not rows:
                 continue
             found = self.recommender.recommend(
-                [[self.item_of[name] for name in requests[row].history if name in self.item_of] for row in rows],
-                max(requests[row].k for row in rows),
+                [asked[row][1] for row in rows],
+                max(asked[row][0].k for row in rows),
                 beam=self.beam,
                 exclude_history=exclude,
-                users=[requests[row].user or "" for row in rows],
+                users=[asked[row][0].user or "" for row in rows],
             )
             for row, items, scores in zip(rows, found.items.tolist(), found.scores.tolist(), strict=True):
-                best = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
-                answers[row] = self._answer(requests[row], best[: requests[row].k])
-        return [answers[row] for row in range(len(requests))]
-
-    def _answer(self, request: Request, best: list[tuple[int, float]]) -> Answer:
-        names, titles = self.catalog.source_ids, self.catalog.titles
-        items = [Recommendation(item=names[item], title=titles[item], score=score) for item, score in best]
-        return Answer(items=items, ignored=[n for n in request.history if n not in self.item_of], model=self.model)
+                real = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+                best[row] = real[: asked[row][0].k]
+        return best
 
 
 _deployment: Any = serve.deployment(
@@ -231,7 +229,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
 
     Raises:
         SecurityError: the port would be open beyond loopback without a token, or its file can be read by others.
-        ResourceError: the cluster has no core left.
+        ResourceError: the cluster has too few CPUs or GPUs for the replicas.
     """
     # That proxy listens on all addresses, whatever host it is given.
     is_open = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
@@ -239,10 +237,10 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
         raise SecurityError(
             f"serve.host = {config.host} is open to others: set serve.token_file, or serve on 127.0.0.1"
         )
-    read_token(config.token_file)
+    read_token(config.token_file)  # an error here, and not in a replica that is started again and again
     cluster.connect(model.folder.parent)
-    cluster.require(config.cpus * config.replicas, 0, f"serving with {config.replicas} replicas")
     gpus = 1 if cluster.cluster_gpus() else 0
+    cluster.require(config.cpus * config.replicas, gpus * config.replicas, f"serving with {config.replicas} replicas")
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
     replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
@@ -250,7 +248,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
         serve.run(
-            deployment.bind(model.folder.uri, config.beam, token_needed=config.token_file is not None), name=_NAME
+            deployment.bind(model.folder.uri, config.beam, token_needed=config.token_file is not None), name="tiger"
         )
         log.info("serving %s on http://%s:%d/recommend", model.folder.uri, config.host, config.port)
         while True:
