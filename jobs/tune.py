@@ -16,7 +16,7 @@ from tiger.config import dump_toml, load
 from tiger.embedding import read_vectors
 from tiger.run import RunConfig
 from tiger.scale.tune import search_tokenizer
-from tiger.search import SearchConfig, SweepConfig, apply, picture
+from tiger.search import SearchConfig, SweepConfig, apply, picture, table
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def tune(run: RunConfig, search: SearchConfig, embeddings: Artifact) -> Artifact
             "objective": rows[0]["objective"],
             **winner,
         }
-        for row in rows[:10]:
-            log.info("tune: %.4f %s", row["objective"], {key: row[key] for key in search.space})
+        for line in table(rows[:10], list(search.space)):
+            log.info("tune: %s", line)
         log.info("tune: the winner is in %s/best.toml: python -m jobs.pipeline that-file", draft.folder.uri)
 
     config = SweepConfig(tokenizer=run.tokenizer, search=search)

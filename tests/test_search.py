@@ -19,7 +19,7 @@ from tiger.config import build, dump_toml, load, with_override
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
 from tiger.errors import ConfigError
 from tiger.run import RunConfig
-from tiger.search import SearchConfig, Weights, apply, judge, picture
+from tiger.search import SearchConfig, Weights, apply, judge, picture, table
 
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
@@ -102,6 +102,20 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
     assert len(re.findall('fill="#1f6feb"', svg)) == 2
 
 
+def test_the_table_stands_in_columns_and_leaves_out_what_a_trial_has_not() -> None:
+    keys = ["tokenizer.hidden", "tokenizer.training.learning_rate"]
+    known = {"objective": 1.25, "unique_ratio": 0.875, "reconstruction_error": 0.25, "overlap@1": 0.625, "epochs": 40.0}
+    rows = [
+        {"trial": 11, "status": "finished", "looks": 10, **known, keys[0]: [512, 256], keys[1]: 0.00123},
+        {"trial": None, "status": "running", "looks": 0, "epochs": 0.0, "objective": None, keys[0]: [8], keys[1]: 0.1},
+    ]
+    head, first, second = table(rows, keys)
+    assert head.split()[-2:] == ["hidden", "learning_rate"]
+    assert " ".join(first.split()) == "11 finished 10 40 1.2500 0.8750 0.2500 0.6250 [512, 256] 0.00123"
+    assert " ".join(second.split()) == "running 0 0 [8] 0.1"
+    assert len(head) == len(first) == len(second)
+
+
 def toy_sweep(folder: Path, search: str) -> list[str]:
     """The command of a sweep over 400 items' embeddings."""
     names = [f"item {n:03d}" for n in range(400)]
@@ -117,6 +131,9 @@ def toy_sweep(folder: Path, search: str) -> list[str]:
     return [sys.executable, "-m", "jobs.tune", str(folder / "x.toml")]
 
 
+ENDED = re.compile(r"tune: trial \d+ finished")
+
+
 def journal(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/sweep-*/scratch/trials/*.json"))}
 
@@ -130,7 +147,7 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert first.stderr
     ended = 0
     for line in first.stderr:
-        ended += "tune: trial" in line
+        ended += bool(ENDED.search(line))
         if ended == 2:
             break
     assert ended == 2, "the sweep ended before it could be killed"
@@ -141,7 +158,7 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     second = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"{len(kept)} of 5 trials are in the journal" in second.stderr
-    assert len(re.findall("tune: trial", second.stderr)) == 5 - len(kept)
+    assert len(ENDED.findall(second.stderr)) == 5 - len(kept)
     sweep = Path(json.loads(second.stdout.splitlines()[-1])["artifact"])
     rows = pq.read_table(sweep / "trials.parquet").to_pylist()
     assert sorted(row["trial"] for row in rows) == list(range(5))

@@ -51,7 +51,7 @@ class Progress:
         line = f"{self.what}: {self.done:,}"
         if self.total is not None:
             line += f" of {self.total:,}"
-        line += f" {self.unit}, {rate:,.1f}/s"
+        line += f" {self.unit}, {rate:,.1f}/s" if rate >= 0.1 or not rate else f" {self.unit}, {60 * rate:.1f}/min"
         if final:
             line += f", {now - self.begin:.1f} s"
         elif self.total is not None and rate > 0:

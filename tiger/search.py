@@ -114,6 +114,24 @@ def judge(weights: Weights, neighbours: tuple[npt.NDArray[np.int64], npt.NDArray
     return figures
 
 
+def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
+    """Trials as lines of text under a heading, for a console.
+
+    Args:
+        rows: as in trials.parquet; figures that a trial has not are None.
+        keys: the searched keys; their last parts head the columns.
+    """
+    figures = ["objective", "unique_ratio", "reconstruction_error", "overlap@1"]
+    cells = [["trial", "status", "looks", "epochs", *figures, *(key.rsplit(".", 1)[-1] for key in keys)]]
+    for row in rows:
+        start = ["" if row["trial"] is None else str(row["trial"]), row["status"], str(row["looks"])]
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in figures]
+        values = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
+        cells.append([*start, f"{row['epochs']:.0f}", *numbers, *values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+
+
 def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:
     """The objective against each searched key, one panel a key, as SVG; the best trial is filled."""
     width, height, margin = 240, 180, 40

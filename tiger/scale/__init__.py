@@ -11,6 +11,8 @@ for _name, _value in {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # our own progress has a rate and an ETA, and one line at a time
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how often reports are collected; the default of 2 s delays each one
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy machine takes longer than the default of 60 s
+    "RAY_AIR_NEW_OUTPUT": "0",  # the older output of Tune can be silent; the search has a table of its own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every look three times more, in files that are deleted with the sweep
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour of later versions of Ray; silences its warning
     "TOKENIZERS_PARALLELISM": "false",  # workers have their own cores; silences a warning after forks
 }.items():

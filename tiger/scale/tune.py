@@ -15,6 +15,7 @@ import json
 import logging
 import operator
 import socket
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,12 +41,13 @@ from tiger.learning import learn_tokenizer
 from tiger.progress import Progress
 from tiger.run import RunConfig
 from tiger.scale import cluster
-from tiger.search import SearchConfig, Space, apply, judge
+from tiger.search import SearchConfig, Space, apply, judge, table
 from tiger.training import Hooks
 
 log = logging.getLogger(__name__)
 
 _METRIC = "objective"
+_TABLE_EVERY = 30.0  # seconds
 _FAILED = -1e9  # the objective of a trial that could not be trained: Tune and Optuna take numbers only
 
 
@@ -56,7 +58,8 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
         target: the artifact being made; the journal lies in its scratch folder.
 
     Returns:
-        one row a trial, the best first: `trial`, its values, the figures of its best look, `epochs` made, `status`.
+        one row a trial, the best first: `trial`, its values, the figures of its best look, `looks` and `epochs` made,
+        `seconds`, `status`, `failure`.
 
     Raises:
         HealthError: no trial ended with a figure.
@@ -99,7 +102,10 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
             ),
         )
         tuner.fit()
-    return _table(journal.trials, search)
+    rows = _rows(journal.trials, search)
+    if not any(row["status"] == "finished" for row in rows):
+        raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
+    return pa.Table.from_pylist(rows)
 
 
 def _bundle(search: SearchConfig) -> dict[str, float]:
@@ -184,14 +190,17 @@ class _Journal(tune.Callback):
         self.trials: list[dict[str, Any]] = [
             folder.read_json(name) for name in folder.files() if name.endswith(".json")
         ]
-        self._looks: dict[str, list[dict[str, Any]]] = {}
+        self._running: dict[str, dict[str, Any]] = {}
+        self._shown = time.monotonic()
         self._progress = Progress("tune", search.trials, "trials", done=len(self.trials))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         kept = {key: value for key, value in result.items() if isinstance(value, (int, float, str)) and "/" not in key}
-        self._looks.setdefault(trial.trial_id, []).append(kept)
+        self._entry(trial)["looks"].append(kept)
+        if time.monotonic() - self._shown >= _TABLE_EVERY:
+            self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note(trial, "finished")
@@ -200,21 +209,32 @@ class _Journal(tune.Callback):
         self._note(trial, "failed")
 
     def _note(self, trial: Any, status: str) -> None:
-        looks = self._looks.pop(trial.trial_id, [])
-        if not looks or any("failure" in look for look in looks):
-            status = "failed"
-        number = len(self.trials)
-        entry = {"trial": number, "values": trial.config, "looks": looks, "status": status}
-        self.folder.write_json(f"{number:05d}.json", entry)
+        entry = self._entry(trial)
+        del self._running[trial.trial_id]
+        looks = entry["looks"]
+        entry["status"] = "failed" if not looks or any("failure" in look for look in looks) else status
+        entry["trial"] = len(self.trials)
+        self.folder.write_json(f"{entry['trial']:05d}.json", entry)
         self.trials.append(entry)
-        best = max(map(_value, self.trials))
         log.info(
-            "tune: trial %d %s after %d of %d looks with %.4f; best so far %.4f; %s",
-            number, status, len(looks), self.search.looks, _value(entry), best, _decoded(trial.config, self.search),
+            "tune: trial %d %s after %d of %d looks with %.4f; %s",
+            entry["trial"], entry["status"], len(looks), self.search.looks, _value(entry),
+            _decoded(trial.config, self.search),
         )  # fmt: skip
         self._progress.add(1)
         if len(self.trials) == self.search.trials:
             self._progress.close()
+
+    def _entry(self, trial: Any) -> dict[str, Any]:
+        new = {"trial": None, "values": trial.config, "looks": [], "status": "running"}
+        return self._running.setdefault(trial.trial_id, new)
+
+    def _show(self) -> None:
+        """The best trials so far and those under way."""
+        self._shown = time.monotonic()
+        best, running = (_rows(trials, self.search) for trials in (self.trials, list(self._running.values())))
+        for line in table(best[:5] + running, list(self.search.space)):
+            log.info("tune: %s", line)
 
 
 def _value(trial: dict[str, Any]) -> float:
@@ -277,22 +297,22 @@ def _standing(run: RunConfig, search: SearchConfig) -> list[dict[str, Any]] | No
     return [values]
 
 
-def _table(trials: list[dict[str, Any]], search: SearchConfig) -> pa.Table:
+def _rows(trials: list[dict[str, Any]], search: SearchConfig) -> list[dict[str, Any]]:
+    """What `search_tokenizer` returns of each trial, the best first."""
     rows: list[dict[str, Any]] = []
     for trial in trials:
         best: dict[str, Any] = max(trial["looks"], key=operator.itemgetter(_METRIC), default={})
         names = ["unique_ratio", "reconstruction_error", _METRIC, *(name for name in best if "@" in name)]
         figures = {name: None if best.get(_METRIC, _FAILED) == _FAILED else best.get(name) for name in names}
-        epochs = max((look["epochs"] for look in trial["looks"]), default=0.0)
         rows.append(
             {"trial": trial["trial"], **_decoded(trial["values"], search), **figures}
-            | {"epochs": epochs, "seconds": sum(look["time_this_iter_s"] for look in trial["looks"])}
             | {
+                "looks": len(trial["looks"]),
+                "epochs": max((look["epochs"] for look in trial["looks"]), default=0.0),
+                "seconds": sum(look["time_this_iter_s"] for look in trial["looks"]),
                 "status": trial["status"],
-                "failure": next((x["failure"] for x in trial["looks"] if "failure" in x), None),
+                "failure": next((look["failure"] for look in trial["looks"] if "failure" in look), None),
             }
         )
-    if not any(row["status"] == "finished" for row in rows):
-        raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
-    rows.sort(key=lambda row: (_FAILED if row[_METRIC] is None else row[_METRIC], -row["trial"]), reverse=True)
-    return pa.Table.from_pylist(rows)
+    rows.sort(key=lambda row: (_FAILED if row[_METRIC] is None else row[_METRIC], -(row["trial"] or 0)), reverse=True)
+    return rows
