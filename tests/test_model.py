@@ -58,6 +58,19 @@ def test_fast_targets_see_the_most_recent_items_only() -> None:
     assert not torch.equal(model(sequence, one), model(inside, one))
 
 
+def test_the_mark_stands_on_the_first_item_that_is_read_and_on_no_other() -> None:
+    """With an encoder that carries nothing from item to item; the models are alike but for the mark."""
+    states, codes = [], random_ids(np.random.default_rng(0), 20, SIZES).codes.astype(np.int64)
+    history = torch.from_numpy(codes[[[1, 2, 3, 4], [5, 6, 7, 8]]])
+    history[1, :2] = PAD
+    for mark in (False, True):
+        model = small_model(SIZES, mode="fast", mark_first=mark, item_tokens=True)
+        torch.nn.init.zeros_(model.encoder[0].attention.out.weight)
+        states.append(model._encode_causal(history)[0])
+    differs = (states[0] - states[1]).abs().sum(2) > 1e-6
+    assert differs.tolist() == [[True, False, False, False], [False, False, True, False]]
+
+
 def test_only_the_most_recent_items_are_read() -> None:
     model, rng = small_model(SIZES, max_items=4), np.random.default_rng(0)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)

@@ -87,6 +87,9 @@ class ModelConfig(Config):
     dense_repeats: bool = Field(
         True, description="the dense head learns what it means that an item stands in the history already"
     )
+    mark_first: bool = Field(
+        True, description="in fast mode, the first item that is read of a history carries a learned mark (LOG.md)"
+    )
     max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
     user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
@@ -166,6 +169,9 @@ class GenerativeRecommender(nn.Module):
         nn.init.normal_(self.start, std=0.05)
         if config.dense:  # the three parts of an item's token begin at equal length
             nn.init.normal_(self.text.weight, std=0.05 * self.text.in_features**-0.5)
+        self.first = nn.Parameter(torch.empty(d_model)) if self.fast and config.mark_first else None
+        if self.first is not None:
+            nn.init.normal_(self.first, std=0.05)
 
     level_start: Tensor
     vectors: Tensor
@@ -316,7 +322,11 @@ class GenerativeRecommender(nn.Module):
         item = torch.arange(history.shape[1], device=history.device)
         seen_BNN = (item[None, :] <= item[:, None]) & (keep_BN[:, None, :] | ~keep_BN[:, :, None])
         mask = seen_BNN.repeat_interleave(width, 1).repeat_interleave(width, 2)[:, None]
-        x_BSM, places = self.dropout(self._embed(history).flatten(1, 2)), item.repeat_interleave(width)
+        x_BNWM = self._embed(history)
+        if self.first is not None:  # relative places alone do not tell where a history begins
+            first_BN = keep_BN & ~F.pad(keep_BN, (1, -1))
+            x_BNWM = x_BNWM + first_BN[:, :, None, None] * self.first
+        x_BSM, places = self.dropout(x_BNWM.flatten(1, 2)), item.repeat_interleave(width)
         for layer in self.encoder:
             x_BSM = layer(x_BSM, mask, places)
         return self.encoder_norm(x_BSM), keep_BN
