@@ -7,7 +7,6 @@ the port is open beyond loopback, a body is read up to a limit only, and so is w
 # `serve.ingress` pickles the class as soon as it is decorated: what its methods use must stand above it, and its
 # annotations must not be strings, as `from __future__ import annotations` would make them.
 
-import asyncio
 import hmac
 import ipaddress
 import logging
@@ -179,10 +178,12 @@ class Server:
 
     @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
     async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
-        return await asyncio.to_thread(self._decode_now, asked)  # health checks are answered meanwhile
+        """Of every request the best items with their scores; the histories are item ids.
 
-    def _decode_now(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
-        """Of every request the best items with their scores; the histories are item ids."""
+        Not in a thread of its own: the search is a thousand small operations, after each of which it would wait for
+        the interpreter that the requests' thread holds. That halves what a replica answers (LOG.md). Health checks have
+        time: a batch takes a second at most.
+        """
         best: list[list[tuple[int, float]]] = [[] for _ in asked]
         for exclude in (False, True):
             rows = [row for row, (request, _) in enumerate(asked) if request.exclude_history == exclude]
@@ -201,7 +202,10 @@ class Server:
         return best
 
 
+_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # of a replica; for the same reason
+
 _deployment: Any = serve.deployment(
+    ray_actor_options={"runtime_env": {"env_vars": _ENVIRONMENT}},
     max_ongoing_requests=2 * _BATCH,  # the default of 5 would keep batches at 5 requests
     max_queued_requests=8 * _BATCH,  # beyond that 503, at once
     health_check_timeout_s=30,
@@ -242,7 +246,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
     gpus = 1 if cluster.cluster_gpus() else 0
     cluster.require(config.cpus * config.replicas, gpus * config.replicas, f"serving with {config.replicas} replicas")
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
-    replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": _ENVIRONMENT | environment}}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
