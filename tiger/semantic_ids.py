@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 
 from tiger.artifacts import Folder
 from tiger.config import Config
@@ -210,6 +209,8 @@ def separate(
     Returns:
         int64 [N, L]; columns but the last are the same.
     """
+    from scipy.optimize import linear_sum_assignment  # a second to import, in every process of a run
+
     moved = codes.astype(np.int64)
     order, starts, sizes = _groups(packed(moved))
     crowded = np.zeros(len(codes), bool)
