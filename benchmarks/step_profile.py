@@ -1,11 +1,14 @@
 """Where a training step's time goes: stages, kernels, and the share of what the device's matrix products can do.
 
-    uv run python benchmarks/step_profile.py [preset=small] [batch=1024] [steps=30] [device=cuda] [data.path=FOLDER]
+    uv run python benchmarks/step_profile.py [preset=small] [batch=1024] [steps=30] [device=cuda] [threads=1]
+        [item_tokens=true] [data.path=FOLDER]
 
-Both modes, in float32 and, where the hardware has it, in bfloat16. Stages are timed with the device waited for after
-each; the whole step is timed without waiting, so the difference is what overlaps. Work is counted by PyTorch's
-FlopCounterMode over forward and backward; the limit is a product of two square matrices of 4,096 (2,048 on a CPU) of
-the same precision. On a GPU the share of the time in which kernels run is given as well, from torch.profiler.
+Both modes, in float32 (TensorFloat-32 on a GPU) and, where the hardware has it, in bfloat16, with the measured ratio
+that decides `precision = "auto"`. Stages are timed with the device waited for after each; the whole step is timed as in
+training, without waiting and with batches from `training.on_device` (pinned and made in a thread for a GPU), so the
+difference is what overlaps. Work is counted by PyTorch's FlopCounterMode over forward and backward; the limit is a
+product of two square matrices of 4,096 (2,048 on a CPU) of the same precision. On a GPU the share of the time in which
+kernels run is given as well, from torch.profiler, and how often a step waits for the device (should be 0).
 Histories are those of Beauty where the files are given, else of the sample; IDs are random, which changes no speed.
 """
 
@@ -13,9 +16,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import cycle, islice
 from typing import Any
 
@@ -26,9 +30,11 @@ from train_speed import histories, random_ids
 
 from tiger.config import build
 from tiger.examples import Examples, Sequences
+from tiger.learning import model_shapes
 from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.precision import allow_tf32, has_bfloat16, node_speedup
 from tiger.semantic_ids import SemanticIds
-from tiger.training import use_bfloat16
+from tiger.training import Batch, on_device
 
 KERNELS = 8
 
@@ -42,6 +48,14 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.device, self.seconds = device, defaultdict[str, float](float)
         self.rows, self.collate = cycle(data.order(0, 0, config.training.batch_size)), data.collate
+        self.made = self.batches()
+        self.shapes = model_shapes(config, self.model)
+
+    def batches(self) -> Iterator[Batch]:
+        for rows in self.rows:
+            inputs = self.collate(rows)
+            targets = int(inputs[1].sum()) if self.model.fast else len(inputs[0])  # on the CPU: no wait for the device
+            yield Batch(inputs, torch.ones(len(inputs[0])), float(targets))
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -56,15 +70,19 @@ class Step:
             self.seconds[name] += time.perf_counter() - begin
 
     def run(self, precision: torch.dtype, timed: bool = False) -> int:
+        """Make a batch and train on it; return its number of targets."""
         with self.stage("collate", timed):
-            inputs = self.collate(next(self.rows))
-            targets = int(inputs[1].sum()) if self.model.fast else len(inputs[0])  # on the CPU: no wait for the device
+            batch = next(self.made)
         with self.stage("copy", timed):
-            inputs = tuple(tensor.to(self.device, non_blocking=True) for tensor in inputs)
+            batch = batch.map(lambda tensor: tensor.to(self.device))
+        return self.train(batch, precision, timed)
+
+    def train(self, batch: Batch, precision: torch.dtype, timed: bool = False) -> int:
+        """Train on a batch that is on the device; return its number of targets."""
         with self.stage("forward", timed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                losses = self.model(*inputs)
-            loss = losses.sum() / targets
+                losses = self.model(*batch.inputs)
+            loss = (losses.float() * batch.weights).sum() / batch.total_weight
         with self.stage("backward", timed):
             loss.backward()
         with self.stage("clip", timed):
@@ -72,7 +90,7 @@ class Step:
         with self.stage("optimizer", timed):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return targets
+        return int(batch.total_weight)
 
 
 def matrix_limit(precision: torch.dtype, device: torch.device) -> float:
@@ -110,32 +128,57 @@ def busy_share(step: Callable[[], Any], device: torch.device, count: int) -> tup
     return total / wall, [(name, value / total) for name, value in islice(times, KERNELS)]
 
 
+def waits(step: Callable[[], Any]) -> int | None:
+    """Return how often the host waits for the GPU in a step; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     device = torch.device(settings.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
     preset, batch = settings.pop("preset", "small"), int(settings.pop("batch", "1024"))
-    count = int(settings.pop("steps", "30"))
+    count, item_tokens = int(settings.pop("steps", "30")), settings.pop("item_tokens", "false") == "true"
     if "threads" in settings:
         torch.set_num_threads(int(settings.pop("threads")))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
     ids = random_ids(n_items)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; preset {preset}, {batch} targets a batch, {count} steps")
+    allow_tf32(device)
+    on_gpu = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bfloat16()
     for mode in ("faithful", "fast"):
-        config = build(ModelConfig, {"preset": preset, "mode": mode, "training": {"batch_size": batch}})
+        values = {"preset": preset, "mode": mode, "item_tokens": item_tokens, "training": {"batch_size": batch}}
+        config = build(ModelConfig, values)
         data = Sequences(past, ids, config.max_items) if mode == "fast" else Examples(past, ids, config.max_items, 0)
-        for precision in [torch.float32, *([torch.bfloat16] if use_bfloat16("auto", device) else [])]:
+        speeds = [
             report(Step(config, data, ids, device), mode, precision, count)
+            for precision in [torch.float32, *([torch.bfloat16] if native else [])]
+        ]
+        if native:
+            print(f"  bfloat16 is {speeds[1] / speeds[0]:.2f} times as fast as float32", end="")
+            predicted = "" if on_gpu else f"; auto measured {node_speedup(Step(config, data, ids, device).shapes):.2f}"
+            print(predicted)
 
 
-def report(step: Step, mode: str, precision: torch.dtype, count: int) -> None:
-    for _ in range(3):
-        step.run(precision)
-    step.wait()
-    begin = time.perf_counter()
-    targets = sum(step.run(precision) for _ in range(count))
-    step.wait()
-    seconds = time.perf_counter() - begin
+def report(step: Step, mode: str, precision: torch.dtype, count: int) -> float:
+    """Print one line of speeds and where the time goes; return the targets per second."""
+    with closing(on_device(step.batches(), step.device)) as ready:
+        for _ in range(3):
+            step.train(next(ready), precision)
+        step.wait()
+        begin = time.perf_counter()
+        targets = sum(step.train(next(ready), precision) for _ in range(count))
+        step.wait()
+        seconds = time.perf_counter() - begin
+        waited_for = waits(lambda: step.train(next(ready), precision))
     for _ in range(count):
         step.run(precision, timed=True)
     with FlopCounterMode(display=False) as counter:
@@ -145,10 +188,12 @@ def report(step: Step, mode: str, precision: torch.dtype, count: int) -> None:
     share, kernels = busy_share(lambda: step.run(precision), step.device, min(count, 10))
     print(f"\n{mode}, {str(precision).removeprefix('torch.')}: {targets / seconds:,.0f} targets/s", end=", ")
     print(f"{seconds / count * 1e3:.1f} ms a step; {work / 1e9:,.1f} of {limit / 1e9:,.1f} GFLOP/s", end=", ")
-    print(f"{work / limit:.1%} of the limit; busy {share:.0%}")
+    print(f"{work / limit:.1%} of the limit; busy {share:.0%}", end="")
+    print("" if waited_for is None else f"; {waited_for} waits for the device in a step")
     waited = sum(step.seconds.values())
     print("  stages: " + ", ".join(f"{name} {value / waited:.0%}" for name, value in step.seconds.items()))
     print("  operators: " + ", ".join(f"{name.removeprefix('aten::')} {value:.0%}" for name, value in kernels))
+    return targets / seconds
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiger import embedding
 from tiger.artifacts import Folder
 from tiger.embedding import (
     EncodeTexts,
@@ -17,11 +18,13 @@ from tiger.embedding import (
     adopt_vectors,
     count_vectors,
     cut_by_tokens,
+    precision_figures,
     read_vectors,
     sample_vectors,
     unusable,
 )
 from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
+from tiger.precision import Choice
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
@@ -52,6 +55,77 @@ def test_vectors_equal_those_of_sentence_transformers(encoder: TextEncoder) -> N
 def test_a_vector_depends_on_its_text_alone(encoder: TextEncoder) -> None:
     together, alone = encoder.encode(TEXTS).vectors, [encoder.encode([text]).vectors[0] for text in TEXTS]
     np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+
+
+def test_the_order_of_the_texts_is_kept_over_many_batches(encoder: TextEncoder) -> None:
+    """Batches are cut by length, and their vectors copied to the host at once."""
+    texts = [f"{'word ' * (n % 17)}{n}" for n in range(60)]
+    batches = cut_by_tokens(np.minimum(encoder.encode(texts).tokens, encoder.max_tokens), encoder.batch_tokens)
+    assert len(list(batches)) > 3
+    alone = np.stack([encoder.encode([text]).vectors[0] for text in texts])
+    np.testing.assert_allclose(encoder.encode(texts).vectors, alone, atol=1e-5)
+    with pytest.raises(ValueError, match="no texts"):
+        encoder.encode([])
+
+
+def test_the_caller_chooses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor without a GPU may see the GPUs of its node."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cpu", torch.device("cpu")):
+        worker = EncodeTexts("float32", device=device, max_tokens=16, precision="float32")
+        assert worker.encoder.device == torch.device("cpu")
+        assert next(worker.encoder.model.parameters()).device.type == "cpu"
+
+
+TABLE = pa.table({"item_id": pa.array([7, 8], pa.int32()), "text": ["lavender soap", "a brush"]})
+
+
+def test_auto_takes_the_faster_precision_and_every_shard_records_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def choose(precision: str, device: torch.device, shapes: object) -> Choice:
+        asked.append((precision, device, shapes))
+        return Choice("bfloat16", 1.83)
+
+    monkeypatch.setattr(embedding, "choose", choose)
+    worker = EncodeTexts("float16", device="cpu", max_tokens=16)
+    assert next(worker.encoder.model.parameters()).dtype == torch.bfloat16
+    ((precision, device, shapes),) = asked
+    assert (precision, device) == ("auto", torch.device("cpu"))
+    assert (shapes.rows, shapes.width, shapes.hidden, shapes.length, shapes.training) == (2048, 384, 1536, 16, False)
+    shard, folder = worker(TABLE), Folder(str(tmp_path))
+    folder.write_table("vectors/part-00000.parquet", shard)
+    assert folder.read_table("vectors/part-00000.parquet").schema.metadata == {
+        b"precision": b"bfloat16",
+        b"precision_speedup": b"1.83",
+    }
+    assert precision_figures(folder) == {"precision": "bfloat16", "precision_speedup": 1.83}
+
+
+def shard_of(**metadata: str) -> pa.Table:
+    return pa.table({"item_id": pa.array([0], pa.int32())}, metadata=metadata or None)
+
+
+@pytest.mark.parametrize(("shards", "expected"), [
+    ([{"precision": "float32"}] * 3, {"precision": "float32"}),
+    ([{"precision": "float32", "precision_speedup": "0.5"}] * 2, {"precision": "float32", "precision_speedup": 0.5}),
+    ([{"precision": "float32", "precision_speedup": s} for s in ("0.5", "0.6")], {"precision": "float32"}),
+    ([{"precision": "float32"}, {"precision": "float32", "precision_speedup": "1.0"}], {"precision": "float32"}),
+    ([{"precision": "float32"}, {"precision": "bfloat16", "precision_speedup": "2.0"}, {"precision": "bfloat16"}],
+     {"precision": {"bfloat16": 2, "float32": 1}}),
+    ([{}, {"precision": "float32"}], {"precision": {"float32": 1, "unknown": 1}}),  # of an earlier version
+    ([{}], {"precision": "unknown"}),
+])  # fmt: skip
+def test_the_manifest_has_the_precision_of_all_shards(
+    shards: list[dict[str, str]], expected: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Folder(str(tmp_path))
+    for index, metadata in enumerate(shards):
+        folder.write_table(f"vectors/part-{index:05d}.parquet", shard_of(**metadata))
+    assert precision_figures(folder) == expected
+    assert len(caplog.records) == isinstance(expected["precision"], dict)
 
 
 def test_unusable_vectors() -> None:

@@ -14,11 +14,25 @@ from tiger.artifacts import Folder
 from tiger.catalog import CatalogConfig, make, read_histories
 from tiger.config import build
 from tiger.datasets import Ledger, synthetic
-from tiger.learning import learn_model
+from tiger.learning import _leave, learn_model
 from tiger.model import ModelConfig
+from tiger.precision import Choice
 from tiger.recommender import Recommender
+from tiger.training import FitResult
 
 TRAINING = {"epochs": 8, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "validate_every": 4}
+
+
+@pytest.mark.parametrize(("choice", "recorded"), [
+    (Choice("float32"), {"precision": "float32"}),
+    (Choice("bfloat16", 1.83), {"precision": "bfloat16", "precision_speedup": 1.83}),
+])  # fmt: skip
+def test_figures_of_a_training_record_its_precision(
+    choice: Choice, recorded: dict[str, object], tmp_path: Path
+) -> None:
+    result = FitResult({"ndcg@10": 0.1}, 20, 30, False, [{"step": 0, "ndcg@10": 0.1}], choice)
+    figures = _leave(torch.nn.Linear(2, 2), result, Folder(str(tmp_path)))
+    assert figures == {"ndcg@10": 0.1, "best_step": 20, "steps": 30, "stopped_early": False} | recorded
 
 
 @pytest.mark.slow

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import random_ids, toy_histories
 
-from tiger import training
+from tiger import sasrec, training
+from tiger.artifacts import Folder
 from tiger.config import build
-from tiger.errors import HealthError
+from tiger.errors import ConfigError, HealthError
 from tiger.examples import Examples, Sequences
 from tiger.learning import learn_model, learn_tokenizer
 from tiger.model import ModelConfig
+from tiger.precision import Choice
+from tiger.sasrec import SASRecConfig
+from tiger.snapshots import Snapshots
 from tiger.tokenizers import TokenizerConfig
-from tiger.training import Hooks
+from tiger.training import Hooks, prefetch
 
 CPU = torch.device("cpu")
 TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
@@ -30,6 +39,19 @@ MODEL = {
     "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "dropout": 0.0, "max_items": 5,
     "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
 }  # fmt: skip
+SASREC = {
+    "dimension": 16, "max_items": 6, "dropout": 0.0,
+    "training": {"epochs": 4, "batch_size": 32, "validate_every": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy sizes gain nothing from a second thread, and lose much to it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch.nn.Module, Any]:
@@ -38,6 +60,9 @@ def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch
         vectors = torch.from_numpy(rng.normal(size=(551, 12)).astype(np.float32))  # odd: shares are uneven
         config = TokenizerConfig.resolve(TOKENIZER | changes)
         return learn_tokenizer(config, vectors, device=CPU, hooks=hooks)
+    if which == "sasrec":
+        config = build(SASRecConfig, SASREC | changes)
+        return sasrec.learn(config, toy_histories(rng, 201, 60), 60, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
     kind = {"mode": "fast", "item_tokens": True, "dense": 0.5} if which == "dense" else {"mode": which}
     config, vectors = build(ModelConfig, MODEL | kind | changes), torch.from_numpy(rng.normal(size=(60, 7))).float()
@@ -52,17 +77,49 @@ def _worker(rank: int, port: int, workers: int, which: str, changes: dict[str, A
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=workers)
+    parallel = torch.nn.parallel.DistributedDataParallel
+    sync_buffers, synced = parallel._sync_buffers, []
+    parallel._sync_buffers = lambda self: (synced.append(1), sync_buffers(self))
     if "diverging" in changes:
         try:
             _diverge(rank)
         except HealthError as error:
             Path(target, f"{rank}.json").write_text(json.dumps(str(error)))
     else:
-        module, result = learn(which, **changes)
-        state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
-        left = {"losses": losses(result), "best": result.best, "state": state}
-        Path(target, f"{rank}.json").write_text(json.dumps(left))
+        hooks = None
+        if "preferred" in changes:  # what the worker's processor would take
+            preferred = Choice(*changes.pop("preferred")[rank])
+            training.choose = lambda precision, device, shapes: preferred
+        if "snapshots" in changes:
+            hooks = kept_in(changes.pop("snapshots"), workers, changes.pop("saves"))
+        try:
+            module, result = learn(which, hooks, **changes)
+        except Killed:
+            left: dict[str, Any] = {}
+        else:
+            state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+            left = {"losses": losses(result), "best": result.best, "state": state} | result.precision.figures()
+        Path(target, f"{rank}.json").write_text(json.dumps(left | {"buffers_synced": len(synced)}))
     dist.destroy_process_group()
+
+
+class Killed(Exception):
+    pass
+
+
+def kept_in(folder: str, workers: int, saves: int) -> Hooks:
+    """Snapshots of a training whose workers are lost after `saves` of them."""
+    snapshots = Snapshots(Folder(folder), {"scale": {"train_workers": workers}}, may_differ={"scale.train_workers"})
+    made = 0
+
+    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        nonlocal made
+        snapshots.save(state, metrics)
+        made += 1
+        if made == saves:
+            raise Killed
+
+    return Hooks(save=save, load=snapshots.load)
 
 
 def _diverge(rank: int) -> None:
@@ -85,11 +142,13 @@ def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
     return [json.loads((target / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
+    """Buffers are not sent at any step: the text embeddings of a dense head are one, of gigabytes in large catalogs."""
     _, alone = learn(which)
     first, second = group(2, which, tmp_path)
     assert first == second  # losses, figures and every parameter and buffer
+    assert first["buffers_synced"] == 0
     assert len(losses(alone)) >= 20
     np.testing.assert_allclose(first["losses"][:20], losses(alone)[:20], atol=1e-4, rtol=1e-4)
 
@@ -111,18 +170,13 @@ def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
     assert "the workers' states have come apart in codebook (1 of 3 tensors)" in said[0]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense"])
+@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
 def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     """With dropout on: everything random is a function of the step."""
-
-    class Killed(Exception):
-        pass
 
     kept: list[bytes] = []
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        import io
-
         buffer = io.BytesIO()
         torch.save(state, buffer)
         kept.append(buffer.getvalue())
@@ -130,8 +184,6 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
             raise Killed
 
     def load() -> dict[str, Any] | None:
-        import io
-
         return torch.load(io.BytesIO(kept[-1]), weights_only=True) if kept else None
 
     undisturbed, expected = learn(which, dropout=0.2)
@@ -142,6 +194,171 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     assert result.best == expected.best
     for name, tensor in undisturbed.state_dict().items():
         assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "dense"])
+def test_another_number_of_workers_resumes_with_a_warning(
+    which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two workers are lost after their first snapshot, and one continues: losses are equal up to rounding."""
+    folder = str(tmp_path / "snapshots")
+    _, undisturbed = learn(which)
+    group(2, which, tmp_path, snapshots=folder, saves=1)
+    with pytest.raises(ConfigError, match="scale.train_workers was 2, is 1"):
+        Snapshots(Folder(folder), {"scale": {"train_workers": 1}}).load()
+    _, result = learn(which, kept_in(folder, 1, saves=0))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("scale.train_workers was 2, is 1 since the last snapshot: ")
+    assert len(losses(result)) == len(losses(undisturbed))
+    np.testing.assert_allclose(losses(result), losses(undisturbed), atol=1e-3, rtol=1e-3)
+
+
+def test_what_else_differs_is_refused_still(tmp_path: Path) -> None:
+    given = {"lr": 0.1, "scale": {"train_workers": 2}}
+    Snapshots(Folder(str(tmp_path)), given).save({"state": {"step": 1}}, {"step": 1})
+    changed = Snapshots(
+        Folder(str(tmp_path)), {"lr": 0.2, "scale": {"train_workers": 1}}, may_differ=["scale.train_workers"]
+    )
+    with pytest.raises(ConfigError, match=r"something else: lr was 0.1, is 0.2; set"):
+        changed.load()
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+AUTO = {"training": MODEL["training"] | {"precision": "auto"}}
+
+
+def prefer(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "choose", lambda precision, device, shapes: choice)
+
+
+def test_all_workers_take_the_precision_of_rank_0(tmp_path: Path) -> None:
+    preferred = [("bfloat16", 1.83), ("float32", 0.5)]
+    first, second = group(2, "fast", tmp_path, preferred=preferred, **AUTO)
+    assert first == second
+    assert (first["precision"], first["precision_speedup"]) == ("bfloat16", 1.83)
+
+
+def test_a_resumed_training_continues_in_the_precision_of_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefer(Choice("bfloat16", 1.83), monkeypatch)
+    _, undisturbed = learn("fast", **AUTO)
+    with pytest.raises(Killed):
+        learn("fast", kept_in(str(tmp_path), 1, saves=1), **AUTO)
+    prefer(Choice("float32", 0.5), monkeypatch)
+    with caplog.at_level(logging.INFO):
+        _, result = learn("fast", kept_in(str(tmp_path), 1, saves=0), **AUTO)
+    assert any("continues in bfloat16, the precision of its snapshot" in line for line in caplog.messages)
+    assert losses(result) == losses(undisturbed)
+    assert result.precision == undisturbed.precision == Choice("bfloat16", 1.83)
+    _, other = learn("fast", **AUTO)
+    assert losses(other) != losses(undisturbed)  # it does matter
+
+
+def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        learn("fast", kept_in(str(tmp_path), 1, saves=1))
+    hooks = kept_in(str(tmp_path), 1, saves=0)
+    load = hooks.load
+
+    def load_old() -> dict[str, Any] | None:
+        state = load()
+        assert state is not None
+        del state["state"]["precision"], state["state"]["precision_speedup"]
+        return state
+
+    hooks.load = load_old
+    prefer(Choice("bfloat16", 1.5), monkeypatch)
+    _, result = learn("fast", hooks, **AUTO)
+    assert result.precision == Choice("bfloat16", 1.5)
+
+
+def test_a_training_of_no_steps_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "choose", lambda *arguments: pytest.fail("measured"))
+    _, result = learn("fast", training=AUTO["training"] | {"epochs": 0})
+    assert result.precision == Choice("float32")
+
+
+# --- prefetching ------------------------------------------------------------------------------------------------
+
+
+def prefetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetched_items_come_in_order_from_one_thread_that_ends() -> None:
+    names, begun = set(), []
+
+    def items() -> Iterator[int]:
+        for item in range(50):
+            names.add(threading.current_thread().name)
+            yield item
+
+    assert list(prefetch(items(), begin=lambda: begun.append(1))) == list(range(50))
+    assert list(prefetch(iter([]))) == []
+    assert len(names) == 1
+    assert names != {threading.current_thread().name}
+    assert begun == [1]
+    assert not prefetching()
+
+
+def test_an_exception_of_the_thread_reaches_the_caller_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise HealthError("torn")
+
+    found = []
+    with pytest.raises(HealthError, match="torn"):
+        found.extend(prefetch(items()))  # extends by what came before
+    with pytest.raises(HealthError, match="torn"):
+        for item in prefetch(items()):
+            found.append(item)  # noqa: PERF402
+    assert found[-2:] == [1, 2]
+    assert not prefetching()
+
+
+def test_stopping_early_ends_the_thread_and_no_item_too_many_is_made() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            made.append(item)
+            yield item
+
+    with closing(prefetch(items(), ahead=2)) as coming:
+        assert next(coming) == 0
+        assert next(coming) == 1
+    assert not prefetching()
+    assert len(made) <= 4
+
+
+def test_on_a_gpu_batches_are_pinned_in_the_thread_and_copied_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the calls of CUDA replaced: pinning in the thread, on this worker's GPU; the order stays."""
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(("set_device", index)))
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self: (calls.append(threading.current_thread().name), self.clone())[1]
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking=False: (calls.append((device, non_blocking)), self)[1]
+    )
+    examples = toy_examples()
+    ready = list(training.on_device(examples.batches(0, 0, 16), torch.device("cuda", 3)))
+    monkeypatch.undo()
+    expected = list(examples.batches(0, 0, 16))
+    assert len(ready) == len(expected) > 3
+    for one, other in zip(ready, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.inputs, other.inputs, strict=True))
+        assert torch.equal(one.weights, other.weights)
+    assert calls[0] == ("set_device", 3)
+    assert sum(isinstance(call, str) and call.startswith("prefetch") for call in calls) == 3 * len(ready)
+    assert calls.count((torch.device("cuda", 3), True)) == 3 * len(ready)
 
 
 def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
@@ -187,7 +404,8 @@ def test_sequences_have_the_same_targets_and_histories() -> None:
     assert len(sequences) == len(examples)
     found = []
     for row in range(len(sequences.length)):
-        sequence, targets = sequences.collate(np.array([row]))
+        sequence, targets, wanted = sequences.collate(np.array([row]))
+        assert wanted.tolist() == list(range(sequence.shape[1] - 1))[-int(targets[0]) :]
         items = ids.item_of(sequence[0].numpy()).tolist()
         found += [(items[max(0, n - 5) : n], items[n]) for n in range(len(items) - int(targets[0]), len(items))]
     expected = []

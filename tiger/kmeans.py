@@ -116,7 +116,9 @@ def balancing_prices(points: Tensor, centroids: Tensor, *, softness: float = 0.1
 
 def cluster_sums(points: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sum [k, d] and number [k] of the points of each cluster, the same on every run."""
-    return row_sums(points, index, k), torch.bincount(index, minlength=k).to(points.dtype)
+    # Counted as integers, which is exact in any order; `bincount` waits for a GPU.
+    counts = index.new_zeros(k).index_add_(0, index, torch.ones_like(index))
+    return row_sums(points, index, k), counts.to(points.dtype)
 
 
 def row_sums(points: Tensor, index: Tensor, k: int) -> Tensor:

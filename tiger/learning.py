@@ -25,6 +25,7 @@ from tiger.errors import HealthError
 from tiger.examples import Examples, Sequences, hash_users, pad_histories
 from tiger.metrics import ranking, target_ranks
 from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.precision import Shapes
 from tiger.recommender import WEIGHTS, load_weights, text_vectors
 from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIds
@@ -187,8 +188,23 @@ def learn_model(
         objective="ndcg@10",
         hooks=hooks,
         name="model",
+        shapes=model_shapes(config, model),
     )
     return model.eval(), result
+
+
+def model_shapes(config: ModelConfig, model: GenerativeRecommender) -> Shapes:
+    """Return the sizes of a training step of this worker; histories fill half of their places, about."""
+    length = max(1, config.max_items * model.item_width // 2)
+    per_example = len(model.level_sizes) if model.fast else length
+    return Shapes(
+        rows=max(1, config.training.batch_size // training.world_size()) * per_example,
+        width=config.d_model or 0,
+        hidden=config.d_ff or 0,
+        heads=config.heads or 0,
+        head_dim=config.head_dim or 0,
+        length=length,
+    )
 
 
 def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
@@ -224,7 +240,8 @@ def _leave(module: nn.Module, result: FitResult, target: Folder) -> dict[str, An
     if training.rank() == 0:
         write_weights(module, target)
         target.write_bytes("metrics.jsonl", "".join(json.dumps(look) + "\n" for look in result.log).encode())
-    return {**result.best, "best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
+    steps = {"best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
+    return result.best | steps | result.precision.figures()
 
 
 def sasrec_worker(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class ModelTraining(TrainingConfig):
     warmup_steps: int = Field(200, ge=0, description="steps of linear warm-up, before a cosine to zero")
     validate_every: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before training stops")
-    precision: Precision = Field("auto", description="auto: bfloat16 where the hardware has it")
+    precision: Precision = Field("auto", description="auto: the faster one, by measurement")
 
 
 class ModelConfig(Config):
@@ -214,12 +214,12 @@ class GenerativeRecommender(nn.Module):
         times = (items[..., None] == history[:, None, :]).sum(2)
         return scores + (query @ self.repeats).float()[:, None] * times
 
-    def forward(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> Tensor:
+    def forward(self, history: Tensor, target: Tensor, extra: Tensor | None = None) -> Tensor:
         """Loss of each row, float32 [B]: that of the codes and, weighted, that of the dense head; see `losses`."""
-        of_codes, of_items = self.losses(history, target, user)
+        of_codes, of_items = self.losses(history, target, extra)
         return of_codes if of_items is None else of_codes + self.dense * of_items
 
-    def losses(self, history: Tensor, target: Tensor, user: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def losses(self, history: Tensor, target: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Cross-entropies of each row: of a target's codes, averaged over levels, and of the item in the dense head.
 
         Args:
@@ -227,21 +227,25 @@ class GenerativeRecommender(nn.Module):
                 targets and histories of later targets at once.
             target: int64 [B, C]. In fast mode int64 [B], how many of the last items are targets; the loss is the sum
                 over them.
-            user: int64 [B] user tokens, where the model has them.
+            extra: int64 [B] user tokens, where the model has them. In fast mode int64 [targets of all rows], where
+                they are among the B x (N - 1) items that follow another one (`Sequences.collate`); without it they
+                are looked for on the device, which has to be waited for.
 
         Returns:
             two float32 [B], the second None without a dense head.
         """
         if self.fast:
-            return self._sequence_losses(history, target)
-        memory, levels = self.encode(history, user), len(self.level_sizes)
+            return self._sequence_losses(history, target, extra)
+        memory, levels = self.encode(history, extra), len(self.level_sizes)
         x_BLM = self._decoder_input(target[:, :levels])
         for layer, key_value in zip(self.decoder, memory.key_values, strict=True):
             x_BLM = layer(x_BLM, levels, key_value, memory.mask, None)
         of_codes = self._cross_entropy(self.decoder_norm(x_BLM), target[:, :levels])
         return of_codes, self._dense_loss(memory.query, target[:, -1], memory.last) if self.dense else None
 
-    def _sequence_losses(self, sequence: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _sequence_losses(
+        self, sequence: Tensor, targets: Tensor, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """One pass over a sequence for all its targets.
 
         The encoder is causal over items, so that its state at an item knows nothing of later ones; a target's queries
@@ -262,17 +266,24 @@ class GenerativeRecommender(nn.Module):
         for layer in self.decoder:
             key_value = layer.cross_attention.keys_values(x_BSM, item.repeat_interleave(self.item_width))
             x_BQM = layer(x_BQM, levels, key_value, mask, places_Q)
-        x_TLM = self.decoder_norm(x_BQM).unflatten(1, (-1, levels))[wanted_BT]
+        if wanted is None:
+            wanted = wanted_BT.flatten().nonzero().squeeze(1)
+
+        def of_targets(x: Tensor) -> Tensor:
+            """Select [targets of all rows, ...] from [B, T, ...]."""
+            return x.flatten(0, 1).index_select(0, wanted)
 
         def summed(losses: Tensor) -> Tensor:
             """[targets of all rows] -> [B]."""
-            return losses.new_zeros(wanted_BT.shape).masked_scatter(wanted_BT, losses).sum(1)
+            return losses.new_zeros(wanted_BT.numel()).index_copy(0, wanted, losses).view_as(wanted_BT).sum(1)
 
-        of_codes = summed(self._cross_entropy(x_TLM, codes[wanted_BT]))
+        x_TLM = of_targets(self.decoder_norm(x_BQM).unflatten(1, (-1, levels)))
+        of_codes = summed(self._cross_entropy(x_TLM, of_targets(codes)))
         if not self.dense:
             return of_codes, None
         known_BTN = torch.where(seen_BTN, history[:, None, :, -1], PAD)
-        return of_codes, summed(self._dense_loss(x_BSM[wanted_BT], target[..., -1][wanted_BT], known_BTN[wanted_BT]))
+        of_items = self._dense_loss(of_targets(x_BSM), of_targets(target[..., -1]), of_targets(known_BTN))
+        return of_codes, summed(of_items)
 
     def _dense_loss(self, query_BM: Tensor, item: Tensor, history_BN: Tensor) -> Tensor:
         """Cross-entropy [B] over all items, or over the target and items drawn for the step, as many for every row.

@@ -21,6 +21,7 @@ from tiger import training
 from tiger.catalog import Histories
 from tiger.config import Config
 from tiger.metrics import ranking, target_ranks
+from tiger.precision import Shapes
 from tiger.training import Batch, FitResult, Hooks, TrainingConfig
 
 _PAD = -1
@@ -87,18 +88,23 @@ class SASRec(nn.Module):
         states: Tensor = self.layers(x_BNM, mask=mask, is_causal=True)
         return states
 
-    def forward(self, sequence: Tensor) -> Tensor:
+    def forward(self, sequence: Tensor, targets: Tensor | None = None) -> Tensor:
         """Loss of each row, float32 [B]: the cross-entropies of all its items but the first, summed.
 
         Args:
             sequence: int64 [B, N + 1], padded behind with -1.
+            targets: int64 [targets of all rows], where they are among the B x N items after the first ones; without it
+                they are looked for on the device, which has to be waited for.
         """
         target_BN = sequence[:, 1:]
         known_BN = target_BN != _PAD
+        if targets is None:
+            targets = known_BN.flatten().nonzero().squeeze(1)
         # Places are those of the history: the last item is a target only.
-        states = self.states(torch.where(known_BN, sequence[:, :-1], _PAD))[known_BN]
-        losses = F.cross_entropy(states @ self.items.weight.T, target_BN[known_BN], reduction="none")
-        return losses.new_zeros(target_BN.shape).masked_scatter(known_BN, losses).sum(1)
+        states_BNM = self.states(torch.where(known_BN, sequence[:, :-1], _PAD))
+        states, items = (x.flatten(0, 1).index_select(0, targets) for x in (states_BNM, target_BN.unsqueeze(2)))
+        losses = F.cross_entropy(states @ self.items.weight.T, items.squeeze(1), reduction="none")
+        return losses.new_zeros(target_BN.numel()).index_copy(0, targets, losses).view_as(target_BN).sum(1)
 
     @torch.inference_mode()
     def best(self, histories: Sequence[npt.NDArray[np.integer]], k: int) -> npt.NDArray[np.int64]:
@@ -122,7 +128,7 @@ def learn(
         HealthError: the loss is not finite.
     """
     torch.manual_seed(config.seed)
-    model = SASRec(config, n_items)
+    model = SASRec(config, n_items).to(device)
     training.broadcast(model)
     begins = np.maximum(histories.offsets[:-1], histories.train_end - config.max_items - 1)
     users = np.flatnonzero(histories.train_end - begins >= 2)
@@ -139,11 +145,18 @@ def learn(
             rows = pieces[piece]
             own, weights = training.share(torch.from_numpy(rows))
             sequences = [histories.items[begins[u] : histories.train_end[u]] for u in users[own.numpy()]]
-            yield Batch((_padded(sequences),), weights, float((lengths[rows] - 1).sum()))
+            padded = _padded(sequences)
+            targets = (padded[:, 1:] != _PAD).flatten().nonzero().squeeze(1)
+            yield Batch((padded, targets), weights, float((lengths[rows] - 1).sum()))
 
     def validate(module: nn.Module) -> dict[str, float]:
-        found = model.best(evaluation.histories(), 10)
-        return ranking(target_ranks(found, evaluation.targets), cutoffs=(10,))
+        ranks = np.zeros(len(evaluation), np.int64)
+        own = np.arange(training.rank(), len(evaluation), training.world_size())
+        if len(own):
+            users = evaluation.take(own)
+            ranks[own] = target_ranks(model.best(users.histories(), 10), users.targets)
+        shared = training.all_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
+        return ranking(shared, cutoffs=(10,))
 
     result = training.fit(
         model,
@@ -154,6 +167,14 @@ def learn(
         objective="ndcg@10",
         hooks=hooks,
         name="sasrec",
+        shapes=Shapes(
+            rows=max(1, config.training.batch_size // training.world_size()) * config.max_items // 2,
+            width=config.dimension,
+            hidden=4 * config.dimension,
+            heads=config.heads,
+            head_dim=config.dimension // config.heads,
+            length=max(1, config.max_items // 2),
+        ),
     )
     return model.eval(), result
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import safetensors.torch
@@ -33,13 +34,18 @@ _TENSORS, _REST, _RECORD, _NEWEST = "tensors.safetensors", "state.json", "record
 class Snapshots:
     """The snapshots of one training; `save` and `load` are `training.Hooks`."""
 
-    def __init__(self, folder: Folder, given: dict[str, Any], keep: int = 2) -> None:
+    def __init__(
+        self, folder: Folder, given: dict[str, Any], keep: int = 2, *, may_differ: Collection[str] = ()
+    ) -> None:
         """
         Args:
             given: what decides the outcome of the training, JSON values; a snapshot of another training is refused.
             keep: snapshots that stay; older ones, and what killed attempts have left, are removed after every save.
+            may_differ: dotted keys of `given` that change the outcome by rounding and dropout only, such as the number
+                of workers: a snapshot with other values of these is used, with a warning.
         """
         self.folder, self.given, self.keep = folder, json.loads(json.dumps(given)), keep
+        self.may_differ = frozenset(may_differ)
 
     def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Called on every worker, writes on rank 0."""
@@ -106,9 +112,19 @@ class Snapshots:
 
     def _require_same(self, given: Any) -> None:
         before, now = flat(given), flat(self.given)
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            said = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
+        changed = {
+            key: f"{key} was {before.get(key)}, is {now.get(key)}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        }
+        if tolerated := [said for key, said in changed.items() if key in self.may_differ]:
+            log.warning(
+                "%s since the last snapshot: from here on the losses are those of an undisturbed training up to "
+                "rounding and other random numbers for dropout",
+                "; ".join(tolerated),
+            )
+        if refused := [said for key, said in changed.items() if key not in self.may_differ]:
+            said = "; ".join(refused)
             raise ConfigError(
                 f"{self.folder.uri} holds snapshots of a training that was given something else: {said}; set that "
                 "back, or delete the folder to train from the start"

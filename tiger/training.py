@@ -1,18 +1,22 @@
 """One training loop for every model: plain PyTorch, the same in one process and in a process group.
 
 Everything random is a function of (seed, step, rank), and the order of the data of (seed, epoch), so that a run that
-goes on from a snapshot does exactly what an undisturbed one would have done. Where `torch.distributed` is initialised
-the module is wrapped for DDP, and sums over the group stand in for local sums.
+goes on from a snapshot does exactly what an undisturbed one would have done, in the precision of that snapshot. Where
+`torch.distributed` is initialised the module is wrapped for DDP, and sums over the group stand in for local sums.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,11 +25,15 @@ from torch import Tensor, nn
 
 from tiger.config import Config
 from tiger.errors import HealthError
+from tiger.precision import Choice, Shapes, allow_tf32, choose
 from tiger.progress import Progress
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bfloat16"]
+T = TypeVar("T")
+
+_PREFETCHED = 2  # batches
 
 
 class TrainingConfig(Config):
@@ -39,7 +47,7 @@ class TrainingConfig(Config):
     clip_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
     validate_every: float = Field(1.0, gt=0, description="epochs between two validations")
     patience: int = Field(10, ge=1, description="validations without a better one before training stops")
-    precision: Precision = Field("float32", description="auto: bfloat16 where the hardware has it")
+    precision: Precision = Field("float32", description="auto: the faster one, by measurement")
 
     def schedule(self, examples: int, seed: int) -> Schedule:
         steps = max(1, -(-examples // self.batch_size))
@@ -59,6 +67,10 @@ class Batch:
     inputs: tuple[Tensor, ...]
     weights: Tensor
     total_weight: float
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch of `change(tensor)` for every tensor."""
+        return replace(self, inputs=tuple(change(tensor) for tensor in self.inputs), weights=change(self.weights))
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class FitResult:
     steps: int
     stopped_early: bool
     log: list[dict[str, Any]]
+    precision: Choice = field(default_factory=lambda: Choice("float32"))
 
 
 def rank() -> int:
@@ -177,6 +190,7 @@ def fit(
     begin_epoch: Callable[[int], None] | None = None,
     hooks: Hooks | None = None,
     name: str = "train",
+    shapes: Shapes | None = None,
 ) -> FitResult:
     """Trains `module` in place and leaves it with the weights of the best validation.
 
@@ -187,78 +201,92 @@ def fit(
         objective: the figure to maximise.
         begin_epoch: called on every worker before an epoch's first batch; must leave the module equal on all.
         hooks: where reports and snapshots go.
+        shapes: sizes of the model, which decide `precision = "auto"` on a CPU; by default those of the module's largest
+            linear layer.
 
     Raises:
         HealthError: the workers' states differ at a look; or a loss is not finite, then the optimizer has not made that
             step, and the last snapshot is still good.
     """
     hooks, config = hooks or Hooks(), schedule.config
+    allow_tf32(device)
     module.to(device)
-    parallel = nn.parallel.DistributedDataParallel(module) if world_size() > 1 and schedule.steps else module
+    parallel: nn.Module = module
+    if world_size() > 1 and schedule.steps:
+        # Buffers are not sent at every step: a dense head's text embeddings are one, and `require_equal` compares the
+        # others at every look.
+        parallel = nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
     optimizer = torch.optim.AdamW(
         _parameter_groups(module, config.weight_decay),
         lr=config.learning_rate,
         fused=device.type in ("cpu", "cuda"),
     )
     state = _State.restore(hooks.load(), module, optimizer, device)
+    shapes = shapes or Shapes.of(module, max(1, config.batch_size // world_size()))
+    state.settle_precision(
+        _agreed_precision(config.precision, device, shapes) if schedule.steps else Choice("float32"), name
+    )
+    bfloat16 = state.precision == "bfloat16"
     if state.step == 0 and not state.log:
         _look(state, module, validate, objective, {}, name)
         hooks.report(state.log[-1])
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config.precision, device))
     progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
     losses: list[Tensor] = []
     while state.step < schedule.steps and state.since_best < config.patience:
         epoch, skip = divmod(state.step, schedule.steps_per_epoch)
         if begin_epoch and skip == 0:
             begin_epoch(epoch)
-        for index, batch in enumerate(batches(epoch)):
-            if index < skip:
-                continue
-            _seed_step(schedule.seed, state.step, device)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(state.step)
-            with autocast:
-                row_losses = parallel(*(tensor.to(device, non_blocking=True) for tensor in batch.inputs))
-            loss = (row_losses.float() * batch.weights.to(device)).sum() / batch.total_weight
-            (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
-            losses.append(loss.detach())
-            look_next = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
-            thorough, decisive = look_next or state.step % 50 == 0, loss.detach()
-            # In a group the norm decides at every step: it is the same on all workers, who must stop together; a loss
-            # is a worker's own.
-            if config.clip_norm or thorough or world_size() > 1:
-                decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-                if config.clip_norm:
-                    nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
-            # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the weights.
-            if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):
-                raise HealthError(
-                    f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
-                    f"{float(loss.detach())}); lower the learning rate, and look for NaN or huge values in the inputs"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            if progress:
-                progress.add(1)
-            if look_next:
-                global_losses = all_sum(torch.stack(losses)).tolist()
-                losses.clear()
-                figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
-                _look(state, module, validate, objective, figures, name)
-                said = {key: value for key, value in state.log[-1].items() if key != "losses"}
-                if rank() == 0:
-                    log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
-                hooks.report(said | ({"steps_per_second": progress.rate} if progress else {}))
-                hooks.save(state.snapshot(module, optimizer), said)
-                if state.since_best >= config.patience:
+        # The host waits for the device in this loop at two places only: `bool` of a thorough check, and a look.
+        with contextlib.closing(on_device(islice(batches(epoch), skip, None), device)) as ready:
+            for batch in ready:
+                _seed_step(schedule.seed, state.step, device)
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.learning_rate(state.step)
+                with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+                    row_losses = parallel(*batch.inputs)
+                loss = (row_losses.float() * batch.weights).sum() / batch.total_weight
+                (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
+                losses.append(loss.detach())
+                look_next = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
+                thorough, decisive = look_next or state.step % 50 == 0, loss.detach()
+                # In a group the norm decides at every step: it is the same on all workers, who must stop together; a
+                # loss is a worker's own.
+                if config.clip_norm or thorough or world_size() > 1:
+                    decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+                    if config.clip_norm:
+                        nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
+                # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the
+                # weights.
+                if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):
+                    raise HealthError(
+                        f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
+                        f"{float(loss.detach())}); lower the learning rate, and look for NaN or huge values in the "
+                        "inputs"
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                if progress:
+                    progress.add(1)
+                if look_next:
+                    global_losses = all_sum(torch.stack(losses)).tolist()
+                    losses.clear()
+                    figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
+                    _look(state, module, validate, objective, figures, name)
+                    said = {key: value for key, value in state.log[-1].items() if key != "losses"}
+                    if rank() == 0:
+                        log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
+                    hooks.report(said | ({"steps_per_second": progress.rate} if progress else {}))
+                    hooks.save(state.snapshot(module, optimizer), said)
+                    if state.since_best >= config.patience:
+                        break
+                if state.step >= schedule.steps:
                     break
-            if state.step >= schedule.steps:
-                break
     if progress:
         progress.close()
     module.load_state_dict(state.best_weights)
-    return FitResult(state.best, state.best_step, state.step, state.step < schedule.steps, state.log)
+    precision = Choice(state.precision, state.precision_speedup)
+    return FitResult(state.best, state.best_step, state.step, state.step < schedule.steps, state.log, precision)
 
 
 def _look(
@@ -296,6 +324,19 @@ class _State:
     since_best: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    precision: str = ""
+    """Of all steps so far; empty before the first decision, and in snapshots from before it was kept."""
+    precision_speedup: float | None = None
+
+    def settle_precision(self, present: Choice, name: str) -> None:
+        """Take what was decided now, unless the snapshot has a precision: a resumed training continues in that."""
+        if not self.precision:
+            self.precision, self.precision_speedup = present.name, present.speedup
+        elif self.precision != present.name:
+            log.info(
+                "%s: continues in %s, the precision of its snapshot, although this node would take %s",
+                name, self.precision, present.name,
+            )  # fmt: skip
 
     def snapshot(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return {"state": vars(self), "module": module.state_dict(), "optimizer": optimizer.state_dict()}
@@ -323,13 +364,53 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-def use_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether a step computes in bfloat16: as told, or, on auto, where the hardware has it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+def _agreed_precision(precision: Precision, device: torch.device, shapes: Shapes) -> Choice:
+    """Return rank 0's choice on every worker: nodes may differ in their processors, and a group computes alike."""
+    if precision != "auto" or not dist.is_initialized():
+        return choose(precision, device, shapes)
+    choice = choose(precision, device, shapes) if rank() == 0 else Choice("float32")
+    sent = torch.tensor([choice.name == "bfloat16", choice.speedup or 0.0], dtype=torch.float64, device=device)
+    dist.broadcast(sent, src=0)
+    bfloat16, speedup = sent.tolist()
+    return Choice("bfloat16" if bfloat16 else "float32", speedup or None)
+
+
+def prefetch(
+    items: Iterator[T], ahead: int = _PREFETCHED, begin: Callable[[], None] | None = None
+) -> Generator[T, None, None]:
+    """Yield all items, in order, with the next ones made in a background thread.
+
+    An exception of `items` is raised here, in its place. Closing this generator ends the thread.
+
+    Args:
+        ahead: items that are made in advance, at most.
+        begin: called once, in the thread.
+    """
+    end = object()
+    executor = ThreadPoolExecutor(1, "prefetch", initializer=begin)
+    try:
+        coming = deque(executor.submit(next, items, end) for _ in range(ahead))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(executor.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not `end`
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
+    """Yield batches with their tensors on the device.
+
+    For a GPU, a background thread makes the next two in pinned memory while a step runs, and copies do not wait.
+    """
+    if device.type != "cuda":
+        yield from (batch.map(lambda tensor: tensor.to(device)) for batch in batches)
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    pinned = (batch.map(Tensor.pin_memory) for batch in batches)
+    # A thread begins with GPU 0: pinning there would start a second context on it, for every worker of the node.
+    with contextlib.closing(prefetch(pinned, begin=lambda: torch.cuda.set_device(index))) as ready:
+        for batch in ready:
+            yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _seed_step(seed: int, step: int, device: torch.device) -> None:
