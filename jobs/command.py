@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray.exceptions
+
 from tiger import logs, tracking
 from tiger.artifacts import Artifact
 from tiger.config import describe, load, load_plugin, shipped_plugins
 from tiger.datasets import DatasetConfig
-from tiger.errors import TigerError
+from tiger.errors import ResourceError, TigerError
 from tiger.run import RunConfig
 from tiger.scale import cluster
 from tiger.scale.metrics import Gauges
@@ -36,8 +38,10 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    if debug:
+        os.environ[cluster.DEBUG] = "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
-    logs.to_console()
+    logs.to_console(debug)
     written: logs.JsonLines | None = None
     try:
         if "--help" in arguments or "-h" in arguments:
@@ -49,13 +53,11 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
         written = logs.JsonLines(run.root, _job_name())
         logging.getLogger("tiger").addHandler(written)
         logging.getLogger("jobs").addHandler(written)
-        if run.scale.gpus:
-            cluster.connect()
-            cluster.wait_for_gpus(run.scale.gpus, run.scale.gpu_minutes)
         with contextlib.ExitStack() as watching:
             track(run, written.run, watching)
             artifact = stage(run)
-    except TigerError as error:
+    except (TigerError, ray.exceptions.RayError) as failure:
+        error = failure if isinstance(failure, TigerError) else _of_ray(failure)
         if debug:
             traceback.print_exc()
         if written is not None:
@@ -67,6 +69,12 @@ def command(doc: str, stage: Callable[[RunConfig], Artifact], default: str = "sa
         if written is not None:
             written.flush()
     print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+
+
+def _of_ray(error: Exception) -> TigerError:
+    """Return an error of Ray's as one line that says where more is to be found."""
+    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return ResourceError(f"Ray: {reason} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)")
 
 
 def track(run: RunConfig, name: str, watching: contextlib.ExitStack) -> None:

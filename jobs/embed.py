@@ -11,7 +11,7 @@ from jobs.prepare import prepare
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft, Folder
 from tiger.diagnostics import check_embeddings, require
-from tiger.embedding import EncodeTexts, adopt_vectors, count_vectors, sample_vectors
+from tiger.embedding import EncodeTexts, adopt_vectors, count_vectors, precision_figures, sample_vectors
 from tiger.errors import DataError
 from tiger.run import RunConfig
 from tiger.scale.map import Actors, map_table
@@ -42,6 +42,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             {"storage": config.storage, **encoder},
             actors=Actors(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
             what="embed",
+            scale=run.scale,
         )
         vectors = sample_vectors(draft.folder, _LOOK_AT).numpy()
         tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
@@ -50,6 +51,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             "items": count_vectors(draft.folder),
             "dimension": vectors.shape[1],
             "tokens": quantiles,
+            **precision_figures(draft.folder),
         }
         draft.health = require(check_embeddings(vectors))
 

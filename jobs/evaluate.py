@@ -51,6 +51,7 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
             beam=run.evaluation.beam,
             history="both",
             max_actors=run.evaluation.max_actors,
+            scale=run.scale,
         )
         assert masked is not None
         vectors = read_vectors(model.inputs["semantic_ids"].inputs["embeddings"].folder).numpy()

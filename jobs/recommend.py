@@ -50,6 +50,7 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
                 "seed": config.seed,
             },
             max_actors=config.max_actors,
+            scale=run.scale,
         )
         _write_readable(draft, catalog)
         draft.figures = {"users": len(users), "k": config.k}

@@ -26,7 +26,9 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
             "catalog": catalog.folder.uri,
             "target": draft.folder.uri,
         }
-        draft.figures = train(sasrec_worker, arguments, draft.folder, run.scale, "sasrec")
+        draft.figures = train(
+            sasrec_worker, arguments, draft.folder, run.scale, "sasrec", batch_size=run.sasrec.training.batch_size
+        )
         read = Catalog(catalog)
         model = SASRec(run.sasrec, read.n_items).eval()
         load_weights(model, draft.folder)

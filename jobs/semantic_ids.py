@@ -38,13 +38,16 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
         if _streamed(config):
             assert isinstance(config, rkmeans.Config)
             write_weights(quantize.fit(config, embeddings.folder), draft.folder)
+            draft.figures = {"precision": "float32"}
         else:
             arguments = {
                 "config": config.model_dump(mode="json"),
                 "embeddings": embeddings.folder.uri,
                 "target": draft.folder.uri,
             }
-            draft.figures = train(tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer")
+            draft.figures = train(
+                tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
+            )
         tokenizer = load_tokenizer(config, draft.folder, embeddings.figures["dimension"])
         codes, error, _ = _quantize(config, tokenizer, embeddings)
         draft.figures |= {"reconstruction_error": error} | code_figures(codes, config.codebook_size)

@@ -13,7 +13,7 @@ __all__ = ["application"]  # a RayService names it: jobs.serve:application
 
 def serve(run: RunConfig) -> Artifact:
     model = whole_training(run)
-    serve_until_stopped(model, run.serve)
+    serve_until_stopped(model, run.serve, run.scale)
     return model
 
 

@@ -22,7 +22,9 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
             "semantic_ids": ids.folder.uri,
             "target": draft.folder.uri,
         }
-        draft.figures = train(model_worker, arguments, draft.folder, run.scale, "model")
+        draft.figures = train(
+            model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
+        )
         guessing = min(1.0, 10 / catalog.figures["items"])
         draft.health = require(check_model(draft.figures["recall@10"], guessing))
 

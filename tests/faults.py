@@ -51,7 +51,8 @@ FAULTS: dict[str, Fault] = {
     "test_embedding::test_a_model_that_is_not_there_names_the_cure": Fault("embed", "no such encoder", "one error"),
     "test_scale::test_a_killed_actor_loses_and_doubles_nothing": Fault("embed", "actor killed", "nothing lost or doubled"),
     "test_scale::test_a_table_through_actors_restarts_where_it_stopped": Fault("embed", "stage killed", "goes on"),
-    "test_scale::test_more_actors_than_the_cluster_can_hold_are_refused": Fault("embed", "too few CPUs", "an error, no wait"),
+    "test_scale::test_work_that_never_fits_is_refused": Fault("embed", "too few CPUs", "an error, no wait"),
+    "test_scale::test_map_table_names_a_shard_that_kills_its_actor": Fault("embed", "a shard kills its actor", "named"),
     "test_nodes::test_a_node_lost_while_embedding_loses_and_doubles_nothing": Fault(
         "embed", "node killed", "nothing lost or doubled"
     ),
@@ -61,6 +62,9 @@ FAULTS: dict[str, Fault] = {
         "train", "3 workers and the driver killed", _SAME
     ),
     "test_scale::test_training_goes_on_after_a_worker_was_killed": Fault("train", "worker killed", _SAME),
+    "test_scale::test_tiger_error_on_any_rank_stops_training_within_seconds": Fault(
+        "train", "an error on one rank", "ends within 10 s, as it was"
+    ),
     "test_training::test_going_on_from_a_snapshot_changes_nothing": Fault("train", "stopped at a snapshot", _SAME),
     "test_training::test_workers_that_come_apart_are_stopped": Fault("train", "1e-6 on one worker", "an error, by tensor"),
     "test_publish::test_a_snapshot_that_ends_anywhere_leaves_the_one_before_or_itself": Fault(
@@ -116,7 +120,9 @@ FAULTS: dict[str, Fault] = {
     "test_submit::test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again": Fault("job", "ray job stop", "goes on"),
     "test_submit::test_without_the_token_nobody_gets_in": Fault("job", "no token", "401"),
     "test_cluster::test_what_a_node_lacks_is_said_with_the_cure": Fault("job", "a node lacks something", "an error, before"),
-    "test_cluster::test_gpus_that_do_not_come_are_not_waited_for_in_silence": Fault("job", "no GPUs come", "an error"),
+    "test_cluster::test_gpus_that_cannot_come_are_an_error": Fault("job", "no GPUs come", "an error"),
+    "test_cluster::test_join_refuses_an_address_without_a_cluster": Fault("job", "no cluster there", "one error in 30 s"),
+    "test_cluster::test_wait_for_reports_pending_demand_until_room_is_there": Fault("job", "a busy cluster", "reported"),
     # --- serving
     "test_serve::test_who_brings_no_token_is_refused_before_anything_is_read": Fault("serve", "no token", "401, unread"),
     "test_serve::test_a_body_is_read_up_to_its_limit": Fault("serve", "huge bodies", "413, read up to the limit"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from tiger.artifacts import Folder
 from tiger.errors import HealthError, ResourceError
 from tiger.run import ScaleConfig
-from tiger.scale.map import Actors, map_table
+from tiger.scale.map import MAX_ATTEMPTS, Actors, map_table
 from tiger.scale.train import train
 from tiger.training import Hooks
 
@@ -22,10 +23,18 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 class Double:
-    """Doubles x; notes every part that it computes; dies or fails once on request."""
+    """Doubles x; notes every shard that it computes; dies once, always, or fails on request."""
 
-    def __init__(self, notes: str, die_at: int | None = None, fail_at: int | None = None) -> None:
-        self.notes, self.die_at, self.fail_at = Path(notes), die_at, fail_at
+    def __init__(
+        self,
+        notes: str,
+        die_at: int | None = None,
+        fail_at: int | None = None,
+        poison: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        assert device == torch.device("cpu")  # this Ray has no GPU
+        self.notes, self.die_at, self.fail_at, self.poison = Path(notes), die_at, fail_at, poison
 
     def __call__(self, part: pa.Table) -> pa.Table:
         first = part["x"][0].as_py()
@@ -35,6 +44,8 @@ class Double:
             (self.notes / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         (self.notes / f"{first}-{os.urandom(4).hex()}").touch()
+        if first == self.poison:
+            os.kill(os.getpid(), signal.SIGKILL)
         return pa.table({"x": part["x"], "y": [2 * x for x in part["x"].to_pylist()]})
 
 
@@ -86,11 +97,27 @@ def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert len(list(Path(folder.path, "out").glob("*"))) == 10
 
 
-def test_more_actors_than_the_cluster_can_hold_are_refused() -> None:
-    with pytest.raises(ResourceError, match=r"a pool of 9 actors needs .* the cluster has 4"):
-        Actors(minimum=9).resolve()
-    with pytest.raises(ResourceError, match="training with 8 workers needs 16 CPUs"):
-        train(count, {}, Folder("unused"), ScaleConfig(train_workers=8, cpus_per_worker=2), "test")
+@pytest.mark.slow
+def test_map_table_names_a_shard_that_kills_its_actor(tmp_path: Path) -> None:
+    folder = source(tmp_path / "a")
+    with pytest.raises(ResourceError, match=r"shard 5 of source.parquet \(rows 50 to 59 of 95\).* lost 4 times"):
+        run(folder, maximum=1, poison=50)
+    attempts = [path for path in Path(folder.path, "notes").iterdir() if path.name.startswith("50-")]
+    assert len(attempts) == MAX_ATTEMPTS
+    assert run(folder) < 10  # what was finished is kept; without the poison the rest is computed
+    assert result(folder) == EXPECTED
+
+
+def test_work_that_never_fits_is_refused(tmp_path: Path) -> None:
+    folder = source(tmp_path / "a")
+    with pytest.raises(ResourceError, match=r"of 9 actors needs 9 x 1 CPU, .* the cluster has 1 node with 4 CPUs"):
+        map_table(
+            folder, "source.parquet", ["x"], folder.child("out"), Double, {}, actors=Actors(minimum=9), what="test"
+        )
+    with pytest.raises(ResourceError, match="training with 8 workers needs 8 x 2 CPUs"):
+        train(count, {}, Folder(str(tmp_path)), ScaleConfig(train_workers=8, cpus_per_worker=2), "test")
+    with pytest.raises(ResourceError, match=r"2 GPUs are asked for \(scale.gpus\), and CUDA sees 0"):
+        train(count, {}, Folder(str(tmp_path)), ScaleConfig(gpus=2), "test")
 
 
 def count(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
@@ -120,10 +147,22 @@ def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
     assert found == {"steps": 5, "starts": 2, "world": 2, "ranks": 3.0}
 
 
+def fail_on_one_rank(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+    """Rank 1 fails while rank 0 waits for it in a collective."""
+    from tiger.training import all_sum, rank
+
+    if rank() == arguments["rank"]:
+        Path(arguments["folder"], f"failed-{os.getpid()}").write_text(str(time.time()))
+        raise HealthError("planted")
+    all_sum(torch.ones(1))
+    return {}
+
+
 @pytest.mark.slow
-def test_an_error_of_ours_ends_the_training_at_once_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "died").touch()
-    scale = ScaleConfig(train_workers=1, cpus_per_worker=1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tiger_error_on_any_rank_stops_training_within_seconds(tmp_path: Path, rank: int) -> None:
+    scale = ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=3)
     with pytest.raises(HealthError, match="^planted$"):
-        arguments = {"died": str(tmp_path / "died"), "fail": True}
-        train(count, arguments, Folder(str(tmp_path / "out")), scale, "test")
+        train(fail_on_one_rank, {"folder": str(tmp_path), "rank": rank}, Folder(str(tmp_path / "out")), scale, "test")
+    (failed,) = tmp_path.glob("failed-*")  # once: it was not tried again
+    assert time.time() - float(failed.read_text()) < 10

@@ -97,13 +97,13 @@ def test_a_token_is_a_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "tiger.example.org"])
 def test_an_open_port_needs_a_token(host: str) -> None:
     with pytest.raises(SecurityError, match="is open to others: set serve.token_file"):
-        serve_until_stopped(None, ServeConfig(host=host))  # type: ignore[arg-type]
+        serve_until_stopped(None, ServeConfig(host=host), ScaleConfig())  # type: ignore[arg-type]
 
 
 def test_ray_s_other_proxy_ignores_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(SecurityError, match="set serve.token_file"):
-        serve_until_stopped(None, ServeConfig())  # type: ignore[arg-type]
+        serve_until_stopped(None, ServeConfig(), ScaleConfig())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"beam": "5"}, {"model": "m", "modle": "m"}])

@@ -72,10 +72,16 @@ class JsonLines(logging.Handler):
         self.written = len(self.lines)
 
 
-def to_console() -> None:
-    """INFO and above to standard error, and what libraries tell at that level to nobody."""
+def to_console(debug: bool = False) -> None:
+    """Send INFO and above to standard error, and of libraries what says that something is wrong.
+
+    Args:
+        debug: let all lines of Ray through.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Console("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "sentence_transformers", "ray.data", "ray.train"):
+    for noisy in ("httpx", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for chatty in ("ray.train", "ray.tune"):  # those of Ray Data have a console of their own: see `scale.cluster`
+        logging.getLogger(chatty).setLevel(logging.DEBUG if debug else logging.WARNING)

@@ -220,12 +220,14 @@ class DecodeUsers:
         beam: int,
         history: Literal["allowed", "excluded", "both"],
         options: dict[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
             options: further arguments of `Recommender.recommend`; `allowed` as item ids.
+            device: where to compute; None as for `Recommender.load`.
         """
-        self.recommender = Recommender.load(model)
+        self.recommender = Recommender.load(model, None if device is None else str(device))
         self.k, self.beam, self.history, self.options = k, beam, history, dict(options or {})
         if (items := self.options.get("allowed")) is not None:
             self.options["allowed"] = np.isin(np.arange(len(self.recommender.columns)), items)

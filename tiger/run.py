@@ -30,7 +30,7 @@ class EvaluationConfig(Config):
     exact_users: int = Field(
         300, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
     )
-    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
+    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: two per GPU, or one per CPU core")
     seed: int = Field(0, ge=0, description="seed of the draw of users and of the bootstrap")
 
 
@@ -49,7 +49,7 @@ class RecommendConfig(Config):
     temperature: float = Field(0.0, ge=0, description="above 0: items are drawn, the higher the more freely")
     per_first_code: int | None = Field(None, ge=1, description="items of one first code in a list, at most")
     seed: int = Field(0, ge=0, description="seed of the draw")
-    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: one per GPU, or per CPU core")
+    max_actors: int | None = Field(None, ge=1, description="decoders at most; none: two per GPU, or one per CPU core")
 
 
 class ServeConfig(Config):
@@ -62,18 +62,31 @@ class ServeConfig(Config):
     )
     beam: int = Field(50, ge=1, description="width of the beam search, and the most items that a request may ask for")
     replicas: int = Field(1, ge=1, description="copies of the model")
-    cpus: int = Field(1, ge=1, description="CPUs, and PyTorch threads, of a copy; one with a GPU takes one GPU as well")
+    cpus: int = Field(1, ge=1, description="CPUs, and PyTorch threads, per replica")
+    gpus: float | None = Field(
+        None, ge=0, le=1, description="GPU, or a fraction of one, per replica; none: 1 if the run uses GPUs, else 0"
+    )
 
 
 class ScaleConfig(Config):
-    """What Ray may use for training. None of it changes what comes out, but for rounding."""
+    """What Ray may use. None of it changes what comes out, except for rounding."""
 
-    train_workers: int | None = Field(None, ge=1, description="DDP workers; none: one per GPU, or one without GPUs")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs of a worker; none: all cores, or 1 with GPUs")
-    gpus: int = Field(0, ge=0, description="GPUs to wait for: an autoscaling cluster may start with none")
-    gpu_minutes: float = Field(15, gt=0, description="minutes to wait for them")
+    gpus: int | None = Field(
+        None,
+        ge=0,
+        description="GPUs to use, waited for while an autoscaling cluster starts them; 0: CPUs only; none: those that "
+        "are there when a stage begins",
+    )
+    wait_minutes: float = Field(15, gt=0, description="minutes to wait for nodes, or for room on busy ones")
+    train_workers: int | None = Field(
+        None, ge=1, description="DDP workers; none: one, or with GPUs one per 1,024 rows of a batch, up to one per GPU"
+    )
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPUs per worker; none: all that one node can give, or 4 with a GPU"
+    )
+    collective_seconds: int = Field(1800, ge=1, description="seconds after which a worker that waits for others fails")
     dollars_per_hour: float | None = Field(None, ge=0, description="price of the cluster, for the cost of each stage")
-    max_failures: int = Field(3, ge=0, description="times that training goes on after a worker or node was lost")
+    max_failures: int = Field(3, ge=0, description="times that training continues after a worker or node was lost")
 
 
 class RunConfig(Config):

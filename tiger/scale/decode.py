@@ -12,6 +12,7 @@ import pyarrow as pa
 from tiger.artifacts import SCRATCH, Artifact, Draft
 from tiger.catalog import Histories
 from tiger.recommender import DecodeUsers
+from tiger.run import ScaleConfig
 from tiger.scale.map import Actors, map_table
 
 _PART_USERS = 1024
@@ -30,6 +31,7 @@ def decode_users(
     history: Literal["allowed", "excluded", "both"] = "allowed",
     options: dict[str, Any] | None = None,
     max_actors: int | None = None,
+    scale: ScaleConfig | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """The best items [U, k] of each user, padded with -1; with `both`, also those without the history's items.
 
@@ -40,6 +42,8 @@ def decode_users(
             as `name/part-00000.parquet` and so on.
         history: whether the lists may hold what the user already had.
         options: see `DecodeUsers`.
+        max_actors: actors at most; None: as many as the cluster can hold.
+        scale: GPUs of the run, and how long to wait for them.
     """
     table = pa.table(
         {
@@ -59,6 +63,7 @@ def decode_users(
         {"model": model.folder.uri, "k": k, "beam": beam, "history": history, "options": options},
         actors=Actors(maximum=max_actors),
         what=f"decode {name}",
+        scale=scale,
     )
     found = draft.folder.read_table(name)
 

@@ -1,9 +1,12 @@
 """A table through a pool of actors into another table: streamed, counted, restartable.
 
-The unit is a row group of the source, a *part*. Parts are read by tasks, computed by actors that hold what is expensive
-to load (a model), and written by tasks, each under the part's own name and as a whole. So a part is there or it is not;
-a run after a kill does the missing ones; nothing is ever written twice; and the result does not depend on how many
-actors there were, or which of them was lost.
+The unit is a row group of the source, a *shard*. Shards are read by tasks, computed by actors that hold what is
+expensive to load (a model), and written by tasks, each under the shard's own name and as a whole. So a shard is there
+or it is not; a run after a kill computes the missing ones; nothing is ever written twice; and the result does not
+depend on how many actors there were, or which of them was lost.
+
+Between the operators a shard travels as one row, its table as Arrow IPC bytes, so that Ray Data neither joins nor
+splits what belongs together, whatever batch size it needs for GPUs.
 """
 
 from __future__ import annotations
@@ -16,50 +19,51 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger import errors, tracking
 from tiger.artifacts import Folder
+from tiger.device import assigned_device
+from tiger.errors import ResourceError
 from tiger.progress import Progress
-from tiger.scale import cluster
+from tiger.run import ScaleConfig
+from tiger.scale import cluster, placement
+from tiger.scale.watch import watching
 
 log = logging.getLogger(__name__)
 
-_TASK_CPUS = 0.25  # reading and writing mostly wait
-_PART, _ERROR = "__part__", "__error__"  # columns of ours beside the worker's
+MAX_ATTEMPTS = 4
+"""How often a shard is computed if it kills its actor each time."""
 
 
 class Worker(Protocol):
-    """What an actor runs: built once, then called with one part after another."""
+    """What an actor runs: built once, with `device` in addition to its arguments, then called shard by shard."""
 
-    def __call__(self, part: pa.Table) -> pa.Table: ...
+    def __call__(self, part: pa.Table, /) -> pa.Table:
+        """Return a table with as many rows."""
+        ...
 
 
 @dataclass(frozen=True)
 class Actors:
-    """How many actors, and what each one has; None leaves it to the cluster's resources."""
+    """How many actors, and what each one has.
+
+    Attributes:
+        minimum: actors that must be there before work begins.
+        maximum: actors at most; None: as many as the cluster can hold.
+        cpus: CPUs of an actor without a GPU.
+        gpus: fraction of a GPU per actor; 0: none; None: `placement.GPU_FRACTION` if the run uses GPUs.
+    """
 
     minimum: int = 1
     maximum: int | None = None
     cpus: float = 1
     gpus: float | None = None
-
-    def resolve(self) -> tuple[int, int, dict[str, float]]:
-        """Least and most actors, and the resources of one, checked against the cluster."""
-        gpus = self.gpus if self.gpus is not None else float(cluster.cluster_gpus() > 0)
-        if gpus:
-            fitting = int(cluster.cluster_gpus() / gpus)
-            each = {"num_gpus": gpus}
-            cluster.require(_TASK_CPUS, gpus * self.minimum, f"a pool of {self.minimum} GPU actors")
-        else:
-            fitting = int(max(1, cluster.cluster_cpus() - cluster.RESERVED_CPUS) // self.cpus)
-            each = {"num_cpus": self.cpus}
-            cluster.require(self.cpus * self.minimum + 2 * _TASK_CPUS, 0, f"a pool of {self.minimum} actors")
-        maximum = max(1, fitting) if self.maximum is None else min(self.maximum, max(1, fitting))
-        return min(self.minimum, maximum), maximum, each
 
 
 def map_table(
@@ -72,108 +76,235 @@ def map_table(
     *,
     actors: Actors,
     what: str,
+    scale: ScaleConfig | None = None,
 ) -> int:
-    """Sends every row group of `source/name` through `worker` and writes `target/part-00000.parquet` and so on.
+    """Send every row group of `source/name` through `worker` and write `target/part-00000.parquet` and so on.
 
     Args:
         columns: the columns that the worker gets.
-        worker: a plain class; `arguments` build it once per actor. A part's result must have as many rows.
+        worker: a plain class, built once per actor with `arguments` and the `device` that Ray assigned. A shard's
+            result must have as many rows.
         what: the stage, for the progress line.
+        scale: GPUs of the run, and how long to wait for them.
 
     Returns:
-        the number of parts that were there already.
+        the number of shards that were there already.
 
     Raises:
         TigerError: raised by the worker, passed on as it was.
+        ResourceError: the pool never fits the cluster, nodes for it do not come, or a shard killed its actor
+            `MAX_ATTEMPTS` times; names the shard and its rows.
     """
     with source.filesystem.open_input_file(source.join(name)) as file:
         metadata = pq.ParquetFile(file).metadata
         sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    have = {part.rpartition("/")[2] for part in target.files()}
-    missing = [part for part in range(len(sizes)) if _part_name(part) not in have]
+    have = {file.rpartition("/")[2] for file in target.files()}
+    missing = [shard for shard in range(len(sizes)) if _shard_name(shard) not in have]
     if len(missing) < len(sizes):
-        log.info("%s: %d of %d parts are there already", what, len(sizes) - len(missing), len(sizes))
+        log.info("%s: %d of %d shards are there already", what, len(sizes) - len(missing), len(sizes))
     if not missing:
         return len(sizes)
+    scale = scale or ScaleConfig()
     cluster.connect(target)
-    minimum, maximum, each = actors.resolve()
-    maximum = min(maximum, len(missing))
-    progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[part] for part in missing))
-    log.info("%s: %d parts through %d to %d actors of %s", what, len(missing), min(minimum, maximum), maximum, each)
-    # One block per part, so that every part is one task of each operator.
-    parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
-    stream = (
-        parts.map_batches(
-            _read,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=_TASK_CPUS,
-            fn_kwargs={"uri": source.uri, "name": name, "columns": columns},
-        )
-        .map_batches(
-            _PartWorker,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=min(minimum, maximum), max_size=maximum),
-            fn_constructor_kwargs={"worker": worker, "arguments": arguments},
-            **each,
-        )
-        .map_batches(
-            _write, batch_size=None, batch_format="pyarrow", num_cpus=_TASK_CPUS, fn_kwargs={"uri": target.uri}
-        )
-    )
-    for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for rows, error in zip(written["rows"].to_pylist(), written[_ERROR].to_pylist(), strict=True):
-            if error:
-                kind, message = json.loads(error)
-                raise getattr(errors, kind)(message)
-            progress.add(rows)
-            tracking.record(what, progress.done, {"rows": progress.done, "rows_per_second": progress.rate})
+    if actors.gpus != 0:
+        cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
+    plan = placement.plan_pool(
+        cluster.shape(), len(missing), minimum=actors.minimum, maximum=actors.maximum, cpus=actors.cpus,
+        gpus_per_actor=actors.gpus, gpus=scale.gpus, what=f"{what}: a pool",
+    )  # fmt: skip
+    cluster.wait_for(plan.at_once, what, scale.wait_minutes)
+    rows = f"{{}} of {name} (rows {{}} to {{}} of {sum(sizes)})"
+    begins = [sum(sizes[:shard]) for shard in range(len(sizes))]
+
+    def describe(shard: int) -> str:
+        return rows.format(shard, begins[shard], begins[shard] + sizes[shard] - 1)
+
+    progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[shard] for shard in missing))
+    log.info("%s: %d shards, %d to %d actors with %s each", what, len(missing), plan.minimum, plan.maximum, plan.bundle)
+    attempts = _start_attempts()
+
+    def in_progress() -> str:
+        running = _running(attempts)
+        return "no shard is being computed" if not running else f"shards {running[:5]} are being computed"
+
+    try:
+        with watching(what, "ray-data/ray-data.log", details=in_progress, storage=target) as watch:
+            stream = _stream(source, name, columns, target, worker, arguments, missing, plan, attempts)
+            for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in written.to_pylist():
+                    _raise_error(row, describe)
+                    progress.add(row["rows"])
+                    watch.progress()
+                    tracking.record(what, progress.done, {"rows": progress.done, "rows_per_second": progress.rate})
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        suspects = ", ".join(describe(shard) for shard in _running(attempts)) or "not known"
+        reason = str(error).strip().splitlines()[-1]
+        raise ResourceError(
+            f"{what}: its actors were lost again and again, while they computed shard {suspects}. Ray says: {reason}"
+        ) from error
+    finally:
+        ray.kill(attempts)
     progress.close()
     return len(sizes) - len(missing)
 
 
-def _part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
+def _stream(
+    source: Folder,
+    name: str,
+    columns: list[str],
+    target: Folder,
+    worker: Callable[..., Worker],
+    arguments: dict[str, Any],
+    missing: list[int],
+    plan: placement.Plan,
+    attempts: Any,
+) -> ray.data.Dataset:
+    """Return one row per shard that was written, or that failed: `shard`, `rows`, `error`."""
+    # One block per shard, so that every shard is one task of each operator.
+    shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
+    one = {"batch_size": 1, "batch_format": "pyarrow"}
+    resources = {"num_gpus": plan.bundle.gpus} if plan.bundle.gpus else {"num_cpus": plan.bundle.cpus}
+    return (
+        shards.map_batches(
+            _read,
+            num_cpus=placement.TASK_CPUS,
+            fn_kwargs={"uri": source.uri, "name": name, "columns": columns},
+            **one,
+        )
+        .map_batches(
+            _Compute,
+            compute=ray.data.ActorPoolStrategy(min_size=plan.minimum, max_size=plan.maximum),
+            fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts},
+            max_task_retries=2 * MAX_ATTEMPTS,  # ends what `_Attempts` did not see
+            **one,
+            **resources,
+        )
+        .map_batches(_write, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": target.uri}, **one)
+    )
 
 
-def _read(batch: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
-    part = batch["part"][0].as_py()
-    folder = Folder(uri)
+def _shard_name(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"
+
+
+def _row(shard: int, table: pa.Table | None, error: Exception | None = None) -> pa.Table:
+    """Return a shard as the one row that travels between operators: its number, Arrow IPC bytes, and an error as JSON.
+
+    An error is a row because Ray Data keeps only the text of an exception.
+    """
+    sink = pa.BufferOutputStream()
+    if table is not None:
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    return pa.table(
+        {
+            "shard": pa.array([shard], pa.int32()),
+            "table": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+            "error": pa.array([None if error is None else json.dumps([type(error).__name__, str(error)])], pa.string()),
+        }
+    )
+
+
+def _table(row: pa.Table) -> pa.Table:
+    return pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
+
+
+def _read(row: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
+    shard, folder = row["shard"][0].as_py(), Folder(uri)
     with folder.filesystem.open_input_file(folder.join(name)) as file:
-        table = pq.ParquetFile(file).read_row_group(part, columns=columns)
-    return table.append_column(_PART, pa.array([part] * len(table), pa.int32()))
+        return _row(shard, pq.ParquetFile(file).read_row_group(shard, columns=columns))
 
 
-class _PartWorker:
-    """Cuts what Ray Data hands over back into parts, should it have joined some.
+class _Compute:
+    """Runs the worker on one shard at a time.
 
-    The worker is built with the first part, so that an error of its constructor goes the way of all errors.
+    The worker is built with the first shard, so that an error of its constructor takes the way of all errors.
     """
 
-    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any]) -> None:
-        self.build = functools.cache(functools.partial(worker, **arguments))
+    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any], attempts: Any) -> None:
+        context = ray.get_runtime_context()
+        device = assigned_device(ray.get_gpu_ids())
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
+        self.attempts = attempts
+        self.build = functools.cache(functools.partial(worker, **arguments, device=device))
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        results = []
-        for part in table[_PART].unique().to_pylist():
-            rows = table.filter(pc.equal(table[_PART], part)).drop_columns(_PART)
-            try:
-                result = self.build()(rows)
-            except errors.TigerError as error:  # as a row: of an exception Ray Data keeps only the text
-                return pa.table({_ERROR: [json.dumps([type(error).__name__, str(error)])]})
-            if len(result) != len(rows):
-                raise AssertionError(f"part {part}: {len(rows)} rows went in, {len(result)} came out")
-            results.append(result.append_column(_PART, pa.array([part] * len(result), pa.int32())))
-        return pa.concat_tables(results)
+    def __call__(self, row: pa.Table) -> pa.Table:
+        if row["error"][0].as_py():
+            return row
+        shard, table = row["shard"][0].as_py(), _table(row)
+        if (number := ray.get(self.attempts.begin.remote(shard))) > MAX_ATTEMPTS:
+            return _row(shard, None, ResourceError(_KILLED))
+        try:
+            result = self.build()(table)
+        except errors.TigerError as error:
+            return _row(shard, None, error)
+        except torch.cuda.OutOfMemoryError as error:
+            return _row(shard, None, ResourceError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})"))
+        finally:
+            ray.get(self.attempts.end.remote(shard))
+        if number > 1:
+            log.info("shard %d was computed at attempt %d", shard, number)
+        if len(result) != len(table):
+            raise AssertionError(f"shard {shard}: {len(table)} rows went in, {len(result)} came out")
+        return _row(shard, result)
 
 
-def _write(table: pa.Table, uri: str) -> pa.Table:
-    if _ERROR in table.column_names:
-        return pa.table({"rows": pa.array([0], pa.int64()), _ERROR: table[_ERROR]})
-    folder, rows = Folder(uri), []
-    for part in table[_PART].unique().to_pylist():
-        own = table.filter(pc.equal(table[_PART], part)).drop_columns(_PART)
-        folder.write_table(_part_name(part), own)
-        rows.append(len(own))
-    return pa.table({"rows": pa.array(rows, pa.int64()), _ERROR: pa.nulls(len(rows), pa.string())})
+_KILLED = (
+    f"the process that computes it was lost {MAX_ATTEMPTS} times, most likely for want of memory: lower "
+    "embedding.batch_tokens or the number of actors per node, and look at the texts of these rows"
+)
+_NO_MEMORY = "a GPU has no memory left: lower embedding.batch_tokens, or give an actor a larger share of a GPU"
+
+
+def _write(row: pa.Table, uri: str) -> pa.Table:
+    shard, error = row["shard"][0].as_py(), row["error"][0].as_py()
+    rows = 0
+    if error is None:
+        table = _table(row)
+        rows = len(table)
+        Folder(uri).write_table(_shard_name(shard), table)
+    return pa.table({"shard": row["shard"], "rows": pa.array([rows], pa.int64()), "error": row["error"]})
+
+
+def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:
+    """Raise the error of a row as it was, with the shard's name if it is about the shard's process."""
+    if not row["error"]:
+        return
+    kind, message = json.loads(row["error"])
+    if message == _KILLED or message.startswith(_NO_MEMORY):
+        message = f"shard {describe(row['shard'])}: {message}"
+    raise getattr(errors, kind)(message)
+
+
+class _Attempts:
+    """Counts how often each shard was begun and not ended: what was in an actor's hands when it died."""
+
+    def __init__(self) -> None:
+        self.begun: dict[int, int] = {}
+
+    def begin(self, shard: int) -> int:
+        """Return which attempt at the shard this is, from 1."""
+        self.begun[shard] = self.begun.get(shard, 0) + 1
+        return self.begun[shard]
+
+    def end(self, shard: int) -> None:
+        self.begun.pop(shard, None)
+
+    def running(self) -> list[int]:
+        """Return the shards that were begun and have not ended, those with the most attempts first."""
+        return sorted(self.begun, key=lambda shard: (-self.begun[shard], shard))
+
+
+def _start_attempts() -> Any:
+    """Start the counter on the driver's node, so that it is not lost with another one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _running(attempts: Any) -> list[int]:
+    try:
+        running: list[int] = ray.get(attempts.running.remote(), timeout=5)
+    except ray.exceptions.RayError:
+        return []
+    return running

@@ -114,11 +114,14 @@ def _over(
     parts: list[str], work: Callable[..., dict[str, Any]], arguments: dict[str, Any]
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """`work(part, **arguments)` as one task a part; results in the order of the parts."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    stream = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
-        _Task(work), batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, fn_kwargs=arguments
-    )
+    options = ray.data.DataContext.get_current().execution_options
+    before, options.preserve_order = options.preserve_order, True
+    try:  # a dataset keeps the context of its creation; other datasets of this process need no order
+        stream = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
+            _Task(work), batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, fn_kwargs=arguments
+        )
+    finally:
+        options.preserve_order = before
     for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in range(batch.num_rows):
             yield {

@@ -25,10 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiger.artifacts import Artifact, open_artifact
 from tiger.catalog import Catalog
+from tiger.device import assigned_device
 from tiger.errors import ConfigError, SecurityError
 from tiger.recommender import Recommender
-from tiger.run import ServeConfig
-from tiger.scale import cluster
+from tiger.run import ScaleConfig, ServeConfig
+from tiger.scale import cluster, placement
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ class Server:
             raise SecurityError(f"whoever reaches the port could ask this server: name a token's file in {TOKEN_FILE}")
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         artifact = open_artifact(model, expected_kind="model")
-        self.recommender, self.beam = Recommender.load(artifact), beam
+        self.recommender = Recommender.load(artifact, device=str(assigned_device(ray.get_gpu_ids())))
+        self.beam = beam
         self.catalog = Catalog(artifact.inputs["catalog"])
         self.item_of = {name: item for item, name in enumerate(self.catalog.source_ids)}
         self.model = f"{artifact.kind}-{artifact.fingerprint}"
@@ -228,7 +230,7 @@ def application(arguments: dict[str, Any]) -> serve.Application:
     return _deployment.bind(arguments["model"], int(beam), token_needed=True)
 
 
-def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
+def serve_until_stopped(model: Artifact, config: ServeConfig, scale: ScaleConfig) -> None:
     """Serves a model artifact on this cluster until the process is interrupted; requests under way are answered first.
 
     Raises:
@@ -243,11 +245,19 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
         )
     read_token(config.token_file)  # an error here, and not in a replica that is started again and again
     cluster.connect(model.folder.parent)
-    gpus = 1 if cluster.cluster_gpus() else 0
-    cluster.require(config.cpus * config.replicas, gpus * config.replicas, f"serving with {config.replicas} replicas")
+    cluster.wait_for_gpus(scale.gpus, "serve", scale.wait_minutes)
+    plan = placement.plan_replicas(
+        cluster.shape(), replicas=config.replicas, cpus=config.cpus, gpus=config.gpus, scale_gpus=scale.gpus
+    )
+    cluster.wait_for(plan.at_once, "serve", scale.wait_minutes)
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
-    replica = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": _ENVIRONMENT | environment}}
+    replica = {
+        "num_cpus": config.cpus,
+        "num_gpus": plan.bundle.gpus,
+        "runtime_env": {"env_vars": _ENVIRONMENT | environment},
+    }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
+    was_running = _require_no_other_address(config)
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
@@ -260,4 +270,30 @@ def serve_until_stopped(model: Artifact, config: ServeConfig) -> None:
     except KeyboardInterrupt:
         log.info("serving: stopped")
     finally:
-        serve.shutdown()
+        if was_running:
+            serve.delete("tiger")
+        else:
+            serve.shutdown()
+
+
+def _require_no_other_address(config: ServeConfig) -> bool:
+    """Return whether Serve runs on this cluster already; its address cannot be changed, and others may depend on it.
+
+    Raises:
+        SecurityError: it listens on another address than the one that was judged safe, or is taken by an application.
+    """
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    options = client.http_config
+    if (options.host, options.port) != (config.host, config.port):
+        raise SecurityError(
+            f"Ray Serve runs on this cluster already, on {options.host}:{options.port}, and serve.host and serve.port "
+            f"ask for {config.host}:{config.port}: set them to that address, with a token if it is open to others, or "
+            "stop that Serve (`serve shutdown`)"
+        )
+    if others := [name for name, app in serve.status().applications.items() if name != "tiger"]:
+        raise SecurityError(
+            f"Ray Serve runs {', '.join(others)} on this cluster already, whose address would be taken; use another"
+        )
+    return True

@@ -23,6 +23,7 @@ import numpy as np
 import optuna.distributions as distributions
 import pyarrow as pa
 import ray
+import ray.exceptions
 import ray.util
 import torch
 import torch.distributed as dist
@@ -35,12 +36,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tiger import training
 from tiger.artifacts import SCRATCH, Folder
+from tiger.device import assigned_device, pretended_gpus
 from tiger.diagnostics import nearest_neighbours
-from tiger.errors import HealthError
+from tiger.errors import HealthError, ResourceError
 from tiger.learning import learn_tokenizer
 from tiger.progress import Progress
 from tiger.run import RunConfig
-from tiger.scale import cluster
+from tiger.scale import cluster, placement
+from tiger.scale.watch import Watch, watching
 from tiger.search import SearchConfig, Space, apply, judge, table
 from tiger.training import Hooks
 
@@ -66,11 +69,13 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
     """
     cluster.connect(target)
     workers = search.workers_per_trial
-    cluster.require(search.cpus_per_trial * workers, search.gpus_per_trial * workers, "a trial")
-    room = (cluster.cluster_cpus() - cluster.RESERVED_CPUS) / search.cpus_per_trial / workers
     if search.gpus_per_trial:
-        room = cluster.cluster_gpus() / search.gpus_per_trial / workers
-    concurrent = search.concurrent or max(1, int(room))
+        cluster.wait_for_gpus(run.scale.gpus, "tune", run.scale.wait_minutes)
+    plan = placement.plan_trials(
+        cluster.shape(), workers=workers, cpus=search.cpus_per_trial, gpus=search.gpus_per_trial,
+        concurrent=search.concurrent,
+    )  # fmt: skip
+    cluster.wait_for([plan.bundle] * workers, "tune", run.scale.wait_minutes)
     journal = _Journal(target.child(f"{SCRATCH}/trials"), search)
     left = search.trials - len(journal.trials)
     if journal.trials:
@@ -84,13 +89,13 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
                 vectors=vectors.numpy(),
                 neighbours=nearest_neighbours(vectors.numpy()),
             ),
-            tune.PlacementGroupFactory([_bundle(search)] * workers),
+            tune.PlacementGroupFactory([plan.bundle.resources] * workers),
         )
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=left,
-                search_alg=ConcurrencyLimiter(_searcher(run, search, journal), concurrent),
+                search_alg=ConcurrencyLimiter(_searcher(run, search, journal), plan.maximum),
                 scheduler=_scheduler(search, journal),
                 reuse_actors=workers == 1,  # a group's other processes end with the trial's resources
             ),
@@ -101,15 +106,18 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            with watching("tune", "", storage=target) as journal.watch:
+                tuner.fit()
+        except (tune.TuneError, ray.exceptions.RayError) as error:
+            reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+            raise ResourceError(
+                f"tune: the sweep was lost: {reason}. The same command continues it; logs: {cluster.log_folder()}"
+            ) from error
     rows = _rows(journal.trials, search)
     if not any(row["status"] == "finished" for row in rows):
         raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
     return pa.Table.from_pylist(rows)
-
-
-def _bundle(search: SearchConfig) -> dict[str, float]:
-    return {"CPU": search.cpus_per_trial} | ({"GPU": search.gpus_per_trial} if search.gpus_per_trial else {})
 
 
 def _trial(
@@ -140,7 +148,7 @@ def _trial(
 
 def _member(rank: int, address: str, workers: int, *arguments: Any) -> None:
     """One process of a trial's group."""
-    backend = "nccl" if arguments[2]["gpus_per_trial"] and torch.cuda.is_available() else "gloo"
+    backend = "nccl" if arguments[2]["gpus_per_trial"] and not pretended_gpus() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=workers)
     try:
         _learn(*arguments)
@@ -165,7 +173,7 @@ def _learn(
         ):  # the look before the first step is no result of training
             tune.report(figures | {"epochs": figures["step"] / steps_per_epoch})
 
-    device = torch.device("cuda" if settings.gpus_per_trial and torch.cuda.is_available() else "cpu")
+    device = assigned_device(ray.get_gpu_ids() if settings.gpus_per_trial else [])
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
     try:
@@ -193,10 +201,13 @@ class _Journal(tune.Callback):
         self._running: dict[str, dict[str, Any]] = {}
         self._shown = time.monotonic()
         self._progress = Progress("tune", search.trials, "trials", done=len(self.trials))
+        self.watch: Watch | None = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if self.watch:
+            self.watch.progress()
         kept = {key: value for key, value in result.items() if isinstance(value, (int, float, str)) and "/" not in key}
         self._entry(trial)["looks"].append(kept)
         if time.monotonic() - self._shown >= _TABLE_EVERY:
