@@ -170,7 +170,7 @@ def learn_model(
         ranks = np.zeros(len(users), np.int64)
         with torch.no_grad():
             keys = model.item_keys() if config.dense else None
-        for rows in np.array_split(own, max(1, len(own) // 128)):
+        for rows in np.array_split(own, max(1, len(own) // 128)) if len(own) else ():  # fewer users than workers
             begins = np.maximum(users.begin[rows], users.end[rows] - config.max_items)
             history = pad_histories(users.items, begins, users.end[rows], examples.codes).to(device)
             token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)

@@ -25,6 +25,7 @@ from tiger.embedding import read_vectors
 from tiger.errors import ArtifactError, DataError
 from tiger.examples import columns, hash_users, pad_histories
 from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.precision import allow_tf32
 from tiger.semantic_ids import SemanticIds
 from tiger.trie import Trie
 
@@ -56,6 +57,7 @@ class Recommender:
         if model.level_sizes != ids.level_sizes:
             raise ArtifactError(f"the model reads IDs of levels {model.level_sizes}, these have {ids.level_sizes}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        allow_tf32(self.device)
         self.model = model.to(self.device).eval()
         with torch.inference_mode():
             self.keys = self.model.item_keys() if model.dense else None

@@ -20,7 +20,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tiger.artifacts import Folder
+from tiger.artifacts import PARTIAL, Folder
 from tiger.device import pretended_gpus, usable_gpus
 from tiger.errors import ConfigError, ResourceError, SecurityError
 from tiger.scale import placement
@@ -120,10 +120,9 @@ def _join() -> None:
         )
     resources = ray.cluster_resources()
     log.info(
-        "ray %s: %d node%s, %g CPUs, %g GPUs%s",
+        "ray %s: %s, %g CPUs, %g GPUs%s",
         ray.__version__,
-        len(nodes),
-        "s" * (len(nodes) != 1),
+        placement.counted(len(nodes), "node"),
         resources.get("CPU", 0),
         resources.get("GPU", 0),
         "; an autoscaler adds nodes on demand" if _has_autoscaler() else "",
@@ -154,6 +153,7 @@ def _set_console_levels() -> None:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(level)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # we have switched its bars off ourselves
 
 
 def _cluster_of_this_machine() -> str | None:
@@ -419,7 +419,7 @@ def inspect(storage: Folder, nodes: Sequence[Mapping[str, Any]] | None = None) -
     Raises:
         ResourceError: nodes do not answer.
     """
-    token = f".reachable-{uuid4().hex}"
+    token = f".reachable-{uuid4().hex}{PARTIAL}"  # of a killed driver it is removed with what others have left
     storage.write_bytes(token, b"")
     own = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -120,7 +121,7 @@ def map_table(
         return rows.format(shard, begins[shard], begins[shard] + sizes[shard] - 1)
 
     progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[shard] for shard in missing))
-    log.info("%s: %d shards, %d to %d actors with %s each", what, len(missing), plan.minimum, plan.maximum, plan.bundle)
+    log.info("%s: %s, %s", what, placement.counted(len(missing), "shard"), plan.describe("actor"))
     attempts = _start_attempts()
 
     def in_progress() -> str:
@@ -164,14 +165,12 @@ def _stream(
     shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     resources = {"num_gpus": plan.bundle.gpus} if plan.bundle.gpus else {"num_cpus": plan.bundle.cpus}
-    return (
-        shards.map_batches(
-            _read,
-            num_cpus=placement.TASK_CPUS,
-            fn_kwargs={"uri": source.uri, "name": name, "columns": columns},
-            **one,
-        )
-        .map_batches(
+    read = shards.map_batches(
+        _read, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": source.uri, "name": name, "columns": columns}, **one
+    )
+    with warnings.catch_warnings():  # no named parameter of Ray 2.60 limits retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        computed = read.map_batches(
             _Compute,
             compute=ray.data.ActorPoolStrategy(min_size=plan.minimum, max_size=plan.maximum),
             fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts},
@@ -179,8 +178,7 @@ def _stream(
             **one,
             **resources,
         )
-        .map_batches(_write, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": target.uri}, **one)
-    )
+    return computed.map_batches(_write, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": target.uri}, **one)
 
 
 def _shard_name(shard: int) -> str:

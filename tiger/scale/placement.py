@@ -56,9 +56,14 @@ class Node:
         return _amount(self.cpus, self.gpus)
 
 
+def counted(count: float, noun: str) -> str:
+    """Return `1 shard`, `2 shards`."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
+
+
 def _amount(cpus: float, gpus: float) -> str:
-    text = f"{cpus:g} CPU{'s' * (cpus != 1)}"
-    return f"{text} and {gpus:g} GPU{'s' * (gpus != 1)}" if gpus else text
+    text = counted(cpus, "CPU")
+    return f"{text} and {counted(gpus, 'GPU')}" if gpus else text
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _counted(nodes: Iterable[tuple[Node, int]]) -> str:
     for node, count in nodes:
         if count and (node.cpus or node.gpus):
             counts[str(node)] = counts.get(str(node), 0) + count
-    return ", ".join(f"{count} node{'s' * (count != 1)} with {name}" for name, count in counts.items())
+    return ", ".join(f"{counted(count, 'node')} with {name}" for name, count in counts.items())
 
 
 class Fit(enum.Enum):
@@ -209,6 +214,11 @@ class Plan:
     minimum: int
     maximum: int
 
+    def describe(self, noun: str) -> str:
+        """Return the plan for a log line: `1 to 4 actors with 1 CPU each`."""
+        least = "" if self.minimum == self.maximum else f"{self.minimum} to "
+        return f"{least}{counted(self.maximum, noun)} with {self.bundle}" + " each" * (self.maximum > 1)
+
     @property
     def at_once(self) -> list[Bundle]:
         """Return the bundles that must be there before the work begins."""
@@ -245,7 +255,7 @@ def plan_pool(
     fraction = (GPU_FRACTION if gpus_per_actor is None else gpus_per_actor) if on_gpus else 0.0
     bundle = Bundle(1.0, fraction) if on_gpus else Bundle(cpus)
     minimum = min(minimum, shards)
-    require_fit([bundle] * minimum, cluster, f"{what} of {minimum} actor{'s' * (minimum != 1)}")
+    require_fit([bundle] * minimum, cluster, f"{what} of {counted(minimum, 'actor')}")
     most = shards if maximum is None else min(maximum, shards)
     if on_gpus and gpus:
         most = min(most, max(1, int(gpus * int(1 / fraction + _EPSILON))))
@@ -299,7 +309,7 @@ def plan_training(
             bundle = Bundle(bundle.cpus - 1, 1.0)
     else:
         bundle = Bundle(_most_cpus(workers, cluster.possible_nodes))
-    require_fit([bundle] * workers, cluster, f"{what} with {workers} worker{'s' * (workers != 1)}")
+    require_fit([bundle] * workers, cluster, f"{what} with {counted(workers, 'worker')}")
     return Plan(bundle, workers, workers)
 
 
@@ -329,7 +339,7 @@ def plan_trials(
             "share a GPU; set gpus_per_trial = 1, or workers_per_trial = 1"
         )
     bundle = Bundle(cpus, gpus)
-    require_fit([bundle] * workers, cluster, f"a trial with {workers} worker{'s' * (workers != 1)}")
+    require_fit([bundle] * workers, cluster, f"a trial with {counted(workers, 'worker')}")
     if concurrent is None:
         nodes = cluster.possible_nodes
         holds = capacity(bundle, nodes, 0.0 if gpus else RESERVED_CPUS) // workers
@@ -352,5 +362,5 @@ def plan_replicas(cluster: Cluster, *, replicas: int, cpus: float, gpus: float |
     if gpus is None:
         gpus = float(uses_gpus(cluster, scale_gpus))
     bundle = Bundle(cpus, gpus)
-    require_fit([bundle] * replicas, cluster, f"serving with {replicas} replica{'s' * (replicas != 1)}")
+    require_fit([bundle] * replicas, cluster, f"serving with {counted(replicas, 'replica')}")
     return Plan(bundle, replicas, replicas)

@@ -66,7 +66,7 @@ def train(
         batch_size=batch_size, what=f"{what}: training",
     )  # fmt: skip
     cluster.wait_for(plan.at_once, what, scale.wait_minutes)
-    workers = f"{plan.minimum} worker{'s' * (plan.minimum != 1)} with {plan.bundle} each"
+    workers = plan.describe("worker")
     if batch_size is not None and plan.minimum > 1:
         workers += f", {batch_size / plan.minimum:,.0f} rows of a batch per worker"
     log.info("%s: %s", what, workers)
