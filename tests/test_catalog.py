@@ -71,6 +71,48 @@ def test_of_duplicate_items_the_most_complete_is_kept_in_any_order(tmp_path: Pat
         assert Folder(str(tmp_path / str(index))).read_table("items.parquet")["title"][0].as_py() == "A"
 
 
+def test_vectors_and_images_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    rows = [{"source_id": name, "text": name * 3, "vector": [1.5, 2.0], "image": b"x", "tags": ["t"]} for name in "abc"]
+    kinds = {"vector": pa.list_(pa.float32()), "image": pa.binary()}
+    batch = pa.RecordBatch.from_pylist(rows, pa.schema([
+        (name, kinds.get(name, pa.list_(pa.string()) if name == "tags" else pa.string())) for name in rows[0]
+    ]))  # fmt: skip
+    events = pa.RecordBatch.from_pylist([{"user": "u", "item": name, "time": 0} for name in "abc"], schema=INTERACTIONS)
+    for number, (fields, extra) in enumerate(((["text"], set()), (["text", "vector"], {"vector"}))):
+        config = build(CatalogConfig, {"text_fields": fields, "k_core": 0})
+        folder = Folder(str(tmp_path / str(number)))
+        make(config, [batch], [events], folder)
+        table = folder.read_table("items.parquet")
+        assert set(table.column_names) == {"item_id", "source_id", "text", "field_text", "tags"} | extra
+        assert table["text"][0].as_py() == ("aaa. 1.5 > 2.0" if extra else "aaa")
+
+
+def test_batches_with_other_columns_are_joined_by_name(tmp_path: Path) -> None:
+    one = pa.RecordBatch.from_pydict({"source_id": ["b"], "title": ["B"], "price": [1]})
+    two = pa.RecordBatch.from_pydict({"price": [1.5], "title": ["A"], "more": ["x"], "source_id": ["a"]})
+    events = pa.RecordBatch.from_pylist([{"user": "u", "item": n, "time": 0} for n in "ab"], schema=INTERACTIONS)
+    config = build(CatalogConfig, {"text_fields": ["title", "price", "more"], "k_core": 0})
+    make(config, [one, two], [events], Folder(str(tmp_path)))
+    assert Folder(str(tmp_path)).read_table("items.parquet")["text"].to_pylist() == ["A. $1.50. x", "B. $1.00"]
+
+
+def test_long_ids_of_several_batches_are_numbers(tmp_path: Path) -> None:
+    name = "u" * 2_000
+
+    def batches() -> Any:
+        for begin in range(0, 40, 10):
+            items = pa.array([f"i{(begin + n) % 7}" for n in range(10)])
+            yield pa.RecordBatch.from_arrays(
+                [pa.array([f"{name}{n % 3}" for n in range(10)]), items, pa.array(range(begin, begin + 10))],
+                schema=INTERACTIONS,
+            )
+
+    items = pa.RecordBatch.from_pydict({"source_id": [f"i{n}" for n in range(7)], "title": [f"t{n}" for n in range(7)]})
+    config = build(CatalogConfig, {"text_fields": ["title"], "k_core": 0, "repeats": "all"})
+    profile = make(config, [items], batches(), Folder(str(tmp_path)))
+    assert (profile["users"], profile["interactions"]) == (3, 40)
+
+
 def test_repeated_interactions(tmp_path: Path) -> None:
     events = [("u", "a", 5), ("u", "b", 1), ("u", "a", 0), ("u", "a", 0), ("u", "c", 9)]
     first, histories = made(tmp_path / "first", ["a", "b", "c"], events)

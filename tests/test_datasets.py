@@ -111,7 +111,7 @@ def test_amazon_2014(form: str, compress: bool, tmp_path: Path) -> None:
     assert first["categories"] == [["Beauty", "Bath"], ["Home"]]
     assert (first["price"], first["brand"], second["brand"]) == (9.99, "Fern", None)
     assert second["description"] == "Plain 'soap'."
-    assert events.to_pylist()[0] == {"user": "U1", "item": "B1", "time": 1_400_000_000}
+    assert events.to_pylist()[0] == {"user": "U1", "item": "B1", "time": 1_400_000_000_000_000}
 
 
 def test_amazon_2018_and_2023_have_other_fields(tmp_path: Path) -> None:
@@ -175,7 +175,8 @@ def test_amazon_2018_and_2023_have_other_fields(tmp_path: Path) -> None:
             "features": ["f"],
         }
     ]
-    assert a_events.to_pylist() == b_events.to_pylist() == [{"user": "U", "item": "B1", "time": 1_400_000_000}]
+    assert a_events.to_pylist() == [{"user": "U", "item": "B1", "time": 1_400_000_000_000_000}]
+    assert b_events.to_pylist() == [{"user": "U", "item": "B1", "time": 1_400_000_000_999_000}]
 
 
 BAD_LINES = {
@@ -266,6 +267,17 @@ def test_a_folder_without_the_files_says_what_it_holds(tmp_path: Path) -> None:
         read({"kind": "amazon", "path": str(tmp_path / "nowhere")}, tmp_path)
 
 
+def test_a_5_core_file_hides_the_reviews_of_its_own_category_only(tmp_path: Path, caplog: Any) -> None:
+    write(tmp_path / "meta_X.json.gz", [{"asin": "B1", "title": "T"}])
+    for name, item in (("reviews_X_5", "B1"), ("reviews_X", "B2"), ("reviews_Y", "B3"), ("Z_5", "B4"), ("Z", "B5")):
+        row = {"reviewerID": "U", "asin": item, "unixReviewTime": 1_400_000_000}
+        write(tmp_path / f"{name}.json.gz", [row])
+    with caplog.at_level("INFO"):
+        _, events, *_ = read({"kind": "amazon", "path": str(tmp_path)}, tmp_path)
+    assert sorted(events["item"].to_pylist()) == ["B1", "B3", "B4"]
+    assert f"interactions: {tmp_path / 'reviews_Y.json.gz'} (" in caplog.text  # the files that are read, with sizes
+
+
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
@@ -295,12 +307,13 @@ def test_tables_of_every_format_read_alike(form: str, tmp_path: Path) -> None:
     assert [row["source_id"] for row in read_items.to_pylist()] == ["1", "2"]
     assert [row["name"].strip() for row in read_items.to_pylist()] == ["x, y", "z"]
     assert read_events.to_pylist() == [
-        {"user": "u", "item": "1", "time": 1_400_000_000},
-        {"user": "v", "item": "2", "time": 1_400_000_001},
+        {"user": "u", "item": "1", "time": 1_400_000_000_000_000},
+        {"user": "v", "item": "2", "time": 1_400_000_001_000_000},
     ]
     assert (item_ledger.kept, item_ledger.skipped.total()) == (2, 1)
     assert (event_ledger.kept, event_ledger.skipped.total()) == (2, 1)
-    assert event_ledger.examples[0].endswith(f"events.{form}:3: no who or sku")
+    line = 4 if form.startswith("csv") else 3  # the header is a line, too
+    assert event_ledger.examples[0].endswith(f"events.{form}:{line}: no who or sku")
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
@@ -339,13 +352,14 @@ def test_milliseconds_and_parquet_timestamps(tmp_path: Path) -> None:
             pa.table({"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": column}), tmp_path / "events.parquet"
         )
         _, events, *_ = read(values | {"time_unit": unit}, tmp_path)
-        assert events["time"].to_pylist() == [1_400_000_000, 1_400_000_001]
+        assert events["time"].to_pylist() == [1_400_000_000_500_000, 1_400_000_001_500_000]
 
 
 def test_an_unknown_suffix_or_missing_file_is_refused(tmp_path: Path) -> None:
     values = tables(tmp_path)
     (tmp_path / "items.xlsx").touch()
-    with pytest.raises(DataError, match="must end in .parquet"):
+    (tmp_path / "items.xlsx").write_bytes(b"PK\x03\x04...")
+    with pytest.raises(DataError, match="items.xlsx: a zip archive or an Excel file"):
         read(values | {"items": [str(tmp_path / "items.xlsx")]}, tmp_path)
     with pytest.raises(DataError, match="correct data.items"):
         read(values | {"items": [str(tmp_path / "no.csv")]}, tmp_path)

@@ -9,18 +9,17 @@ Rules, in the order in which they are applied; every row that one of them drops 
    time is kept (`repeats = "first"`), or all are.
 4. k-core: users and items with fewer than `k_core` interactions are dropped, again and again until none is left.
 5. Items and users are numbered in the order of their source ids. Items without interactions are left out.
-6. A history is in time order. Equal times are ordered by `ties`: as in the files, at random by `seed`, or by item id.
+6. A history is in time order, to the microsecond. Equal times are ordered by `ties`: as in the files, at random by
+   `seed`, or by item id.
 7. leave-one-out: a user's last item is the test target, the one before it the validation target, the rest is for
    training (TIGER, section 4.1). by-time: two moments cut all histories; the first item after each is a target.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import logging
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -33,7 +32,11 @@ from pydantic import Field
 
 from tiger.artifacts import Artifact, Folder
 from tiger.config import Config
+from tiger.datasets import field_name
+from tiger.datasets._ledger import listed
+from tiger.datasets._merge import PIECE, clean_batches, one_row_per_item, take_rows
 from tiger.errors import ArtifactError, DataError
+from tiger.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class CatalogConfig(Config):
     test_share: float = Field(0.1, gt=0, lt=0.5, description="by-time: share of interactions that test")
     max_unknown_items: float = Field(0.05, ge=0, le=1, description="stop above this share of events without an item")
     seed: int = Field(0, ge=0, description="seed of shuffled ties")
+
+    unfingerprinted = frozenset({"max_unknown_items"})  # it stops the stage, and changes nothing that the stage writes
 
 
 @dataclass(frozen=True)
@@ -165,41 +170,41 @@ def make(
     """Applies the rules above, writes items.parquet, histories.parquet and profile.json; returns the profile.
 
     Raises:
-        DataError: no item or user is left, a text field does not exist, or too many events have unknown items.
+        DataError: no item or user is left, a text field does not exist, too many events have unknown items, or a split
+            by time leaves nobody to validate or test with.
     """
-    raw_items = pa.Table.from_batches(list(items))
-    missing = [name for name in config.text_fields if name not in raw_items.column_names]
-    if missing:
-        raise DataError(
-            f"catalog.text_fields names {', '.join(missing)}; the items have {', '.join(raw_items.column_names)}"
-        )
-    kept_items, duplicate_items = _one_row_an_item(_clean_rows(raw_items), raw_items.schema)
-    events = pa.Table.from_batches(list(interactions)).combine_chunks()
+    kept_items, duplicate_items = one_row_per_item(clean_batches(items, config.text_fields))
+    fields = _fields(config.text_fields, kept_items.column_names)
     dropped: dict[str, int] = {"duplicate items": duplicate_items}
-    user_names, item_names, user, item, time, row = _encode_events(config, events, kept_items["source_id"], dropped)
-    user, item, time, row = _drop_repeats(config, user, item, time, row, dropped)
+    user_names, user, item, time = _encode_events(config, interactions, kept_items["source_id"], dropped)
+    read = len(user) + dropped["interactions with unknown items"]
+    user, item, time = _drop_repeats(config, user, item, time, dropped)
     if config.k_core > 1:
         kept = _k_core(user, item, config.k_core)
         dropped["interactions outside the k-core"] = int(len(user) - kept.sum())
-        user, item, time, row = user[kept], item[kept], time[kept], row[kept]
+        user, item, time = user[kept], item[kept], time[kept]
     if not len(user):
         raise DataError(
-            f"no user and item with {config.k_core} interactions each is left of {events.num_rows:,} interactions; "
+            f"no user and item with {config.k_core} interactions each is left of {read:,} interactions; "
             "lower catalog.k_core or use more data"
         )
-    dropped["items without interactions"] = int(len(item_names) - len(np.unique(item)))
-    item_kept, item = np.unique(item, return_inverse=True)  # names are sorted, so dense ids follow source ids
-    user_kept, user = np.unique(user, return_inverse=True)
-    tie = {"file": row, "id": item, "shuffle": _shuffled(config.seed, row)}[config.ties]
-    order = np.lexsort((tie, time, user))
+    item_kept, item = _dense(item)  # ids follow the order of source ids, in which the items are
+    dropped["items without interactions"] = int(kept_items.num_rows - len(item_kept))
+    user_kept, user = _dense(user)
+    names = pa.array([user_names[code] for code in user_kept.tolist()], pa.large_string())
+    del user_names
+    by_name = pc.sort_indices(names)
+    rank = np.empty(len(names), np.int32)
+    rank[np.asarray(by_name)] = np.arange(len(names), dtype=np.int32)
+    user = rank[user]
+    order = _in_order(config, user, item, time)
     user, item, time = user[order], item[order], time[order]
 
-    table = _with_text(kept_items.take(pa.array(item_kept)), config.text_fields)
+    table = _with_text(take_rows(kept_items, item_kept), fields)
     offsets = np.concatenate([[0], np.bincount(user).cumsum()])
     train_end, valid_end = _split(config, offsets, time)
-    histories = Histories(
-        user_names.take(pa.array(user_kept)).to_pylist(), offsets, item.astype(np.int32), train_end, valid_end
-    )
+    histories = Histories(names.take(by_name).to_pylist(), offsets, item.astype(np.int32), train_end, valid_end)
+    _check_split(config, histories)
     folder.write_table("items.parquet", table, row_group_size=ITEM_ROW_GROUP)
     folder.write_table("histories.parquet", _history_table(histories, time))
     profile = _profile(table, histories, dropped, config)
@@ -210,53 +215,37 @@ def make(
 # --- items ------------------------------------------------------------------------------------------------------
 
 
-def _clean_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(8192):
-        for row in batch.to_pylist():
-            yield {name: value if name == "source_id" else _clean(value) for name, value in row.items()}
+def _fields(text_fields: list[str], columns: list[str]) -> list[str]:
+    """Finds the columns of text fields, which are named as they are in the raw files.
 
-
-def _clean(value: Any) -> Any:
-    """Undoes HTML entities (twice: some shops escape twice), normalises to NFC, joins runs of white space."""
-    if isinstance(value, str):
-        text = html.unescape(html.unescape(value)) if "&" in value else value
-        return " ".join(unicodedata.normalize("NFC", text).split()) or None
-    if isinstance(value, list):
-        return [cleaned for cleaned in map(_clean, value) if cleaned not in (None, [])]
-    return value
-
-
-def _one_row_an_item(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> tuple[pa.Table, int]:
-    """Rule 1. Returns the rows in the order of their source ids, and how many were dropped."""
-    best: dict[str, dict[str, Any]] = {}
-    duplicates = 0
-    for row in rows:
-        rival = best.setdefault(row["source_id"], row)
-        if rival is not row:
-            duplicates += 1
-            best[row["source_id"]] = min(rival, row, key=_completeness)
-    ordered = [best[name] for name in sorted(best)]
-    return pa.Table.from_pylist(ordered, schema=schema), duplicates
-
-
-def _completeness(row: dict[str, Any]) -> tuple[int, str]:
-    filled = sum(value not in (None, "", []) for value in row.values())
-    return -filled, json.dumps(row, sort_keys=True, default=str)
+    Raises:
+        DataError: there is no such field.
+    """
+    found = [next((each for each in (field_name(name), name) if each in columns), None) for name in text_fields]
+    missing = [name for name, column in zip(text_fields, found, strict=True) if column is None]
+    if missing:
+        raise DataError(f"catalog.text_fields names {listed(missing)}; the items have {listed(columns)}")
+    return [column for column in found if column is not None]
 
 
 def _with_text(items: pa.Table, text_fields: list[str]) -> pa.Table:
     """Adds item_id, text, and category_leaf (the last name of an item's first category path)."""
-    fields = [items[name].to_pylist() for name in text_fields]
-    texts = [
-        ". ".join(filter(None, (_field_text(name, value) for name, value in zip(text_fields, values, strict=True))))
-        for values in zip(*fields, strict=True)
-    ]
+    has_leaf = "categories" in items.column_names and "category_leaf" not in items.column_names
+    texts: list[pa.Array] = []
+    leaves: list[pa.Array] = []
+    for begin in range(0, items.num_rows, PIECE):
+        piece = items.slice(begin, PIECE)
+        fields = [piece[name].to_pylist() for name in text_fields]
+        joined = [
+            ". ".join(filter(None, (_field_text(name, value) for name, value in zip(text_fields, values, strict=True))))
+            for values in zip(*fields, strict=True)
+        ]
+        texts.append(pa.array(joined, pa.string()))
+        if has_leaf:
+            leaves.append(pa.array([_leaf(value) for value in piece["categories"].to_pylist()], pa.string()))
     table = items.add_column(0, "item_id", pa.array(np.arange(len(items), dtype=np.int32)))
-    table = table.add_column(2, "text", pa.array(texts, pa.string()))
-    if "categories" in items.column_names and "category_leaf" not in items.column_names:
-        leaves = [_leaf(value) for value in items["categories"].to_pylist()]
-        table = table.append_column("category_leaf", pa.array(leaves, pa.string()))
-    return table
+    table = table.add_column(2, "text", pa.chunked_array(texts, pa.string()))
+    return table.append_column("category_leaf", pa.chunked_array(leaves, pa.string())) if has_leaf else table
 
 
 def _field_text(name: str, value: Any) -> str:
@@ -264,6 +253,8 @@ def _field_text(name: str, value: Any) -> str:
         return ""
     if name == "price" and isinstance(value, (int, float)):
         return f"${value:.2f}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, list):  # a path reads "Hair Care > Shampoo", several of them are separated by semicolons
         nested = any(isinstance(inner, list) for inner in value)
         return ("; " if nested else " > ").join(filter(None, (_field_text(name, inner) for inner in value)))
@@ -280,51 +271,87 @@ def _leaf(value: Any) -> str | None:
 
 
 def _encode_events(
-    config: CatalogConfig, events: pa.Table, known_items: pa.ChunkedArray, dropped: dict[str, int]
-) -> tuple[pa.Array, pa.Array, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Numbers users and items in the order of their names; drops events with unknown items (rule 2)."""
-    item_names = known_items.combine_chunks()  # sorted
-    item = pc.index_in(events["item"], value_set=item_names)
-    known = np.asarray(item.is_valid())
-    unknown = int((~known).sum())
+    config: CatalogConfig, batches: Iterable[pa.RecordBatch], known_items: pa.ChunkedArray, dropped: dict[str, int]
+) -> tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Numbers users (in the order of appearance) and items; drops events with unknown items (rule 2).
+
+    Ids become numbers batch by batch, so that an event takes 16 bytes, however long its ids are.
+    """
+    user_of: dict[str, int] = {}
+    item_of = {name: row for row, name in enumerate(known_items.to_pylist())}
+    users, items, times = [], [], []
+    unknown, unknown_example, read = 0, "", 0
+    progress = Progress("interactions", None, "rows")
+    for batch in batches:
+        coded_item, coded_user = batch["item"].dictionary_encode(), batch["user"].dictionary_encode()
+        codes = np.array([item_of.get(name, -1) for name in coded_item.dictionary.to_pylist()], np.int32)
+        item = codes[np.asarray(coded_item.indices)] if len(codes) else np.empty(0, np.int32)
+        known = item >= 0
+        if not known.all():
+            if not unknown:
+                unknown_example = batch["item"][int(np.flatnonzero(~known)[0])].as_py()
+            unknown += int((~known).sum())
+            item = item[known]
+            coded_user = batch["user"].filter(pa.array(known)).dictionary_encode()
+        names = coded_user.dictionary.to_pylist()
+        codes = np.array([user_of.setdefault(name, len(user_of)) for name in names], np.int32)
+        users.append(codes[np.asarray(coded_user.indices)] if len(codes) else codes)
+        items.append(item)
+        times.append(np.asarray(batch["time"])[known])
+        read += batch.num_rows
+        progress.add(batch.num_rows)
     dropped["interactions with unknown items"] = unknown
-    if unknown > config.max_unknown_items * max(len(known), 1):
-        example = events["item"].filter(pa.array(~known))[0].as_py()
+    if unknown > config.max_unknown_items * max(read, 1):
         raise DataError(
-            f"{unknown:,} of {len(known):,} interactions are with items that have no row among the items, such as "
-            f"{example!r}: do the files belong together? catalog.max_unknown_items = {config.max_unknown_items} allows "
-            "fewer"
+            f"{unknown:,} of {read:,} interactions are with items that have no row among the items, such as "
+            f"{unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}: do the files belong "
+            f"together? catalog.max_unknown_items = {config.max_unknown_items} allows fewer"
         )
-    users = events["user"].filter(pa.array(known)).combine_chunks()
-    names = pc.unique(users)
-    user_names = names.take(pc.sort_indices(names))
-    return (
-        user_names,
-        item_names,
-        np.asarray(pc.index_in(users, value_set=user_names)).astype(np.int64),
-        np.asarray(item.filter(pa.array(known)).combine_chunks()).astype(np.int64),
-        np.asarray(events["time"])[known],
-        np.flatnonzero(known),
-    )
+    del item_of
+    user, item = (np.concatenate([np.empty(0, np.int32), *each]) for each in (users, items))
+    return list(user_of), user, item, np.concatenate([np.empty(0, np.int64), *times])
+
+
+def _dense(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Numbers the codes that occur from 0 on, in their order: (the codes, the new numbers)."""
+    occurs = np.bincount(codes) > 0
+    return np.flatnonzero(occurs), (np.cumsum(occurs, dtype=np.int32) - 1)[codes]
+
+
+def _in_order(
+    config: CatalogConfig, user: npt.NDArray[np.int32], item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Rule 6. The order of events: by user, time, and ties; events are given in file order, and sorting is stable."""
+    if config.ties == "file":
+        return np.lexsort((time, user))
+    if config.ties == "id":
+        return np.lexsort((item, time, user))
+    return np.lexsort((np.random.default_rng(config.seed).permutation(len(user)), time, user))
 
 
 def _drop_repeats(
     config: CatalogConfig,
-    user: npt.NDArray[Any],
-    item: npt.NDArray[Any],
-    time: npt.NDArray[Any],
-    row: npt.NDArray[Any],
+    user: npt.NDArray[np.int32],
+    item: npt.NDArray[np.int32],
+    time: npt.NDArray[np.int64],
     dropped: dict[str, int],
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Rule 3. Rows come back in the order of `row`."""
-    order = np.lexsort((row, time, item, user))
-    same_pair = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
-    equal = same_pair & (np.diff(time[order]) == 0)
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Rule 3. Events stay in file order."""
+    order = np.lexsort((time, item, user))
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for column in (user, item):
+        ordered = column[order]
+        same &= ordered[1:] == ordered[:-1]
+    ordered_time = time[order]
+    equal = same & (ordered_time[1:] == ordered_time[:-1])
     dropped["equal interactions"] = int(equal.sum())
-    dropped["repeated interactions"] = int((same_pair & ~equal).sum()) if config.repeats == "first" else 0
-    drop = same_pair if config.repeats == "first" else equal
-    kept = np.sort(order[np.concatenate([[True], ~drop])]) if len(order) else order
-    return user[kept], item[kept], time[kept], row[kept]
+    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.repeats == "first" else 0
+    drop = order[1:][same if config.repeats == "first" else equal]
+    if not len(drop):
+        return user, item, time
+    kept = np.ones(len(user), bool)
+    kept[drop] = False
+    return user[kept], item[kept], time[kept]
 
 
 def _k_core(user: npt.NDArray[Any], item: npt.NDArray[Any], k: int) -> npt.NDArray[np.bool_]:
@@ -340,10 +367,6 @@ def _k_core(user: npt.NDArray[Any], item: npt.NDArray[Any], k: int) -> npt.NDArr
     return kept
 
 
-def _shuffled(seed: int, row: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    return np.random.default_rng(seed).permutation(len(row))
-
-
 def _split(
     config: CatalogConfig, offsets: npt.NDArray[np.int64], time: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -357,6 +380,26 @@ def _split(
     before_valid = np.concatenate([[0], np.cumsum(time < valid_from)])
     before_test = np.concatenate([[0], np.cumsum(time < test_from)])
     return begin + before_valid[end] - before_valid[begin], begin + before_test[end] - before_test[begin]
+
+
+def _check_split(config: CatalogConfig, histories: Histories) -> None:
+    """Refuses a split by time without targets, which would train into nothing.
+
+    Raises:
+        DataError: nobody is left to validate or to test with.
+    """
+    if config.split != "by-time":
+        return
+    splits: tuple[tuple[Split, str, float], ...] = (
+        ("valid", "validation", config.valid_share),
+        ("test", "test", config.test_share),
+    )
+    for split, name, share in splits:
+        if not len(histories.evaluation(split)):
+            raise DataError(
+                f'catalog.split = "by-time" leaves no {name} users: no user has events before and within the {name} '
+                f"period; choose another catalog.{split}_share than {share}, finer times, or leave-one-out"
+            )
 
 
 def _history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table:
@@ -380,12 +423,7 @@ _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
 def _profile(table: pa.Table, histories: Histories, dropped: dict[str, int], config: CatalogConfig) -> dict[str, Any]:
-    columns = {}
-    for name in table.column_names:
-        values = table[name].to_pylist()
-        present = [value for value in values if value not in (None, "", [])]
-        distinct = len({json.dumps(value, sort_keys=True, default=str) for value in present})  # lists are unhashable
-        columns[name] = {"missing": len(values) - len(present), "distinct": distinct}
+    columns = {name: _missing_and_distinct(table[name]) for name in table.column_names}
     return {
         "items": table.num_rows,
         "users": len(histories),
@@ -399,6 +437,24 @@ def _profile(table: pa.Table, histories: Histories, dropped: dict[str, int], con
         "history_length": _quantiles(np.diff(histories.offsets)),
         "dropped": dropped,
     }
+
+
+def _missing_and_distinct(column: pa.ChunkedArray) -> dict[str, int]:
+    if not pa.types.is_nested(column.type):
+        present = column.drop_null()
+        if pa.types.is_string(column.type):
+            present = present.filter(pc.not_equal(present, ""))
+        return {"missing": len(column) - len(present), "distinct": pc.count_distinct(present).as_py()}
+    missing, distinct = 0, set()
+    for begin in range(0, len(column), PIECE):
+        for value in column.slice(begin, PIECE).to_pylist():
+            if value in (None, []):
+                missing += 1
+            else:
+                distinct.add(
+                    hash(json.dumps(value, sort_keys=True, default=str))
+                )  # the texts themselves take gigabytes
+    return {"missing": missing, "distinct": len(distinct)}
 
 
 def _quantiles(values: npt.NDArray[Any]) -> dict[str, float]:

@@ -33,11 +33,14 @@ from tiger.datasets import (
     Ledger,
     batches,
     existing,
+    expand,
     identifier,
     lines,
+    log_files,
     parse_record,
-    seconds,
+    unix_micros,
 )
+from tiger.datasets._ledger import listed
 from tiger.download import download
 from tiger.errors import DataError
 
@@ -52,6 +55,8 @@ ITEMS = pa.schema(
         ("features", pa.list_(pa.string())),
     ]
 )
+
+_FILE, _FIVE_CORE = re.compile(r"\.jsonl?(\.gz)?$"), re.compile(r"_5\.jsonl?(\.gz)?$")
 
 _URLS = {
     "2014": (
@@ -81,7 +86,8 @@ class Config(DatasetConfig):
     )
     version: Literal["2014", "2018", "2023"] = Field("2014", description="generation of the category to download")
 
-    unfingerprinted = frozenset({"path", "items", "interactions"})  # the files' contents count, not where they lie
+    # the files' contents count, not where they are or come from
+    unfingerprinted = DatasetConfig.unfingerprinted | {"path", "items", "interactions", "category", "version"}
 
     @model_validator(mode="after")
     def _one_source(self) -> Config:
@@ -97,27 +103,23 @@ def locate(config: Config, cache: Path) -> Files:
         DataError: a file or folder is missing, or the folder holds no metadata or no reviews.
     """
     if config.items and config.interactions:
-        return Files([_local(name) for name in config.items], [_local(name) for name in config.interactions])
+        names = (config.items, "data.items"), (config.interactions, "data.interactions")
+        return log_files(Files(*(expand(each, key) for each, key in names)))
     if config.path is None:
         items, interactions = (url.format(category=config.category) for url in _URLS[config.version])
-        return Files([download(items)], [download(interactions)])
+        return log_files(Files([download(items)], [download(interactions)]))
     folder = existing(Path(config.path).expanduser(), "set data.path to the folder of the Amazon files")
-    names = sorted(path for path in folder.iterdir() if re.search(r"\.jsonl?(\.gz)?$", path.name))
-    items_found = [path for path in names if path.name.startswith("meta_")]
-    reviews = [path for path in names if not path.name.startswith("meta_")]
-    five_core = [path for path in reviews if re.search(r"_5\.jsonl?(\.gz)?$", path.name)]
+    names_found = sorted(path for path in folder.iterdir() if _FILE.search(path.name))
+    items_found = [path for path in names_found if path.name.startswith("meta_")]
+    reviews = [path for path in names_found if not path.name.startswith("meta_")]
+    five_core = {_FILE.sub("", path.name) for path in reviews if _FIVE_CORE.search(path.name)}
+    reviews = [path for path in reviews if f"{_FILE.sub('', path.name)}_5" not in five_core]
     if not items_found or not reviews:
         raise DataError(
             f"{folder} needs meta_*.json[.gz] and reviews_*.json[.gz]; it holds "
-            f"{', '.join(path.name for path in sorted(folder.iterdir())) or 'nothing'}"
+            f"{listed(path.name for path in sorted(folder.iterdir())) or 'nothing'}"
         )
-    return Files(items_found, five_core or reviews)
-
-
-def _local(name: str) -> Path:
-    if re.match(r"https?://", name):
-        return download(name)
-    return existing(Path(name).expanduser(), "correct data.items or data.interactions")
+    return log_files(Files(items_found, reviews))
 
 
 def read_items(config: Config, files: Files, ledger: Ledger) -> Iterator[pa.RecordBatch]:
@@ -138,7 +140,7 @@ def read_items(config: Config, files: Files, ledger: Ledger) -> Iterator[pa.Reco
                     fields.update(str(key) for key in record)
                     row = _item(record)
                 except BadRow as reason:
-                    ledger.skip(path, number, str(reason))
+                    ledger.skip(path, number, str(reason), reason.detail)
                     continue
                 ledger.keep()
                 usable += any(row[name] for name in ("title", "brand", "categories", "description", "features"))
@@ -162,7 +164,7 @@ def read_interactions(config: Config, files: Files, ledger: Ledger) -> Iterator[
                 try:
                     row = _interaction(parse_record(line))
                 except BadRow as reason:
-                    ledger.skip(path, number, str(reason))
+                    ledger.skip(path, number, str(reason), reason.detail)
                     continue
                 ledger.keep()
                 yield row
@@ -186,8 +188,8 @@ def _interaction(record: dict[str, Any]) -> dict[str, Any]:
     user = identifier(_first(record, "reviewerID", "user_id"), "reviewerID or user_id")
     item = identifier(_first(record, "parent_asin", "asin"), "asin or parent_asin")
     if "unixReviewTime" in record:
-        return {"user": user, "item": item, "time": seconds(record["unixReviewTime"], per_second=1)}
-    return {"user": user, "item": item, "time": seconds(record.get("timestamp"), per_second=1000)}
+        return {"user": user, "item": item, "time": unix_micros(record["unixReviewTime"], "s")}
+    return {"user": user, "item": item, "time": unix_micros(record.get("timestamp"), "ms")}
 
 
 def _first(record: dict[str, Any], *names: str) -> Any:

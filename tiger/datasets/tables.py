@@ -1,225 +1,246 @@
-"""Your own Parquet, CSV or JSON lines: one or more item files and interaction files, columns named in the config.
+"""Your own files: Parquet, CSV and other text tables, JSON lines or JSON documents, their columns named in the config.
 
-All columns of the item files are kept as text fields under their own names, so that `catalog.text_fields` can list any
-of them. Files of one table must have the same columns. CSV columns are read as text; JSON lines' lists become lists of
-text and their nested objects lists of "key: value".
+All columns of the item files are kept as text fields, so that `catalog.text_fields` can list any of them by its name in
+the file. Files of one table are joined by column name: order may differ, missing columns are empty, types are widened.
+Ids and times are read by one rule in all formats (`_values.py`, `_times.py`). Text tables hold text: only an empty
+field is missing. Lists become lists of text, nested objects lists of `key: value`.
 """
 
 from __future__ import annotations
 
-import datetime
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pcsv
-import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from tiger.datasets import (
-    BATCH_ROWS,
-    INTERACTIONS,
-    BadRow,
-    DatasetConfig,
-    Files,
-    Ledger,
-    batches,
-    existing,
-    lines,
-    parse_record,
-    seconds,
-)
-from tiger.download import download
+from tiger.datasets import DatasetConfig, Files, Ledger, RawFile, expand, field_name, log_files, raw_file
+from tiger.datasets._delimited import DelimitedTable
+from tiger.datasets._events import EventReader, ids_of, one_line, skip_rows
+from tiger.datasets._filters import Filter
+from tiger.datasets._formats import find_format
+from tiger.datasets._json import JsonTable
+from tiger.datasets._parquet import ParquetTable
+from tiger.datasets._pivot import pivot
+from tiger.datasets._table import Block, Wanted
+from tiger.datasets._times import TimeRule
+from tiger.datasets._values import as_field, widen
 from tiger.errors import DataError
 
-_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+log = logging.getLogger(__name__)
+
+Role = Literal["items", "interactions"]
+_FORMATS = Literal["parquet", "csv", "json"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Config(DatasetConfig):
-    """Files and the names of their columns."""
+    """Files and the names of their columns. `separator`, `quote`, `encoding`, `format` and `columns` are one value for
+    both tables, or one each: `separator = {items = ",", interactions = "::"}`."""
 
     kind: str = Field("tables", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    items: list[str] = Field(min_length=1, description="item files or URLs: .parquet, .csv, .jsonl (also .gz)")
-    interactions: list[str] = Field(min_length=1, description="interaction files or URLs, same formats")
-    item_id: str = Field("item_id", description="column of the item's name, in both tables")
-    user_id: str = Field("user_id", description="column of the user's name, in the interaction table")
-    time: str = Field("timestamp", description="column of the time: a number, a Parquet timestamp, or ISO 8601 text")
-    time_unit: Literal["s", "ms", "us", "ns"] = Field("s", description="unit of a numeric time, counted from 1970")
+    items: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1, description="item files: paths, folders, globs, URLs, s3:// or gs:// URIs; plain or gzip"
+    )
+    interactions: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1, description="interaction files, as for items"
+    )
+    item_id: str = Field("item_id", description="column of the item's id, in both tables")
+    items_id: str | None = Field(None, description="column of the item's id among the items, if it has another name")
+    user_id: str = Field("user_id", description="column of the user's id, in the interaction table")
+    time: str = Field("timestamp", description="column of the time: a number, a timestamp, or text; '' for file order")
+    time_unit: Literal["s", "ms", "us", "ns", "order"] = Field(
+        "s", description="unit of a numeric time, counted from 1970; order: a number that only orders"
+    )
+    time_format: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="formats of a time as text, as for strptime; none: ISO 8601"
+    )
+    years: tuple[int, int] = Field((1990, 2100), description="first year and the year after the last one of all times")
+    history: str | None = Field(
+        None, description="column with a user's items in time order: a list, or ids separated by white space"
+    )
+    history_separator: str | None = Field(None, description="what separates the ids of a history; none: white space")
+    filters: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description='interactions to keep, all of: rating >= 4, event = "buy", event in ["buy", "cart"]'
+    )
+    property: str | None = Field(None, description="items in long format: column of the property's name")
+    value: str | None = Field(None, description="items in long format: column of the property's value")
+    properties: list[str] = Field([], description="items in long format: properties to keep; none: all")
+    format: _FORMATS | dict[Role, _FORMATS] | None = Field(
+        None, description="parquet, csv (any text table) or json (lines or a document); none: found out from the file"
+    )
+    separator: str | dict[Role, str] | None = Field(
+        None, description="what separates the columns of text tables; none: found out from the header"
+    )
+    quote: str | dict[Role, str] = Field('"', description="quote of text tables; '' for none")
+    encoding: str | dict[Role, str] = Field("utf-8", description="encoding of text files without a byte order mark")
+    columns: list[str] | dict[Role, list[str]] = Field(
+        [], description="names of the columns of text tables whose first line is not a header with the named columns"
+    )
 
-    unfingerprinted = frozenset({"items", "interactions"})  # their contents count, not where they lie
+    # the files' contents count, not where they are
+    unfingerprinted = DatasetConfig.unfingerprinted | {"items", "interactions"}
+
+    @field_validator("filters")
+    @classmethod
+    def _filters(cls, value: list[str]) -> list[str]:
+        for text in value:
+            Filter.parse(text)
+        return value
+
+    @field_validator("encoding", "separator", "quote")
+    @classmethod
+    def _text_options(cls, value: Any, info: Any) -> Any:
+        for each in value.values() if isinstance(value, dict) else [value]:
+            if info.field_name == "encoding":
+                try:
+                    "".encode(each)
+                except (LookupError, UnicodeError):
+                    raise ValueError(f"{each!r} is not an encoding; utf-8, latin-1, cp1252, utf-16 are some") from None
+            elif info.field_name == "separator" and each is not None and (not each or "\n" in each or "\r" in each):
+                raise ValueError("a separator is one or more characters, no line break")
+            elif info.field_name == "quote" and (len(each.encode()) > 1 or each in ("\n", "\r")):
+                raise ValueError("a quote is one ASCII character, or '' for none")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if (self.property is None) != (self.value is None):
+            raise ValueError("property and value belong together: columns of a property's name and of its value")
+        if self.properties and self.property is None:
+            raise ValueError("properties needs property and value: columns of a property's name and of its value")
+        if self.years[0] >= self.years[1] or self.years[0] < 1 or self.years[1] > 9999:
+            raise ValueError("years are the first year and a later one, between 1 and 9999")
+        return self
+
+    def of(self, role: Role, name: str, default: Any) -> Any:
+        """Return an option for one table."""
+        value = getattr(self, name)
+        return value.get(role, default) if isinstance(value, dict) else value
+
+    def wanted(self, role: Role) -> Wanted:
+        """Return what the files of one table must hold."""
+        if role == "items":
+            needed = {
+                self.items_id or self.item_id: "data.items_id" if self.items_id else "data.item_id (data.items_id)"
+            }
+            if self.property is not None and self.value is not None:
+                needed |= {self.property: "data.property", self.value: "data.value"}
+            optional: tuple[str, ...] = (self.time,) if self.property is not None and self.time else ()
+        else:
+            needed = {self.user_id: "data.user_id"}
+            needed |= {self.history: "data.history"} if self.history else {self.item_id: "data.item_id"}
+            timed = self.time and (not self.history or "time" in self.model_fields_set)
+            needed |= {self.time: "data.time"} if timed else {}
+            optional = tuple(Filter.parse(text).column for text in self.filters)
+            needed |= {name: "data.filters" for name in optional if name not in needed}
+        return Wanted(
+            needed=needed,
+            keys=tuple(name for name in needed if name not in (self.history, self.value)),
+            history=self.history if role == "interactions" else None,
+            history_separator=self.history_separator,
+            separator=self.of(role, "separator", None),
+            quote=self.of(role, "quote", '"'),
+            encoding=self.of(role, "encoding", "utf-8"),
+            columns=tuple(self.of(role, "columns", [])),
+            everything=role == "items" and self.property is None,
+            optional=optional,
+        )
+
+
+class Table(Protocol):
+    columns: dict[str, pa.DataType]
+
+    def blocks(self, ledger: Ledger) -> Iterator[Block]: ...
 
 
 def locate(config: Config, cache: Path) -> Files:
-    """Finds or downloads the files.
+    """Find or download the files.
 
     Raises:
-        DataError: a file does not exist, or its suffix is not one of the formats.
+        DataError: a file does not exist.
     """
-    return Files(
-        [_local(name, "data.items") for name in config.items],
-        [_local(name, "data.interactions") for name in config.interactions],
-    )
+    return log_files(Files(expand(config.items, "data.items"), expand(config.interactions, "data.interactions")))
 
 
-def _local(name: str, key: str) -> Path:
-    path = download(name) if name.startswith(("http://", "https://")) else Path(name).expanduser()
-    existing(path, f"correct {key}")
-    _format(path)
-    return path
+def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+    wanted = config.wanted(role)
+    form = config.of(role, "format", None) or find_format(file, wanted.encoding)
+    if form == "parquet":
+        return ParquetTable(file, wanted), wanted
+    if form == "csv":
+        return DelimitedTable(file, wanted), wanted
+    key = next(iter(wanted.needed))
+    if role == "items":
+        return JsonTable(file, wanted, (key, "value")), wanted
+    table = JsonTable(file, wanted, (key, config.history or "history"))
+    if not config.history and table.holds_histories():
+        log.info("%s: a document with a list of items per user", file)
+        wanted = config.model_copy(update={"history": "history", "time": ""}).wanted(role)
+        table = JsonTable(file, wanted, (key, "history"))
+    return table, wanted
 
 
-def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    formats = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
-    if not suffixes or suffixes[-1] not in formats:
-        raise DataError(f"{path}: the name must end in .parquet, .csv, .jsonl or .json, the last three also with .gz")
-    return formats[suffixes[-1]]
+# --- items ------------------------------------------------------------------------------------------------------
 
 
 def read_items(config: Config, files: Files, ledger: Ledger) -> Iterator[pa.RecordBatch]:
-    """Item rows: `source_id` and every other column of the files, in file order."""
-    for path in files.items:
-        for first_row, raw in _read(path, [config.item_id], ledger):
-            names = pc.utf8_trim_whitespace(_as_text(raw.column(config.item_id)))
-            good = _usable(names)
-            _skip(ledger, path, first_row, good, f"no {config.item_id}")
-            columns = {"source_id": names} | {
-                name: raw.column(name) for name in raw.schema.names if name != config.item_id
-            }
-            yield pa.RecordBatch.from_pydict(columns).filter(good)
+    """Yield item rows, all of one schema: `source_id` and the other columns of the files, in file order."""
+    opened = [(raw_file(file), *_open(config, "items", raw_file(file))) for file in files.items]
+    name = config.items_id or config.item_id
+    if config.property is not None and config.value is not None:
+        rule = TimeRule(config.time, config.time_unit, tuple(config.time_format), config.years)
+        source = ((file, block) for file, table, _ in opened for block in table.blocks(ledger))
+        with one_line(", ".join(str(file) for file, *_ in opened[:3])):
+            yield from pivot(source, name, config.property, config.value, config.properties, rule, ledger)
+        return
+    fields: dict[str, pa.DataType] = {}
+    for _, table, _ in opened:
+        for column, kind in table.columns.items():
+            fields[column] = widen(fields.get(column, pa.null()), kind)
+    fields.pop(name, None)
+    fields = {column: pa.string() if pa.types.is_null(kind) else kind for column, kind in fields.items()}
+    schema = pa.schema([("source_id", pa.string()), *((field_name(each), kind) for each, kind in fields.items())])
+    for file, table, _ in opened:
+        with one_line(file):
+            for block in table.blocks(ledger):
+                ids = ids_of(file, block.rows, name, "data.items_id" if config.items_id else "data.item_id")
+                good = np.asarray(ids.is_valid())
+                skip_rows(ledger, file, block.numbers, ~good, f"no {name}")
+                ledger.keep(int(good.sum()))
+                columns = [ids, *(_field(file, block.rows, column, kind) for column, kind in fields.items())]
+                yield pa.RecordBatch.from_arrays(columns, schema=schema).filter(pa.array(good))
+
+
+def _field(file: RawFile, rows: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
+    """Return a column in its common type; null if the file does not have it."""
+    if name not in rows.schema.names:
+        return pa.nulls(rows.num_rows, kind)
+    column = rows.column(name)
+    try:
+        return as_field(column, kind)
+    except (pa.ArrowException, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise DataError(f"{file}: column {name} of type {column.type} cannot be read as {kind}: {reason}") from None
+
+
+# --- interactions -----------------------------------------------------------------------------------------------
 
 
 def read_interactions(config: Config, files: Files, ledger: Ledger) -> Iterator[pa.RecordBatch]:
-    """Interactions with schema INTERACTIONS, in file order."""
-    for path in files.interactions:
-        for first_row, raw in _read(path, [config.user_id, config.item_id, config.time], ledger):
-            user = pc.utf8_trim_whitespace(_as_text(raw.column(config.user_id)))
-            item = pc.utf8_trim_whitespace(_as_text(raw.column(config.item_id)))
-            time = _time(raw.column(config.time), _PER_SECOND[config.time_unit])
-            named = pc.and_(_usable(user), _usable(item))
-            good = pc.and_(named, time.is_valid())
-            _skip(ledger, path, first_row, named, f"no {config.user_id} or {config.item_id}", count_good=False)
-            reason = f"{config.time} is missing, not a time, or outside the years 1990 to 2100"
-            _skip(ledger, path, first_row, pc.or_(good, pc.invert(named)), reason, count_good=False)
-            ledger.keep(pc.sum(good).as_py() or 0)
-            yield pa.RecordBatch.from_arrays([user, item, time], schema=INTERACTIONS).filter(good)
-
-
-def _usable(names: pa.Array) -> pa.Array:
-    return pc.fill_null(pc.greater(pc.utf8_length(names), 0), False)
-
-
-def _skip(ledger: Ledger, path: Path, first_row: int, good: pa.Array, reason: str, count_good: bool = True) -> None:
-    mask = np.asarray(good)
-    for index in np.flatnonzero(~mask):
-        ledger.skip(path, first_row + int(index), reason)
-    if count_good:
-        ledger.keep(int(mask.sum()))
-
-
-def _as_text(column: pa.Array) -> pa.Array:
-    if pa.types.is_floating(column.type):  # an integer column with gaps, as pandas writes it: 17.0 is item "17"
-        whole = pc.fill_null(pc.all(pc.equal(column, pc.floor(column))), True).as_py()
-        column = pc.cast(column, pa.int64()) if whole else column
-    return pc.cast(column, pa.string())
-
-
-def _time(column: pa.Array, per_second: int) -> pa.Array:
-    """Seconds since 1970; null where a value is no time within the years 1990 to 2100."""
-    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        column, per_second = pc.cast(pc.cast(column, pa.timestamp("us")), pa.int64()), 1_000_000
-    values: list[int | None] = []
-    for value in column.to_pylist():
-        try:
-            values.append(seconds(value, per_second))
-        except BadRow:
-            values.append(_iso_seconds(value))
-    return pa.array(values, pa.int64())
-
-
-def _iso_seconds(value: Any) -> int | None:
-    try:
-        moment = datetime.datetime.fromisoformat(value)
-        return seconds(moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp(), per_second=1)
-    except (TypeError, ValueError, BadRow):
-        return None
-
-
-def _read(path: Path, needed: list[str], ledger: Ledger) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields (number of the first row, rows); checks that the needed columns are there."""
-    reader = {"parquet": _read_parquet, "csv": _read_csv, "jsonl": _read_jsonl}[_format(path)]
-    number = 1
-    for raw in reader(path, ledger):
-        missing = [name for name in needed if name not in raw.schema.names]
-        if missing:
-            raise DataError(
-                f"{path}: no column {', '.join(missing)}; columns found: {', '.join(raw.schema.names)}. "
-                "Name yours with data.item_id, data.user_id and data.time"
-            )
-        yield number, raw
-        number += raw.num_rows
-
-
-def _read_parquet(path: Path, ledger: Ledger) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _read_csv(path: Path, ledger: Ledger) -> Iterator[pa.RecordBatch]:
-    header = next(lines(path), (0, b""))[1] or b""
-    names = pcsv.read_csv(pa.BufferReader(header + b"\n")).schema.names if header else []
-
-    def invalid(row: pcsv.InvalidRow) -> str:
-        ledger.skip(path, row.number or 0, f"{row.actual_columns} columns where {row.expected_columns} are named")
-        return "skip"
-
-    try:
-        with pcsv.open_csv(
-            path,
-            read_options=pcsv.ReadOptions(use_threads=False),
-            parse_options=pcsv.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid),
-            convert_options=pcsv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True
-            ),
-        ) as reader:
-            yield from reader
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable CSV file: {error}") from None
-
-
-def _read_jsonl(path: Path, ledger: Ledger) -> Iterator[pa.RecordBatch]:
-    """Two passes: the first finds the columns and which of them hold lists, the second reads."""
-    is_list: dict[str, bool] = {}
-    for _, line in lines(path):
-        try:
-            for name, value in parse_record(line).items():
-                is_list[str(name)] = is_list.get(str(name), False) or isinstance(value, (list, dict))
-        except BadRow:
-            continue  # counted in the second pass
-    schema = pa.schema([(name, pa.list_(pa.string()) if many else pa.string()) for name, many in is_list.items()])
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, line in lines(path):
-            try:
-                record = parse_record(line)
-            except BadRow as reason:
-                ledger.skip(path, number, str(reason))
-                continue
-            yield {name: _flatten(record.get(name), many) for name, many in is_list.items()}
-
-    return batches(rows(), schema)
-
-
-def _flatten(value: Any, as_list: bool) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        return [f"{key}: {inner}" for key, inner in value.items() if inner is not None]
-    if isinstance(value, list):
-        return [str(inner) for inner in value if inner is not None]
-    return [str(value)] if as_list else str(value)
+    """Yield interactions with schema INTERACTIONS, in file order."""
+    rule = TimeRule(config.time, config.time_unit, tuple(config.time_format), config.years)
+    filters = [Filter.parse(text) for text in config.filters]
+    reader = EventReader(config.user_id, config.item_id, rule, filters, ledger)
+    for each in files.interactions:
+        file = raw_file(each)
+        with one_line(file):
+            table, wanted = _open(config, "interactions", file)
+            for block in table.blocks(ledger):
+                yield reader.events(file, block, wanted)
