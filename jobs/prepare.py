@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 
 from jobs.command import command
 from tiger import artifacts, catalog
-from tiger.artifacts import Artifact, Draft, Folder
+from tiger.artifacts import Artifact, Draft
 from tiger.catalog import CatalogConfig
 from tiger.config import Config, load_plugin
-from tiger.datasets import DatasetConfig, Ledger
+from tiger.datasets import DatasetConfig, Files, Ledger
 from tiger.diagnostics import check_catalog, require
 from tiger.download import cache_folder
 from tiger.run import RunConfig
@@ -28,7 +30,7 @@ class PrepareConfig(Config):
 def prepare(run: RunConfig) -> Artifact:
     source = load_plugin(DatasetConfig.plugin_package, run.data.kind)
     files = source.locate(run.data, cache_folder())
-    digests = {path.name: Folder(str(path.parent)).digest(path.name) for path in [*files.items, *files.interactions]}
+    raw = describe_files(files)
 
     def make(draft: Draft) -> None:
         items, interactions = Ledger("items"), Ledger("interactions")
@@ -45,7 +47,23 @@ def prepare(run: RunConfig) -> Artifact:
         draft.health = require(check_catalog(profile))
 
     config = PrepareConfig(data=run.data, catalog=run.catalog)
-    return artifacts.build(run.root, "catalog", config, {}, make, source=digests)
+    return artifacts.build(run.root, "catalog", config, {}, make, source=identify(raw), record={"raw_files": raw})
+
+
+def describe_files(files: Files) -> list[dict[str, Any]]:
+    """Return role, position, name, bytes and sha256 of every raw file, in reading order, for the manifest."""
+    described: list[dict[str, Any]] = []
+    positions: Counter[str] = Counter()
+    for role, file in files.roles():
+        entry = {"role": role, "position": positions[role], "name": file.name, "bytes": file.size()}
+        described.append(entry | {"sha256": file.digest()})
+        positions[role] += 1
+    return described
+
+
+def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what of the raw files counts in the fingerprint: role, order and content, not the names."""
+    return {f"{file['role']}/{file['position']}": file["sha256"] for file in raw}
 
 
 def _closed(batches: Iterator[pa.RecordBatch], ledger: Ledger, max_bad_rows: float) -> Iterator[pa.RecordBatch]:

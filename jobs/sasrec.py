@@ -10,6 +10,7 @@ from jobs.prepare import prepare
 from tiger import artifacts, baselines
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import Catalog
+from tiger.config import fingerprint
 from tiger.learning import sasrec_worker
 from tiger.recommender import load_weights
 from tiger.run import RunConfig
@@ -49,7 +50,8 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
         draft.folder.write_json("metrics.json", figures)
         draft.figures |= {"test": {name: round(value, 5) for name, value in figures["test"]["unmasked"].items()}}
 
-    return artifacts.build(run.root, "sasrec", run.sasrec, {"catalog": catalog}, make)
+    evaluated = {"users": fingerprint(run.evaluation.max_users, run.evaluation.seed)}  # decide the metrics written here
+    return artifacts.build(run.root, "sasrec", run.sasrec, {"catalog": catalog}, make, source=evaluated)
 
 
 if __name__ == "__main__":

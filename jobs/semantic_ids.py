@@ -76,8 +76,7 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
             return trained.last_costs(vectors[items]).numpy()
 
         ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
-        owner = embeddings.inputs.get("catalog", embeddings)
-        ids.write(draft.folder, owner.folder.read_table("items.parquet", ["source_id"])["source_id"])
+        ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
         assigned = ids.codes[:, : ids.levels].astype(np.int64)
         if vectors is not None:
             error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))

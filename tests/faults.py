@@ -36,6 +36,22 @@ FAULTS: dict[str, Fault] = {
     "test_datasets::test_bad_lines_are_counted_with_file_line_and_reason": Fault("read", "bad lines in a file", _ASIDE),
     "test_download::test_a_broken_transfer_is_taken_up_again": Fault("read", "broken download", "taken up again"),
     "test_download::test_an_unreachable_server": Fault("read", "no server", "one error after five attempts"),
+    "test_download::test_a_file_that_changed_before_a_resume_is_read_again_and_never_mixed": Fault(
+        "read", "changed on the server before a resume", "read again, never mixed"
+    ),
+    "test_download::test_without_a_version_a_file_is_only_resumed_at_once_and_at_its_size": Fault(
+        "read", "changed on a server without versions", "read again, never mixed"
+    ),
+    "test_download::test_a_file_in_the_cache_is_asked_about_and_a_changed_one_downloaded_again": Fault(
+        "read", "changed on the server after it was downloaded", "read again"
+    ),
+    "test_download::test_without_an_answer_the_file_in_the_cache_is_used": Fault(
+        "read", "no network, 503, 404 with a file in the cache", "the file in the cache"
+    ),
+    "test_download::test_a_kill_between_a_file_and_its_version_costs_a_transfer_and_no_more": Fault(
+        "read", "killed as a download ends", "read again"
+    ),
+    "test_download::test_processes_download_one_url_at_once": Fault("read", "three downloads at once", "one transfer"),
     "test_catalog::test_of_duplicate_items_the_most_complete_is_kept_in_any_order": Fault("read", "doubled items", _SAME),
     "test_catalog::test_the_result_does_not_depend_on_the_order_of_files_with_ties_by_id": Fault("read", "ties", _SAME),
     "test_catalog::test_nothing_left_after_the_k_core": Fault("read", "nobody has enough events", "an error with counts"),
@@ -102,6 +118,47 @@ FAULTS: dict[str, Fault] = {
     "test_artifacts::test_a_manifest_of_another_time_or_kind_is_refused": Fault("storage", "other version, kind", "refused"),
     "test_artifacts::test_two_runs_do_not_make_one_artifact_at_once": Fault("storage", "two writers", "the second is told"),
     "test_artifacts::test_inputs_that_were_altered_are_not_built_on": Fault("storage", "altered input", "refused"),
+    "test_publish::test_two_writers_on_a_disk_never_touch_each_others_files": Fault(
+        "storage", "two writers, at every file operation", "the second is told; the artifact verifies"
+    ),
+    "test_publish::test_a_claim_outlives_the_manifest": Fault("storage", "a writer during another's sums", "told"),
+    "test_publish::test_what_a_kill_left_beside_the_manifest_is_removed_by_the_next_run": Fault(
+        "storage", "killed right after the manifest", "the next run tidies up"
+    ),
+    "test_publish::test_a_disk_without_locks_is_refused": Fault("storage", "a disk without locks", "refused"),
+    "test_publish::test_two_writers_on_a_store_never_touch_each_others_files": Fault(
+        "storage", "two writers, at every request", "both get an artifact that verifies"
+    ),
+    "test_publish::test_two_writers_that_are_both_interrupted_on_a_store": Fault(
+        "storage", "two writers, both interrupted", "both get an artifact that verifies"
+    ),
+    "test_publish::test_a_run_that_is_killed_at_any_request_is_continued_by_the_next": Fault(
+        "storage", "killed at every request of a publish", _WHOLE
+    ),
+    "test_publish::test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued": Fault(
+        "storage", "killed, started again at once", _WHOLE
+    ),
+    "test_publish::test_a_run_that_is_alive_is_seen_and_not_removed": Fault(
+        "storage", "a second run within the first", "the faster one is used"
+    ),
+    "test_publish::test_an_attempt_that_is_not_one_is_refused": Fault("security", "paths in a manifest", "refused"),
+    "test_artifacts::test_what_is_read_by_content_is_verified_first": Fault("storage", "altered input", "refused"),
+    "test_artifacts::test_a_folder_without_parts_is_an_error_with_its_name": Fault("storage", "no parts", _NAMED),
+    "test_artifacts::test_a_root_with_a_query_is_refused": Fault("storage", "a root with a query", "refused"),
+    "test_identity::test_shards_of_another_encoder_are_never_mixed_in": Fault(
+        "embed", "killed, then another encoder", "vectors of one encoder"
+    ),
+    "test_identity::test_what_a_killed_driver_left_among_the_vectors_is_not_read": Fault(
+        "embed", "foreign files among the vectors", "passed over"
+    ),
+    "test_identity::test_embeddings_outlive_the_catalog_that_they_were_made_from": Fault(
+        "embed", "an older catalog removed", "read without it"
+    ),
+    "test_identity::test_a_model_that_nobody_has_is_one_error": Fault("embed", "no such model on the hub", "one error"),
+    "test_storage::test_two_writers_never_touch_each_others_objects": Fault(
+        "storage", "two writers, at every request to a server", "both get an artifact that verifies"
+    ),
+    "test_storage::test_a_killed_attempt_is_continued": Fault("storage", "driver killed on a store", _WHOLE),
     "test_storage::test_what_passes_by_itself_is_tried_again": Fault("storage", "500, 503, reset, cut body", "tried again"),
     "test_storage::test_a_store_that_stays_away_is_an_error_and_nothing_is_published": Fault(
         "storage", "store away for good", "an error, nothing published"

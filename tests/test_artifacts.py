@@ -8,7 +8,7 @@ import pytest
 
 from tiger.artifacts import SCRATCH, Artifact, Draft, Folder, build, newest, open_artifact
 from tiger.config import Config
-from tiger.errors import ArtifactError, ResourceError
+from tiger.errors import ArtifactError, ConfigError, ResourceError
 
 
 class Knobs(Config):
@@ -61,7 +61,7 @@ def test_a_stage_that_fails_leaves_nothing_to_read(tmp_path: Path) -> None:
     assert made(tmp_path).figures == {"rows": 2}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "add"])
 def test_altered_files_are_named(damage: str, tmp_path: Path) -> None:
     artifact = made(tmp_path)
     path = Path(artifact.folder.uri) / "table.parquet"
@@ -70,10 +70,13 @@ def test_altered_files_are_named(damage: str, tmp_path: Path) -> None:
         path.write_bytes(data[:-1])
     elif damage == "remove":
         path.unlink()
+    elif damage == "add":
+        path.with_name("other-table.parquet").write_bytes(data)
     else:
         path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
-    with pytest.raises(ArtifactError, match=r"table.parquet"):
-        open_artifact(artifact.folder.uri).verify()
+    for check in (artifact, None):
+        with pytest.raises(ArtifactError, match=r"table.parquet"):
+            (check or open_artifact(artifact.folder.uri)).verify()
     if damage != "flip":  # sizes are looked at on opening, contents by verify()
         with pytest.raises(ArtifactError, match=r"table.parquet"):
             made(tmp_path)
@@ -84,9 +87,12 @@ def test_a_manifest_of_another_time_or_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is a catalog artifact where model is needed"):
         open_artifact(artifact.folder.uri, expected_kind="model")
     path = Path(artifact.folder.uri) / "manifest.json"
-    path.write_text(json.dumps(artifact.manifest | {"schema_version": 99}))
-    with pytest.raises(ArtifactError, match="another version"):
-        open_artifact(artifact.folder.uri)
+    for version in (2, 99):
+        path.write_text(json.dumps(artifact.manifest | {"schema_version": version}))
+        with pytest.raises(
+            ArtifactError, match=rf"another version .*\(schema {version}, here .\); run its stage again"
+        ):
+            open_artifact(artifact.folder.uri)
     path.write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read"):
         open_artifact(artifact.folder.uri)
@@ -126,3 +132,63 @@ def test_inputs_that_were_altered_are_not_built_on(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"more/notes.json was altered"):
         made(tmp_path, inputs={"catalog": parent}, kind="embeddings")
     assert not list(tmp_path.glob("embeddings-*/manifest.json"))
+
+
+def test_what_is_recorded_for_people_changes_no_fingerprint(tmp_path: Path) -> None:
+    def build_with(**given: object) -> Artifact:
+        return build(str(tmp_path), "catalog", Knobs(), {}, fill, **given)  # type: ignore[arg-type]
+
+    one = build_with(source={"items/0": "a"}, record={"raw_files": [{"name": "x.csv"}]})
+    assert build_with(source={"items/0": "a"}, record={"raw_files": [{"name": "y.csv"}]}).manifest == one.manifest
+    assert build_with(source={"items/0": "b"}).fingerprint != one.fingerprint
+    assert build_with(source={"items/1": "a"}).fingerprint != one.fingerprint
+    assert one.manifest["raw_files"] == [{"name": "x.csv"}]
+
+
+def test_what_is_read_by_content_is_recorded_verified_and_may_be_removed(tmp_path: Path) -> None:
+    parents = [made(tmp_path, size=size) for size in (1, 2)]
+
+    def child(parent: Artifact) -> Artifact:
+        return build(
+            str(tmp_path), "embeddings", Knobs(), {}, fill, source={"items": "a"}, read_from={"catalog": parent}
+        )
+
+    first = child(parents[0])
+    assert child(parents[1]).folder.uri == first.folder.uri
+    assert first.inputs["catalog"].fingerprint == parents[0].fingerprint
+    model = build(str(tmp_path), "model", Knobs(), {"catalog": parents[1], "embeddings": first}, fill)
+    assert [part.fingerprint for part in model.lineage()] == [
+        parents[1].fingerprint, first.fingerprint, model.fingerprint,
+    ]  # fmt: skip
+    (Path(parents[0].folder.uri) / "manifest.json").unlink()
+    again = open_artifact(first.folder.uri)
+    assert again.inputs == {}
+    assert [part.kind for part in again.lineage()] == ["embeddings"]
+
+
+def test_what_is_read_by_content_is_verified_first(tmp_path: Path) -> None:
+    parent = made(tmp_path)
+    path = Path(parent.folder.uri) / "more/notes.json"
+    path.write_text(path.read_text().replace("1", "2"))
+    with pytest.raises(ArtifactError, match=r"more/notes.json was altered"):
+        build(str(tmp_path), "embeddings", Knobs(), {}, fill, source={"items": "a"}, read_from={"catalog": parent})
+
+
+def test_a_folder_without_parts_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "vectors/note.txt").touch()
+    with pytest.raises(ArtifactError, match=r"/vectors holds no Parquet file"):
+        Folder(str(tmp_path)).read_table("vectors")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/runs?region=eu-west-1", "gs://bucket/runs?endpoint_override=x"])
+def test_a_root_with_a_query_is_refused(uri: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"without a query; set the region with AWS_REGION and .* AWS_ENDPOINT_URL"
+    ) as error:
+        Folder(uri)
+    assert "eu-west-1" not in str(error.value)  # a query may hold secrets
+
+
+def test_a_local_folder_may_have_a_question_mark(tmp_path: Path) -> None:
+    made(tmp_path / "what?").verify()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import builtins
 import errno
+import itertools
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from memory_store import MemoryStore, Schedule, use_for_tests
 
 from tiger import artifacts
 from tiger.artifacts import MANIFEST, Draft, Folder, build, open_artifact
 from tiger.config import Config
-from tiger.errors import ArtifactError, ConfigError, ResourceError
+from tiger.errors import ArtifactError, ConfigError, ResourceError, SecurityError
 from tiger.snapshots import Snapshots
 
 Property = Callable[[str, object], None]
@@ -42,10 +45,14 @@ class _Injected:
 
     def __init__(self, at: int, how: str) -> None:
         self.at, self.how, self.count = at, how, 0
+        self.meanwhile: Callable[[], None] | None = None
 
     def strike(self, act: Callable[[], Any], torn: Callable[[], Any] | None = None) -> Any:
         self.count += 1
         if self.count != self.at:
+            return act()
+        if self.meanwhile:
+            self.meanwhile()
             return act()
         if self.how in ("full", "broken"):
             raise OSError(errno.ENOSPC if self.how == "full" else errno.EIO, "injected")
@@ -255,3 +262,262 @@ def test_every_byte_of_an_artifact_counts(tmp_path: Path, record_property: Prope
     Path(artifact.folder.uri, "table", "part-00001.parquet").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"table/part-00001.parquet is not part of the artifact"):
         open_artifact(artifact.folder.uri)
+
+
+# --- two writers ------------------------------------------------------------------------------------------------
+
+
+def _writer(root: str, name: str) -> artifacts.Artifact:
+    """Make one artifact as a training does: not bit for bit what another run makes, and resumable by its parts."""
+
+    def fill(draft: Draft) -> None:
+        for part in range(2):
+            if not draft.folder.exists(f"table/part-0000{part}.parquet"):
+                draft.folder.write_table(f"table/part-0000{part}.parquet", pa.table({"x": [part], "by": [name]}))
+        draft.folder.write_json(f"{artifacts.SCRATCH}/state.json", {"by": name})
+        draft.folder.write_json("notes.json", {"by": name})
+        draft.figures = {"parts": len(draft.folder.read_table("table"))}
+
+    return build(root, "model", Knobs(), {}, fill)
+
+
+def _require_whole(artifact: artifacts.Artifact) -> None:
+    artifact.verify()
+    assert artifact.figures == {"parts": 2}
+    assert set(artifact.manifest["files"]) == {"notes.json", "table/part-00000.parquet", "table/part-00001.parquet"}
+
+
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_two_writers_on_a_disk_never_touch_each_others_files(
+    first: str, tmp_path: Path, record_property: Property
+) -> None:
+    """One writer up to its n-th file operation, then the other from beginning to end, then the rest of the first."""
+    second = "BA"["AB".index(first)]
+    told = finished = 0
+    for at in range(1, 200):
+        root = str(tmp_path / f"{at}")
+        injected = _Injected(at, "meanwhile")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            injected.install(monkeypatch)
+
+            def meanwhile(injected: _Injected = injected, root: str = root) -> None:
+                nonlocal told, finished
+                injected.count = 10_000  # the operations of the other one are no points
+                try:
+                    _require_whole(_writer(root, second))
+                    finished += 1
+                except ResourceError as error:
+                    assert "another run is making" in str(error)
+                    told += 1
+
+            injected.meanwhile = meanwhile
+            _require_whole(_writer(root, first))
+        if injected.count < 10_000:
+            break
+        again = _writer(root, second)
+        _require_whole(again)
+        assert not Path(again.folder.uri, artifacts.SCRATCH).exists()
+    assert told >= 15  # from its first file to its manifest
+    assert finished >= 3  # before and after that
+    record_property("injections", told + finished)
+
+
+def test_a_claim_outlives_the_manifest(tmp_path: Path) -> None:
+    """A run that starts while sums of finished files are computed must not begin to make them again."""
+    real, others = Folder.digest, []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def digest(folder: Folder, name: str) -> str:
+            monkeypatch.setattr(Folder, "digest", real)
+            with pytest.raises(ResourceError, match="another run is making"):
+                _writer(str(tmp_path), "B")
+            others.append(name)
+            return real(folder, name)
+
+        monkeypatch.setattr(Folder, "digest", digest)
+        _require_whole(_writer(str(tmp_path), "A"))
+    assert others
+
+
+def test_what_a_kill_left_beside_the_manifest_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    artifact = _writer(str(tmp_path), "A")
+    scratch = Path(artifact.folder.uri, artifacts.SCRATCH)
+    scratch.mkdir()
+    (scratch / "claim").touch()
+    (scratch / "snapshot").write_bytes(b"x" * 1000)
+    _require_whole(_writer(str(tmp_path), "A"))
+    assert not scratch.exists()
+
+
+def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", no_locks)
+    with pytest.raises(ResourceError, match="cannot lock files .*set root to another disk, or to an object store"):
+        _writer(str(tmp_path), "A")
+
+
+ROOT = "memory://bucket/runs"
+
+
+def _attempts(store: MemoryStore) -> set[str]:
+    return {name.split("/")[3] for name in store.names("bucket/runs/") if "/attempt-" in name}
+
+
+def _interleaved(turns: list[tuple[str, int]], others_seem_dead: bool) -> Schedule:
+    """Two writers by a schedule; whatever is published whenever they take turns verifies, and so does what they get."""
+    schedule = Schedule(turns)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        store = use_for_tests(monkeypatch, others_seem_dead=others_seem_dead)
+        store.before = schedule.before
+        results = schedule.run({name: lambda name=name: _writer(ROOT, name) for name in "AB"})
+        home = results["A"].home.uri
+        for artifact in [*results.values(), open_artifact(home), _writer(ROOT, "C")]:
+            _require_whole(artifact)
+            assert artifact.folder.read_json("notes.json")["by"] in ("A", "B")
+        named = open_artifact(home).manifest["attempt"]
+        assert not [name for name in store.names() if artifacts.SCRATCH in name and named in name]
+        for attempt in _attempts(store) - {named}:  # only one that has been named itself may be left
+            assert f"{home.partition('://')[2]}/{attempt}/{MANIFEST}" in store.objects
+    return schedule
+
+
+@pytest.mark.parametrize("others_seem_dead", [False, True])
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_two_writers_on_a_store_never_touch_each_others_files(
+    first: str, others_seem_dead: bool, record_property: Property
+) -> None:
+    """One writer up to its n-th request, then the other from beginning to end, then the rest of the first.
+
+    Also where each takes the other for killed, copies its files, and removes its attempt as soon as it has published.
+    """
+    second = "BA"["AB".index(first)]
+    for at in range(1, 300):
+        schedule = _interleaved([(first, at), (second, 1 << 30)], others_seem_dead)
+        if schedule.used[first] <= at:
+            break
+    assert at >= 30
+    record_property("injections", at)
+
+
+@pytest.mark.parametrize("others_seem_dead", [False, True])
+def test_two_writers_that_are_both_interrupted_on_a_store(others_seem_dead: bool, record_property: Property) -> None:
+    """n requests of A, m of B, the rest of A, the rest of B."""
+    points = range(1, 60, 4)
+    for n, m in itertools.product(points, points):
+        _interleaved([("A", n), ("B", m), ("A", 1 << 30)], others_seem_dead)
+    record_property("injections", len(points) ** 2)
+
+
+def test_a_run_that_is_killed_at_any_request_is_continued_by_the_next(record_property: Property) -> None:
+    """What is left is one attempt, and the parts that were there are not made again."""
+    for at in range(1, 300):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            store = use_for_tests(monkeypatch, others_seem_dead=True)
+            count = itertools.count(1)
+
+            def kill(request: str, count: Any = count, at: int = at) -> None:
+                if next(count) >= at:  # a process that is killed makes no further request
+                    raise Killed
+
+            store.before = kill
+            try:
+                _writer(ROOT, "A")
+                break
+            except Killed:
+                store.before = lambda request: None
+            begun = any(name.endswith("scratch/begun.json") for name in store.names())
+            kept = {name.rpartition("/")[2] for name in store.names() if begun and name.endswith(".parquet")}
+            artifact = _writer(ROOT, "B")
+            _require_whole(artifact)
+            by = {f"part-0000{part}.parquet": by for part, by in enumerate(artifact.folder.read_table("table")["by"])}
+            left = {by[name].as_py() for name in kept}
+            published = f"{artifact.home.path}/{MANIFEST}" in store.objects
+            assert published
+            assert left <= {"A"}
+            complete = [a for a in _attempts(store) if f"{artifact.home.path}/{a}/{MANIFEST}" in store.objects]
+            assert _attempts(store) == set(complete)
+            assert len(complete) <= 2  # the second: killed between its own manifest and the common one
+    assert at >= 25
+    record_property("injections", at)
+
+
+def test_a_run_that_is_alive_is_seen_and_not_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run starts inside the first one, sees it beat, and makes its own; the first one gives way."""
+    store = MemoryStore()
+    monkeypatch.setattr(artifacts, "_connect", store.connect)
+    monkeypatch.setattr(artifacts, "_BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(artifacts, "_SETTLE_SECONDS", 0.0)
+    inner: list[artifacts.Artifact] = []
+
+    def faster(draft: Draft) -> None:
+        draft.folder.write_bytes("x.bin", b"of the faster one")
+
+    def fill(draft: Draft) -> None:
+        draft.folder.write_bytes("x.bin", b"half")
+        inner.append(build(ROOT, "model", Knobs(), {}, faster))
+        assert draft.folder.read_bytes("x.bin") == b"half"  # not removed
+        inner[0].verify()
+        draft.folder.write_bytes("x.bin", b"of the slower one")
+
+    outer = build(ROOT, "model", Knobs(), {}, fill)
+    outer.verify()
+    assert outer.folder.uri == inner[0].folder.uri
+    assert outer.folder.read_bytes("x.bin") == b"of the faster one"
+    assert len(_attempts(store)) == 1
+
+
+def test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = use_for_tests(monkeypatch, others_seem_dead=True)
+
+    def kill(request: str) -> None:
+        if request.startswith("put") and request.endswith("notes.json"):
+            raise Killed
+
+    store.before = kill
+    with pytest.raises(Killed):
+        _writer(ROOT, "A")
+    store.before = lambda request: None
+    (attempt,) = _attempts(store)
+    alive = f"{_home(store)}/{attempt}/{artifacts.SCRATCH}/alive.json"
+    store.objects[alive] = (b"{}", artifacts.time.time())  # its last sign of life, which a real kill leaves
+    monkeypatch.setattr(artifacts, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(artifacts, "_BEAT_SECONDS", 0.05)
+    artifact = _writer(ROOT, "B")
+    assert artifact.folder.read_table("table")["by"].to_pylist() == ["A", "A"]
+    assert artifact.folder.read_json("notes.json") == {"by": "B"}
+
+
+def _home(store: MemoryStore) -> str:
+    (home,) = {"/".join(name.split("/")[:3]) for name in store.names("bucket/runs/model-")}
+    return home
+
+
+def test_no_thread_outlives_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_for_tests(monkeypatch, others_seem_dead=False)
+    _writer(ROOT, "A")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
+
+
+@pytest.mark.parametrize("attempt", ["attempt-../../x", "../attempt-0123456789ab", 7])
+def test_an_attempt_that_is_not_one_is_refused(attempt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_for_tests(monkeypatch, others_seem_dead=False)
+    home = _writer(ROOT, "A").home
+    manifest = home.read_json(MANIFEST) | {"attempt": attempt}
+    home.write_json(MANIFEST, manifest | {"digest": artifacts._digest(manifest)})
+    with pytest.raises(SecurityError, match="as its attempt, which is not one"):
+        open_artifact(home)
+
+
+def test_an_artifact_of_a_store_is_read_where_it_was_copied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = use_for_tests(monkeypatch, others_seem_dead=False)
+    artifact = _writer(ROOT, "A")
+    for name in store.names():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(store.objects[name][0])
+    copied = open_artifact(str(tmp_path / artifact.home.path))
+    _require_whole(copied)
+    assert copied.home.uri == str(tmp_path / artifact.home.path)
+    assert open_artifact(copied.folder.uri).home.uri == copied.home.uri  # by its attempt, as logs name it

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 from test_jobs import ROOT, TINY, digests
-from test_publish import Property
+from test_publish import Property, _require_whole, _writer
 from test_submit import free_ports
 
+from tiger import artifacts
 from tiger.artifacts import MANIFEST, Artifact, Draft, Folder, build, newest, open_artifact
 from tiger.config import Config
 from tiger.errors import ArtifactError
@@ -92,6 +93,8 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, store: Store) -> None:
         super().__init__(("127.0.0.1", 0), _Passing)
         self.store, self.faults, self.outages, self.planted = store, list[str](), list[str](), 0
+        self.requests = 0
+        self.meanwhile: dict[int, Callable[[], None]] = {}  # what happens before the n-th request is passed on
         self.one_at_a_time = threading.Lock()  # so that a crash is between two requests
 
 
@@ -107,6 +110,11 @@ class _Passing(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         body = self._body()
+        with self.server.one_at_a_time:
+            self.server.requests += 1
+            meanwhile = self.server.meanwhile.pop(self.server.requests, None)
+        if meanwhile:
+            meanwhile()
         with self.server.one_at_a_time:
             self._pass_on(body)
 
@@ -192,6 +200,7 @@ def proxy() -> Iterator[Proxy]:
 def root(proxy: Proxy, request: pytest.FixtureRequest) -> str:
     proxy.faults.clear()
     proxy.outages.clear()
+    proxy.meanwhile.clear()
     proxy.planted = 0
     name = "".join(c for c in request.node.name if c.isalnum())
     return f"s3://bucket/{name}"
@@ -251,9 +260,59 @@ def test_altered_objects_are_named(root: str) -> None:
     artifact.folder.write_bytes("notes.json", b'{"a": 2}\n')
     with pytest.raises(ArtifactError, match="notes.json"):
         open_artifact(artifact.folder.uri).verify()
-    artifact.folder.filesystem.delete_file(artifact.folder.join(MANIFEST))
+    artifact.home.filesystem.delete_file(artifact.home.join(MANIFEST))
     with pytest.raises(ArtifactError, match="holds no finished artifact"):
-        open_artifact(artifact.folder.uri)
+        open_artifact(artifact.home.uri)
+
+
+@pytest.mark.parametrize("others_seem_dead", [False, True])
+def test_two_writers_never_touch_each_others_objects(
+    others_seem_dead: bool, root: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, record_property: Property
+) -> None:
+    """One writer up to its n-th request, then the other from beginning to end, then the rest of the first.
+
+    A request that is held up for so long is sent again by the client, and arrives twice.
+    """
+    monkeypatch.setattr(artifacts, "_SETTLE_SECONDS", 0.0)
+    if others_seem_dead:
+        monkeypatch.setattr(artifacts, "_SILENT_SECONDS", 0.0)
+    else:
+        monkeypatch.setattr(artifacts, "_watch", lambda home, suspects, kind: {attempt.name for attempt in suspects})
+    for at in range(1, 500):
+        own, others = f"{root}-{others_seem_dead}-{at}", list[Artifact]()
+        proxy.requests = 0
+        proxy.meanwhile[at] = lambda own=own, others=others: others.append(_writer(own, "B"))
+        first = _writer(own, "A")
+        if proxy.meanwhile:
+            break
+        for artifact in [first, *others, open_artifact(first.home), _writer(own, "C")]:
+            _require_whole(artifact)
+            assert artifact.folder.read_json("notes.json")["by"] in ("A", "B")
+        assert len(others) == 1
+        named = open_artifact(first.home).manifest["attempt"]
+        for attempt in artifacts._attempts(first.home, but=named):
+            # Only one that has been named itself may be left, or a sign of life that arrived twice.
+            assert MANIFEST in attempt.files or set(attempt.files) <= {artifacts._ALIVE}
+    assert at >= 40
+    record_property("injections", at)
+
+
+def test_a_killed_attempt_is_continued(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a driver that really is killed: its last sign of life is fresh, so the next run watches it first."""
+    code = (
+        "import os, sys; sys.path.insert(0, 'tests')\n"
+        "from test_publish import _writer; from tiger.artifacts import Folder; real = Folder.write_json\n"
+        "def write(folder, name, value):\n"
+        "    if name == 'notes.json': os.kill(os.getpid(), 9)\n"
+        "    real(folder, name, value)\n"
+        f"Folder.write_json = write\n_writer({root!r}, 'A')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == -signal.SIGKILL
+    monkeypatch.setattr(artifacts, "_SILENT_SECONDS", 6.0)
+    artifact = _writer(root, "B")
+    _require_whole(artifact)
+    assert artifact.folder.read_table("table")["by"].to_pylist() == ["A", "A"]
+    assert len(artifacts._attempts(artifact.home)) == 1
 
 
 def test_snapshots_go_on_from_a_store(root: str, proxy: Proxy) -> None:

