@@ -8,7 +8,8 @@ from jobs.prepare import prepare
 from jobs.semantic_ids import make_ids
 from tiger import artifacts
 from tiger.artifacts import Artifact, Draft
-from tiger.diagnostics import check_model, require
+from tiger.catalog import Catalog
+from tiger.diagnostics import check_model, popularity_recall, require
 from tiger.learning import model_worker
 from tiger.run import RunConfig
 from tiger.scale.train import train
@@ -26,7 +27,8 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
             model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
         )
         guessing = min(1.0, 10 / catalog.figures["items"])
-        draft.health = require(check_model(draft.figures["recall@10"], guessing))
+        popular = popularity_recall(Catalog(catalog).histories, run.model.validation_users, run.model.seed)
+        draft.health = require(check_model(draft.figures["recall@10"], guessing, *popular))
 
     return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
 

@@ -5,13 +5,15 @@ import os
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tiger.config import build, describe, load
+from tiger.config import build, describe, dump_toml, load
 from tiger.errors import ConfigError
 from tiger.run import RunConfig
+from tiger.search import SearchConfig
 
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 JOBS = sorted(path.stem for path in CONFIGS.parent.glob("*.py") if path.stem not in ("__init__", "command"))
@@ -38,6 +40,109 @@ def test_a_plugin_section_takes_the_keys_of_its_kind() -> None:
         "tiger.datasets.tables",
         "tiger.tokenizers.rkmeans",
     )
+
+
+AMAZON = ["data.kind=amazon", "data.category=Toys_and_Games", "data.version=2014"]
+TABLES = ["data.kind=tables", 'data.items=["i.csv"]', 'data.interactions=["e.csv"]']
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, None])
+@pytest.mark.parametrize("overrides", [AMAZON, AMAZON[::-1], TABLES, TABLES[::-1]], ids=repr)
+def test_another_kind_drops_the_keys_of_the_former(name: str | None, overrides: list[str]) -> None:
+    run = load(RunConfig, name, overrides, CONFIGS)
+    given = {"kind": run.data.kind, "category": "Toys_and_Games", "version": "2014"}
+    if run.data.kind == "tables":
+        given = {"kind": "tables", "items": ["i.csv"], "interactions": ["e.csv"]}
+    assert run.data.model_dump(exclude_unset=True) == given
+
+
+def test_another_kind_keeps_the_keys_that_all_kinds_share(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(
+        "[tokenizer]\nlevels = 4\ncodebook_size = 64\nlatent = 32\nseed = 7\n[tokenizer.training]\nepochs = 3\n"
+    )
+    for kind in ("rkmeans", "opq"):
+        tokenizer = load(RunConfig, str(tmp_path / "x.toml"), [f"tokenizer.kind={kind}"], CONFIGS).tokenizer
+        assert (tokenizer.kind, tokenizer.levels, tokenizer.codebook_size, tokenizer.seed) == (kind, 4, 64, 7)
+        assert tokenizer.training.epochs == 0
+    same = load(RunConfig, str(tmp_path / "x.toml"), ["tokenizer.kind=rqvae"], CONFIGS).tokenizer
+    assert (same.model_dump()["latent"], same.training.epochs) == (32, 3)
+
+
+def test_another_kind_hides_no_mistyped_key(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[tokenizer]\nlevls = 4\n")
+    with pytest.raises(ConfigError, match="unknown key tokenizer.levls; did you mean tokenizer.levels"):
+        load(RunConfig, str(tmp_path / "x.toml"), ["tokenizer.kind=rkmeans"], CONFIGS)
+
+
+def test_text_may_look_like_a_number(tmp_path: Path) -> None:
+    typed = ["data.item_id=7", "data.user_id=1e5", "data.time=2020-01-01", "root=0017", "catalog.text_fields=[1, 2]"]
+    run = load(RunConfig, None, [*TABLES, *typed], CONFIGS)
+    data = run.data.model_dump()
+    assert [data[name] for name in ("item_id", "user_id", "time")] == ["7", "1e5", "2020-01-01"]
+    assert (run.root, run.catalog.text_fields) == ("0017", ["1", "2"])
+    (tmp_path / "x.toml").write_text('root = 2026\n[data]\nkind = "amazon"\ncategory = "Beauty"\nversion = 2018\n')
+    run = load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS)
+    assert (run.root, run.data.model_dump()["version"]) == ("2026", "2018")
+    with pytest.raises(ConfigError, match="root = 1.5: .*; write it in quotes"):  # 1.50 would come out as 1.5
+        build(RunConfig, {"root": 1.5})
+
+
+NO_KINDS = ("5", "true", "..x", ".", "", "[1]", "2020-01-01", "a b", "_residual", "os.path", "\ud800")
+
+
+@pytest.mark.parametrize("section", ["data", "tokenizer"])
+@pytest.mark.parametrize("kind", NO_KINDS, ids=ascii)
+def test_what_is_no_kind_is_one_line(section: str, kind: str) -> None:
+    for name in (None, "beauty"):
+        with pytest.raises(ConfigError, match=rf"^{section}\.kind = [^\n]+$"):
+            load(RunConfig, name, [f"{section}.kind={kind}"], CONFIGS)
+    for value in (5, True, None, 1.5, [], {}):
+        with pytest.raises(ConfigError, match=rf"^{section}\.kind = .* is not the name of a module; shipped: "):
+            build(RunConfig, {section: {"kind": value}})
+
+
+def test_byte_order_marks_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b'\xef\xbb\xbfroot = "here"\n')
+    assert load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS).root == "here"
+
+
+@pytest.mark.parametrize("prompt", ["find \U0001f525: ", "a\x7f\x00\t", 'quo"te\\', "\ufeff", "line\nbreak"], ids=ascii)
+def test_written_toml_holds_any_text(prompt: str, tmp_path: Path) -> None:
+    run = build(RunConfig, {"embedding": {"prompt": prompt}})
+    (tmp_path / "x.toml").write_bytes(dump_toml(run.model_dump(mode="json", serialize_as_any=True)).encode())
+    assert load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS) == run
+    assert tomllib.loads(dump_toml({"a": {"b": None, "c": [1, 2]}})) == {"a": {"c": [1, 2]}}
+
+
+IMPOSSIBLE = {
+    ("tokenizer.levels=8",): "tokenizer.levels = 8 of tokenizer.codebook_size = 256 codes have 2^63 tuples or more",
+    ("tokenizer.levels=7",): "a collision level of semantic_ids.collision_codes = 256 have 2^63 tuples or more",
+    ("tokenizer.kind=rkmeans", "tokenizer.streamed=true"): "set semantic_ids.collisions = level",
+    ("tokenizer.kmeans_sample=256", "tokenizer.codebook_size=2048"): "kmeans_sample = 256 is less than codebook_size",
+    tuple(f"x{number}=1" for number in range(30)): "unknown key x9; and 20 more",
+    ("a=1\nroot=2",): "unknown key a",
+    ("tokenizer.levels=" + "9" * 5000,): "tokenizer.levels = '999",
+    ("tokenizer.levels=" + "[" * 5000,): "tokenizer.levels = '[[[",
+    ("root.x=1", "root.y=2"): "root",
+}
+
+
+@pytest.mark.parametrize("overrides", IMPOSSIBLE, ids=lambda overrides: overrides[0][:40])
+def test_what_cannot_be_used_together_is_refused_before_the_first_stage(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(RunConfig, None, list(overrides), CONFIGS)
+    assert IMPOSSIBLE[overrides] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_can_be_used_together_is_not_refused() -> None:
+    for overrides in (
+        ["tokenizer.levels=7", "semantic_ids.collisions=refuse"],
+        ["tokenizer.levels=7", "semantic_ids.collision_codes=127"],
+        ["tokenizer.kind=rkmeans", "tokenizer.streamed=true", "semantic_ids.collisions=level"],
+        ["tokenizer.kmeans_sample=256", "tokenizer.codebook_size=256"],
+    ):
+        load(RunConfig, None, overrides, CONFIGS)
 
 
 REFUSED = {
@@ -67,6 +172,9 @@ def test_an_unknown_name_has_a_nearest_one() -> None:
 
 def test_broken_toml_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("[data\n")
+    with pytest.raises(ConfigError, match=r"x.toml: not valid TOML"):
+        load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS)
+    (tmp_path / "x.toml").write_text("x = " + "9" * 5000)
     with pytest.raises(ConfigError, match=r"x.toml: not valid TOML"):
         load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS)
     with pytest.raises(ConfigError, match="does not exist"):
@@ -99,11 +207,23 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
         assert f"  {key} = " in printed
     for kind in ("amazon", "tables", "rkmeans"):
         assert f'kind = "{kind}":' in printed
+    for key, *_ in describe(SearchConfig):
+        assert (f"  search.{key} = " in printed) == (job == "tune")
 
 
-def test_an_error_is_one_line_and_an_exit_code() -> None:
+ONE_LINE = {
+    ("jobs.prepare", "tokenizer.levls=4"): "unknown key tokenizer.levls; did you mean tokenizer.levels?",
+    ("jobs.tune", "search.trails=4"): "unknown key search.trails; did you mean search.trials?",
+    ("jobs.tune", "beauty"): "jobs/configs/beauty.search.toml does not exist",
+    ("jobs.embed", "embedding.vectors=/no/such/file.parquet"): "leave embedding.vectors out",
+    ("jobs.pipeline", "embedding.vectors=v.parquet"): "leave embedding.vectors out",
+}
+
+
+@pytest.mark.parametrize("command", ONE_LINE, ids=" ".join)
+def test_an_error_is_one_line_and_an_exit_code(command: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.prepare", "tokenizer.levls=4"],
+        [sys.executable, "-m", *command],
         capture_output=True,
         text=True,
         cwd=CONFIGS.parents[1],
@@ -111,4 +231,6 @@ def test_an_error_is_one_line_and_an_exit_code() -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.strip() == "error: unknown key tokenizer.levls; did you mean tokenizer.levels?"
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert ONE_LINE[command] in done.stderr

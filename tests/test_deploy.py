@@ -291,11 +291,7 @@ SUBMITTED = [command for command in JOBS if command.through is not None]
 OF_RAY = [command for command in COMMANDS if command.program == "ray"]
 
 # Commands that are known to be refused. Each is expected to fail, so that a repaired one cannot stay in this list.
-BROKEN = {
-    "README.md: jobs.pipeline data.kind=amazon data.category=Toys_and_Games data.version=2014": (
-        "it keeps the keys of the built-in sample in [data], and 2014 is read as a number"
-    ),
-}
+BROKEN: dict[str, str] = {}
 
 
 def _each_job() -> list[Any]:

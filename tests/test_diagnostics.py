@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from conftest import toy_histories
 
 from tiger import diagnostics as d
 from tiger.errors import HealthError
@@ -12,6 +15,7 @@ RNG = np.random.default_rng(0)
 PROFILE = {
     "items": 100,
     "training_examples": 500,
+    "validation_users": 90,
     "test_users": 90,
     "text_fields": ["title"],
     "columns": {"title": {"distinct": 99, "missing": 1}, "text": {"distinct": 99, "missing": 1}},
@@ -29,6 +33,7 @@ def test_healthy_stages_pass() -> None:
         *d.check_tokenizer(vectors, codes, 16),
         *d.check_semantic_ids(np.zeros(500)),
         *d.check_model(0.1, 0.02),
+        *d.check_model(0.1, 0.02, popularity=0.09, users=50),
         *d.check_recommendations(items, 500),
     ]
     assert all(record["healthy"] for record in d.require(checks))
@@ -72,7 +77,19 @@ COLLAPSES = {
         r"usage of level 2 is 0.03125",
     ),
     "most items collide": (lambda: d.check_semantic_ids(np.arange(100)), r"moved by the collision level is 0.99"),
-    "a model that guesses": (lambda: d.check_model(0.001, 0.01), r"Recall@10 / that of guessing is 0.1"),
+    "a model worse than guessing": (lambda: d.check_model(0.001, 0.01), r"Recall@10 / that of guessing is 0.1"),
+    "a model that guesses": (
+        lambda: d.check_model(10 / 12_101, 10 / 12_101),
+        r"Recall@10 / that of guessing is 1, at least 1.5",
+    ),
+    "a model below popularity": (
+        lambda: d.check_model(0.01, 10 / 12_101, popularity=0.02, users=4000),
+        r"model is unhealthy: validation Recall@10 \(popularity's, minus twice its error\) is 0.01, at least 0.0155",
+    ),
+    "no validation users": (
+        lambda: d.check_catalog(PROFILE | {"validation_users": 0}),
+        r"validation users is 0, at least 1 is needed; .*by-time, both moments are the same.*valid_share",
+    ),
     "items outside of the catalog": (
         lambda: d.check_recommendations(np.array([[0, 1, 99]]), 50),
         r"invalid items is 1, at most 0",
@@ -103,6 +120,38 @@ def test_code_figures_against_the_definition() -> None:
     shares = np.array([0.5, 0.25, 0.25])
     assert figures["perplexity@1"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
     assert figures["perplexity@2"] == pytest.approx(1)
+    sizes = d.code_figures(codes, (3, 2))
+    assert (sizes["usage@1"], sizes["usage@2"]) == (1, 0.5)
+
+
+def test_a_small_catalog_or_few_users_are_judged_mildly() -> None:
+    """Twelve users and twenty items: guessing and learning cannot be told apart."""
+    assert all(check.healthy for check in d.check_model(0.4, 0.5, popularity=0.5, users=12))
+    assert not all(check.healthy for check in d.check_model(0.4, 0.5, popularity=0.5, users=4000))
+
+
+def test_popularity_is_counted_on_the_users_that_choose_the_model() -> None:
+    histories = toy_histories(RNG, users=300, items=40)
+    recall, users = d.popularity_recall(histories, 50, seed=3)
+    counts = Counter(
+        item
+        for user in range(300)
+        for item in histories.items[histories.offsets[user] : histories.train_end[user]].tolist()
+    )
+    popular = sorted(range(40), key=lambda item: (-counts[item], item))[:10]
+    chosen = np.random.default_rng(3).permutation(300)[:50]
+    assert users == 50
+    assert recall == np.mean([histories.items[histories.train_end[user]] in popular for user in chosen])
+    assert d.popularity_recall(histories, 10**6, seed=0)[1] == 300
+
+
+@pytest.mark.parametrize("scale", [1.0, 5e-4, 1e-6, 30.0])
+def test_embeddings_are_judged_whatever_their_scale(scale: float) -> None:
+    vectors = RNG.normal(size=(500, 64)).astype(np.float32)
+    assert d.require(d.check_embeddings(vectors * np.float32(scale)))
+    alike = (np.ones((500, 64)) + 1e-4 * vectors).astype(np.float32) * np.float32(min(scale, 1.0))
+    with pytest.raises(HealthError, match="embeddings is unhealthy"):
+        d.require(d.check_embeddings(alike))
 
 
 def test_the_command_explains_itself_and_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:

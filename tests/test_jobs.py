@@ -16,7 +16,7 @@ from tiger import diagnostics
 from tiger.artifacts import Artifact, newest, open_artifact
 from tiger.catalog import Catalog
 from tiger.config import load
-from tiger.errors import DataError
+from tiger.errors import DataError, HealthError
 from tiger.recommender import Recommender
 from tiger.run import RunConfig
 
@@ -75,6 +75,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
         part.verify()
         assert part.health
         assert all(check["healthy"] for check in part.health)
+    assert any("popularity" in check["name"] for check in finished.inputs["model"].health)
     figures = finished.folder.read_json("metrics.json")
     assert (
         figures["test"]["tiger"]["unmasked"]["recall@10"] > 3 * figures["test"]["popularity"]["unmasked"]["recall@10"]
@@ -174,6 +175,21 @@ def test_a_filter_that_cannot_be_is_refused(content: bytes, message: str, finish
         run_pipeline(Path(finished.folder.uri).parent, f"recommend.allowed={file}")
 
 
+def test_a_split_by_time_without_validation_users_stops_before_the_training(tmp_path: Path) -> None:
+    """A nightly export: all events of a day at midnight, so that both moments of the split are the same."""
+    from jobs.prepare import prepare
+
+    items = [f"i{n:02d},title {n}" for n in range(30)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *items]))
+    events = [f"u{n % 10},i{n // 4:02d},{1_600_000_000 + 86_400 * (n // 50)}" for n in range(100)]
+    (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]))
+    files = [f'data.items=["{tmp_path}/items.csv"]', f'data.interactions=["{tmp_path}/events.csv"]']
+    rules = ['catalog.text_fields=["title"]', "catalog.k_core=0", "catalog.split=by-time", f"root={tmp_path}/runs"]
+    run = load(RunConfig, None, ["data.kind=tables", *files, *rules], ROOT / "jobs/configs")
+    with pytest.raises((DataError, HealthError), match="validation users.*finer times.*leave-one-out"):
+        prepare(run)
+
+
 def test_a_collapsed_stage_stops_the_pipeline_there(local_ray: None, tmp_path: Path) -> None:
     """A field that is the same for all items: every text equal, and the run ends before anything is embedded."""
     done = subprocess.run(
@@ -209,7 +225,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("embeddings-*/vectors/*.parquet")}
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "parts are there already" in second.stderr
+    assert "shards are there already" in second.stderr
     artifact = open_artifact(json.loads(second.stdout.splitlines()[-1])["artifact"])
     artifact.verify()
     items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.quality import CodedItems, figures, gini, largest_groups, main, page, purity, telling_words
+from tiger.quality import CodedItems, figures, gini, largest_groups, main, of_parquet, page, purity, telling_words
 
 
 def test_gini_against_the_definition() -> None:
@@ -55,7 +56,8 @@ def test_figures_of_a_shop() -> None:
     assert found["largest_group"] == 4
     assert found["unique_ratio"] == 37 / 40
     assert found["reconstruction_error"] == 0.25
-    assert found["usage@1"] == pytest.approx(2 / 20)
+    assert (found["usage@1"], found["usage@2"]) == (1, 1)
+    assert figures(replace(shop(), sizes=(4, 20)))["usage@1"] == 0.5
     codes, names = largest_groups(shop())[0]
     assert (codes, names) == ((0, 7), ["rose lipstick 0", "rose lipstick 1", "rose lipstick 2", "rose lipstick 7"])
 
@@ -111,7 +113,13 @@ def test_codes_from_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "tree.html").read_text().startswith("<!doctype html>")
 
 
+def test_item_0_has_a_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"codes": [[0], [1]], "item_id": [0, 1]}), tmp_path / "codes.parquet")
+    assert of_parquet(str(tmp_path / "codes.parquet")).names == ["0", "1"]
+
+
 BAD = {
+    "row 1: codes must be less than 16,777,216, not 1000000000000": {"codes": [[1], [10**12]]},
     "no column `codes`; its columns: x": {"x": [1]},
     r"row 1: codes must be 2 integers from 0, not \[1\]": {"codes": [[1, 2], [1]]},
     r"row 1: codes must be 1 integers from 0, not \[-4\]": {"codes": [[1], [-4]]},

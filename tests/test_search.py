@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiger.artifacts import Artifact, Folder
 from tiger.config import build, dump_toml, load, with_override
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
 from tiger.errors import ConfigError
 from tiger.run import RunConfig
-from tiger.search import SearchConfig, Weights, apply, judge, picture, table
+from tiger.scale import tune
+from tiger.search import SearchConfig, SweepConfig, Weights, apply, judge, picture, require_possible, table
 
 CONFIGS = Path(__file__).parents[1] / "jobs/configs"
 SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
@@ -39,6 +41,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "needs low > 0": {"space": {"tokenizer.latent": {"low": 0, "high": 1, "log": True}}},
     "either choices, or low and high": {"space": {"tokenizer.latent": {"low": 1}}},
     "model.d_ff is no key": {"space": {"model.d_ff": {"choices": [1]}}},
+    "grace = 5 is more than looks = 3": {"looks": 3, "grace": 5},
 }
 
 
@@ -51,6 +54,141 @@ def test_impossible_spaces_are_refused(message: str) -> None:
 def test_a_key_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?"):
         apply(RunConfig(), {"tokenizer.latnt": 3}, 10)
+
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "search.space is empty": {},
+    r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?": {"tokenizer.latnt": {"choices": [1]}},
+    "tokenizer.dropout = 1.5: Input should be less than 1": {"tokenizer.dropout": {"low": 0, "high": 1.5}},
+    "set search.space.tokenizer.latent: integer = true": {"tokenizer.latent": {"low": 4, "high": 32}},
+    "tokenizer.kind = 'rqvea': there is no module": {"tokenizer.kind": {"choices": ["rqvae", "rqvea"]}},
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_a_space_that_no_trial_could_use_is_refused_before_the_first(message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_possible(RunConfig(), build(SearchConfig, {"space": IMPOSSIBLE[message]}))
+
+
+def test_a_search_may_be_over_kinds() -> None:
+    search = build(SearchConfig, {"space": {"tokenizer.kind": {"choices": ["rqvae", "rkmeans", "opq"]}}})
+    require_possible(load(RunConfig, "beauty", [], CONFIGS), search)
+
+
+class Noted:
+    """A journal of other trials."""
+
+    def __init__(self, *values: dict[str, Any]) -> None:
+        looks = [{"objective": 0.1, "training_iteration": 1}]
+        self.trials = [{"trial": n, "values": given, "looks": looks} for n, given in enumerate(values)]
+
+
+FIRST = {
+    "integer choices for a float key": ({"tokenizer.dropout": {"choices": [0, 0.1, 0.2]}}, {"tokenizer.dropout": 0}),
+    "a float bound for an integer key": (
+        {"tokenizer.latent": {"low": 0, "high": 32, "integer": True}},
+        {"tokenizer.latent": 0},
+    ),
+    "lists": ({"tokenizer.hidden": {"choices": [[8], [512, 256, 128]]}}, {"tokenizer.hidden": [512, 256, 128]}),
+    "no choice of the space": ({"tokenizer.dropout": {"choices": [0.1, 0.2]}}, {"tokenizer.dropout": 0}),
+    "outside of the range": ({"tokenizer.commitment": {"low": 0.5, "high": 1}}, {"tokenizer.commitment": 0.25}),
+}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("name", FIRST)
+def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) -> None:
+    """Also after a kill with another trial in the journal; and once only."""
+    space, standing = FIRST[name]
+    run, search = load(RunConfig, None, [], CONFIGS), build(SearchConfig, {"space": space, "sampler": sampler})
+    require_possible(run, search)
+    (key,) = space
+    others = [json.dumps(choice) for choice in space[key].get("choices", []) if choice != standing[key]]
+    other = {key: others[0] if others else 7 if "integer" in space[key] else 0.75}
+    for journal in (Noted(), Noted(other), Noted(other, other)):
+        searcher = tune._searcher(run, search, journal)
+        values = [searcher.suggest(f"t{n}") for n in range(3)]
+        assert tune._decoded(values[0], search) == standing
+        for n, given in enumerate(values):
+            searcher.on_trial_result(f"t{n}", {"objective": n, "training_iteration": 1})
+            searcher.on_trial_complete(f"t{n}", {"objective": n})
+            tune.apply(run, tune._decoded(given, search), search.looks)
+    tried = Noted(other, tune._standing(run, search)[0])
+    assert all(tune._searcher(run, search, tried).suggest(f"t{n}") is not None for n in range(2))
+    if "choices" not in space[key]:
+        assert tune._searcher(run, search, tried).suggest("t")[key] != standing[key]
+
+
+def test_resources_do_not_make_another_sweep() -> None:
+    def sweep(**changes: Any) -> SweepConfig:
+        search = build(SearchConfig, {"space": {"tokenizer.latent": {"choices": [8, 16]}}} | changes)
+        return SweepConfig(tokenizer=RunConfig().tokenizer, search=search)
+
+    for resource in ("concurrent", "workers_per_trial", "cpus_per_trial"):
+        assert sweep(**{resource: 3}).identity() == sweep().identity()
+    assert sweep(gpus_per_trial=0.5).identity() == sweep().identity()
+    for key, value in {"trials": 99, "sampler": "random", "looks": 9, "grace": 1, "reduction": 2, "seed": 1}.items():
+        assert sweep(**{key: value}).identity() != sweep().identity()
+        assert (sweep(**{key: value}).family("e") == sweep().family("e")) == (key == "trials")
+    assert sweep().family("e") != sweep().family("f")
+
+
+def sweep_folder(root: Path, name: str, family: str, trials: int, finished: bool) -> None:
+    folder = Folder(str(root / name))
+    entries = [{"trial": n, "values": {"a": n}, "looks": [], "status": "finished"} for n in range(trials)]
+    if finished:
+        folder.write_json("journal.json", {"family": family, "trials": entries})
+        return
+    folder.child("scratch").write_json("family.json", family)
+    for n, entry in enumerate(entries):
+        folder.child("scratch/trials").write_json(f"{n:05d}.json", entry)
+
+
+def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) -> None:
+    for n, (family, trials, finished) in enumerate(
+        [("ours", 3, True), ("ours", 5, False), ("ours", 4, True), ("another", 9, True), ("another", 9, False)]
+    ):
+        sweep_folder(tmp_path, f"sweep-{n:08d}", family, trials, finished)
+    (tmp_path / "sweep-00000009").mkdir()
+    (tmp_path / "sweep-00000009" / "journal.json").write_text("{")
+    (tmp_path / "sweep-note.txt").write_text("not a folder")
+    for at_most, kept in ((12, 5), (2, 2)):
+        target = Folder(str(tmp_path / f"sweep-{at_most:08d}-own"))
+        tune._inherit(target, "ours", at_most)
+        names = [f"{n:05d}.json" for n in range(kept)]
+        assert list(target.child("scratch/trials").files()) == names
+        assert [target.child("scratch/trials").read_json(name)["values"] for name in names] == [
+            {"a": n} for n in range(kept)
+        ]
+    target.child("scratch/trials").write_json("00002.json", {"trial": 2, "values": {"a": 99}})
+    tune._inherit(target, "ours", 3)  # our own are as many
+    assert target.child("scratch/trials").read_json("00002.json")["values"] == {"a": 99}
+    fresh = Folder(str(tmp_path / "sweep-fresh"))
+    tune._inherit(fresh, "of nobody", 3)
+    assert not fresh.child("scratch/trials").files()
+
+
+def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residual k-means has no epochs."""
+    from jobs import tune as job
+
+    row = {"unique_ratio": 0.9, "reconstruction_error": 0.3, "objective": 1.0, "overlap@1": 0.5, "looks": 1}
+    row |= {"epochs": 0.0, "seconds": 1.0, "status": "finished", "failure": None}
+    rows = [row | {"trial": n, "tokenizer.distance": value} for n, value in enumerate(["cosine", "mixed"])]
+    monkeypatch.setattr(job, "search_tokenizer", lambda *_: pa.Table.from_pylist(rows))
+    monkeypatch.setattr(job, "read_vectors", lambda _: None)
+    monkeypatch.setattr(Artifact, "verify", lambda self: None)
+    run = load(RunConfig, None, ["tokenizer.kind=rkmeans", f"root={tmp_path}"], CONFIGS)
+    search = build(SearchConfig, {"trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
+    embeddings = Artifact(Folder(str(tmp_path)), {"fingerprint": "00000000", "kind": "embeddings"})
+    artifacts_read: list[Any] = []
+    monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
+    job.tune(run, search, embeddings)
+    manifest = artifacts_read[-1].read_json("manifest.json")
+    assert manifest["figures"]["epochs_spent"] == 0
+    best = load(RunConfig, f"{artifacts_read[-1].path}/best.toml", [], CONFIGS)
+    assert best.tokenizer == run.tokenizer
 
 
 @pytest.mark.parametrize("name", ["sample", "beauty"])
@@ -171,6 +309,30 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
     assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
     assert (sweep / "search.svg").read_text().count("<circle") == 10
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_is_continued_with_more_trials_and_other_resources(tmp_path: Path) -> None:
+    """Over residual k-means, which has nothing to train."""
+    command = toy_sweep(tmp_path, "")
+    (tmp_path / "x.toml").write_text((tmp_path / "x.toml").read_text().partition("[tokenizer.training]")[0])
+    (tmp_path / "x.search.toml").write_text(
+        'trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
+    )
+    command.append("tokenizer.kind=rkmeans")
+    found: list[list[dict[str, Any]]] = []
+    for changes, made in ((["search.concurrent=1"], 2), (["search.cpus_per_trial=2"], 0), (["search.trials=4"], 2)):
+        done = subprocess.run([*command, *changes], cwd=CONFIGS.parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(ENDED.findall(done.stderr)) == made, done.stderr[-3000:]
+        sweep = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
+        rows = pq.read_table(sweep / "trials.parquet").to_pylist()
+        found.append(sorted(rows, key=lambda row: row["trial"]))
+        assert load(RunConfig, str(sweep / "best.toml"), [], CONFIGS).tokenizer.kind == "rkmeans"
+    assert found[0] == found[1] == found[2][:2]
+    assert len(found[2]) == 4
+    assert found[0][0]["tokenizer.distance"] == "cosine"  # the configuration as it stands
+    assert "continuing with 2 trials of" in done.stderr
 
 
 @pytest.mark.slow

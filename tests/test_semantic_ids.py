@@ -97,6 +97,28 @@ def test_more_items_than_last_codes_get_one_more_level() -> None:
     assert len(np.unique(ids.codes, axis=0)) == 5
 
 
+@pytest.mark.parametrize("equal", [511, 512, 600, 12_500])
+def test_equal_items_up_to_five_percent_are_told_apart(equal: int) -> None:
+    """Of 250,000 items 5 % may be without a text; all of these have one vector and one tuple of codes."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (max(12_000, equal), 3))
+    codes[:equal] = 7
+    last = rng.random(256)
+    ids = assign(codes, 256, SemanticIdsConfig(), lambda items: np.tile(last, (len(items), 1)))
+    groups = np.unique(ids.codes[:equal, :3], axis=0, return_counts=True)[1]
+    assert len(groups) == 256
+    assert groups.max() - groups.min() <= 1
+    assert len(np.unique(ids.codes, axis=0)) == len(codes)
+
+
+def test_a_group_that_no_level_holds_has_a_cure() -> None:
+    costs = costs_of(np.zeros((9, 2)))
+    with pytest.raises(DataError, match="raise semantic_ids.collision_codes or tokenizer.codebook_size"):
+        assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_codes=4), costs)
+    with pytest.raises(DataError, match="set semantic_ids.collisions = nearest, or raise"):
+        assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collisions="level", collision_codes=4))
+
+
 def test_collisions_can_be_refused() -> None:
     with pytest.raises(
         DataError, match=r"2 items share .* refuse; the largest group is 2 items with \(0, 1\).*\[0, 2\]"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from fastapi import FastAPI
 from test_jobs import ROOT, TINY
 from test_submit import free_ports
 
-from tiger.artifacts import Artifact, newest
+from tiger.artifacts import Artifact, Folder, newest
 from tiger.catalog import Catalog
 from tiger.config import load
-from tiger.errors import ConfigError, SecurityError
+from tiger.errors import ConfigError, ResourceError, SecurityError
 from tiger.recommender import Recommender
-from tiger.run import RunConfig, ServeConfig
-from tiger.scale.serve import MAX_BODY, TOKEN_FILE, Gate, application, read_token, serve_until_stopped
+from tiger.run import RunConfig, ScaleConfig, ServeConfig
+from tiger.scale import serve as tiger_serve
+from tiger.scale.serve import MAX_BODY, TOKEN_FILE, Gate, Request, api, application, read_token, serve_until_stopped
 
 TOKEN = "a-token-of-the-test"
 
@@ -83,9 +87,184 @@ def test_a_body_is_read_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None
     assert through(gate, path="/healthz", parts=(MAX_BODY + 1,)) == (413, MAX_BODY + 1)
 
 
+@pytest.mark.parametrize("path", ["/recommend", "/healthz"])
+def test_a_half_sent_body_times_out(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 clients that never finish would otherwise hold all places of a replica."""
+    monkeypatch.delenv(TOKEN_FILE, raising=False)
+    monkeypatch.setattr(tiger_serve, "BODY_SECONDS", 0.2)
+    sent: list[Any] = []
+    received = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if received:
+            return received.pop()
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    begin = time.monotonic()
+    asyncio.run(Gate(reads_all)({"type": "http", "path": path, "headers": []}, receive, send))
+    assert time.monotonic() - begin < 5
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the body an application waits for the client to hang up, for as long as it computes."""
+    monkeypatch.delenv(TOKEN_FILE, raising=False)
+    monkeypatch.setattr(tiger_serve, "BODY_SECONDS", 0.1)
+    messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.4)
+        return {"type": "http.disconnect"}
+
+    async def computes(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Gate(computes)({"type": "http", "path": "/recommend", "headers": []}, receive, send))
+    assert sent[0]["status"] == 200
+
+
+UNREADABLE = {
+    "NaN": b'{"history": ["a"], "k": NaN}',
+    "infinity": b'{"history": ["a"], "k": 1e400}',
+    "minus infinity": b'{"history": [-Infinity]}',
+    "a lone surrogate": b'{"history": ["\\ud800"]}',
+    "a lone surrogate as a user": b'{"history": ["a"], "user": "\\udfff"}',
+    "a lone surrogate as a key": b'{"history": ["a"], "\\ud800": 1}',
+    "an unknown key with NaN": b'{"history": ["a"], "x": NaN}',
+    "an integer of 400 digits": b'{"history": ["a"], "k": ' + b"9" * 400 + b"}",
+    "an integer of 4,000 digits": b'{"history": ["a"], "k": ' + b"9" * 4000 + b"}",
+    "an integer of 6,000 digits": b'{"history": ["a"], "k": ' + b"9" * 6000 + b"}",
+    "integers as names": b'{"history": [' + b"9" * 6000 + b"]}",
+    "nothing but NaN": b"NaN",
+    "a surrogate alone": b'"\\ud800"',
+    "deep nesting": b"[" * 30_000,
+    "a deep value": b'{"history": ' + b"[" * 9000 + b"]" * 9000 + b"}",
+    "bytes that are not UTF-8": b'{"history": ["\xff\xfe"]}',
+    "NUL": b'{"history": [1, "\\u0000"]}',
+    "a long key": b'{"history": ["a"], "' + b"k" * 60_000 + b'": 1}',
+    "many keys": b'{"history": ["a"], ' + b", ".join(b'"k%d": 1' % n for n in range(3000)) + b"}",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_sent_back_is_refused_without_it(name: str) -> None:
+    """By the handlers of the server's application, around an endpoint of the same model."""
+    app = FastAPI(exception_handlers=dict(api.exception_handlers))
+
+    @app.post("/recommend")
+    async def recommend(request: Request) -> dict[str, str]:
+        return {}
+
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": UNREADABLE[name], "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/recommend", "raw_path": b"/recommend", "method": "POST", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("h", 1), "scheme": "http"}
+    asyncio.run(app(scope, receive, send))
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert sent[0]["status"] == 422, body
+    assert len(body) < 8000
+    for found in json.loads(body.decode())["detail"] if b"loc" in body else []:
+        assert set(found) == {"type", "loc", "msg"}
+
+
+def test_items_have_the_names_and_titles_of_the_catalog(tmp_path: Path) -> None:
+    """Read without the texts, which are the most of it."""
+    folder = Folder(str(tmp_path))
+    table = pa.table({"item_id": [0, 1, 2], "source_id": ["a", "b", "c"], "text": ["one " * 30, "two", ""]})
+    catalog = Catalog(Artifact(folder, {"kind": "catalog", "figures": {"items": 3}}))
+    for titles in (None, [None, "", "three"], ["é", "x", None]):
+        if titles is not None:
+            table = table.drop_columns("title") if "title" in table.column_names else table
+            table = table.append_column("title", pa.array(titles))
+        folder.write_table("items.parquet", table, row_group_size=2)
+        for cached in ("items", "source_ids", "titles"):
+            catalog.__dict__.pop(cached, None)
+        assert tiger_serve._names_and_titles(folder) == (["a", "b", "c"], catalog.titles)
+
+
+@pytest.mark.slow
+def test_a_serve_that_runs_already_is_left_alone(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another team's application, on an address of its own, answers before, during and after."""
+    from ray import serve
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Other:
+        def __call__(self, request: Any) -> str:
+            return "other team"
+
+    def answers(path: str = "/other") -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as found:
+                return found.read() == b"other team"
+        except urllib.error.URLError:
+            return False
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    port, wanted = free_ports(2)
+    model = Artifact(Folder(str(tmp_path / "model-00000000")), {"kind": "model"})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(Other.bind(), name="other", route_prefix="/other")
+        assert answers()
+        with pytest.raises(SecurityError, match=rf"on 127.0.0.1:{port}, and .* ask for 127.0.0.1:{wanted}"):
+            serve_until_stopped(model, ServeConfig(port=wanted), ScaleConfig())
+        with pytest.raises(SecurityError, match="Ray Serve runs other on this cluster already"):
+            serve_until_stopped(model, ServeConfig(port=port), ScaleConfig())
+        assert answers()
+        assert set(serve.status().applications) == {"other"}
+
+        serve.run(Other.bind(), name="tiger", route_prefix="/tiger")  # as if theirs had come to a Serve of ours
+        tiger_serve._stop(was_running=False)
+        assert set(serve.status().applications) == {"other"}
+        assert answers()
+
+        serve.delete("other")
+        assert tiger_serve._require_no_other_address(ServeConfig(port=port))
+        serve.run(Other.bind(), name="tiger", route_prefix="/tiger")
+        tiger_serve._stop(was_running=True)
+        assert serve.context._get_global_client(raise_if_no_controller_running=False) is not None
+        serve.run(Other.bind(), name="tiger", route_prefix="/tiger")
+        with pytest.raises(SecurityError, match="Ray Serve runs tiger on this cluster already"):
+            serve_until_stopped(model, ServeConfig(port=port), ScaleConfig())
+        assert answers("/tiger")
+        tiger_serve._stop(was_running=False)
+        assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
+
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            number = taken.getsockname()[1]
+            with pytest.raises(ResourceError, match=f"^127.0.0.1:{number} cannot be served: Failed to bind .*; set"):
+                serve_until_stopped(model, ServeConfig(port=number), ScaleConfig())
+        assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
+    finally:
+        serve.shutdown()
+
+
 def test_a_token_is_a_secret(tmp_path: Path) -> None:
     assert read_token(None) is None
     assert read_token(token_file(tmp_path)) == TOKEN
+    assert read_token(token_file(tmp_path, content="\ufeff" + TOKEN)) == TOKEN
     with pytest.raises(SecurityError, match="every user of the machine can read: chmod 600"):
         read_token(token_file(tmp_path, mode=0o604))
     with pytest.raises(SecurityError, match="token is empty: openssl rand"):
@@ -173,6 +352,7 @@ def test_a_real_server(tmp_path: Path, record_property: Any) -> None:
             model = newest(f"{tmp_path}/runs", "model")
             _answers_are_those_of_the_recommender(server, model)
             refused = _what_cannot_be_answered_says_why(server)
+            _half_sent_bodies_hold_no_place(server, model)
             _a_killed_copy_costs_no_wrong_answer(server, model)
             record_property("injections", refused + 1)
         finally:
@@ -229,14 +409,32 @@ def _what_cannot_be_answered_says_why(server: Running) -> int:
     ]
     for body, status, detail in of_a_value:
         assert server.recommend(**body) == (status, {"detail": detail})
-    broken = (b"", b"{", b"\xff\xfe", b"[" * 30_000)
+    broken = (b"", b"{", b"\xff\xfe", *UNREADABLE.values())
     for body in broken:
-        assert server.ask("/recommend", body, TOKEN)[0] in (400, 422)
+        assert server.ask("/recommend", body, TOKEN)[0] == 422
     for token in ("", "wrong"):
         assert server.recommend(token=token, history=["a"])[0] == 401
     assert server.ask("/recommend", token=TOKEN)[0] == 405
     assert server.ask("/elsewhere", token=TOKEN)[0] == 404
     return len(of_a_field) + len(of_a_value) + len(broken) + 4
+
+
+def _half_sent_bodies_hold_no_place(server: Running, model: Artifact) -> None:
+    """More of them than both copies have places for; they are sent away, and others are answered."""
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    request = (
+        f"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+        f"Authorization: Bearer {TOKEN}\r\n\r\n{{"
+    )
+    with contextlib.ExitStack() as open_ones:
+        held = [open_ones.enter_context(socket.create_connection((host, int(port)), 60)) for _ in range(300)]
+        for one in held:
+            one.sendall(request.encode())
+        begin = time.monotonic()
+        catalog = Catalog(model.inputs["catalog"])
+        assert server.recommend(history=[catalog.source_ids[0]])[0] == 200
+        assert time.monotonic() - begin < 2 * tiger_serve.REQUEST_SECONDS
+        assert {one.recv(12) for one in held} <= {b"HTTP/1.1 408", b"HTTP/1.1 503"}
 
 
 def _a_killed_copy_costs_no_wrong_answer(server: Running, model: Artifact) -> None:

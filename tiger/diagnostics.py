@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ import numpy.typing as npt
 from tiger.artifacts import MANIFEST, Artifact, Folder, newest, open_artifact
 from tiger.errors import ArtifactError, HealthError, TigerError
 from tiger.semantic_ids import packed
+
+if TYPE_CHECKING:
+    from tiger.catalog import Histories
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
     return float(np.linalg.norm(vectors[first] - vectors[second], axis=1).mean())
 
 
-def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float]:
+def code_figures(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) -> dict[str, float]:
     """Usage, perplexity and distinct prefixes of every level, and the share of distinct tuples.
 
     unique@l is the number of distinct prefixes of l codes per item, unique_ratio that of all L codes. usage@l is the
@@ -88,13 +91,15 @@ def code_figures(codes: npt.NDArray[Any], codebook_size: int) -> dict[str, float
 
     Args:
         codes: [N, L], the collision level left out.
+        codebook_size: number of codes of all levels, or of each.
     """
+    sizes = [codebook_size] * codes.shape[1] if isinstance(codebook_size, int) else codebook_size
     figures = {"unique_ratio": len(np.unique(packed(codes))) / len(codes)}
-    for level in range(codes.shape[1]):
+    for level, size in enumerate(sizes):
         figures[f"unique@{level + 1}"] = len(np.unique(packed(codes[:, : level + 1]))) / len(codes)
-        counts = np.bincount(codes[:, level], minlength=codebook_size)
+        counts = np.bincount(codes[:, level], minlength=size)
         share = counts[counts > 0] / len(codes)
-        figures[f"usage@{level + 1}"] = float((counts > 0).sum() / codebook_size)
+        figures[f"usage@{level + 1}"] = float((counts > 0).sum() / size)
         figures[f"perplexity@{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
     return figures
 
@@ -125,6 +130,12 @@ def neighbour_overlap(
 # --- verdicts ---------------------------------------------------------------------------------------------------
 
 
+_NO_VALIDATION = (
+    "no history is long enough to be split; with catalog.split = by-time, both moments are the same because times are "
+    "too coarse: use finer times, other catalog.valid_share and catalog.test_share, or leave-one-out"
+)
+
+
 def check_catalog(profile: dict[str, Any]) -> list[Check]:
     """Texts and titles must differ, and few texts may be empty."""
     items, columns = profile["items"], profile["columns"]
@@ -134,6 +145,7 @@ def check_catalog(profile: dict[str, Any]) -> list[Check]:
         Check("catalog", "share of empty texts", columns["text"]["missing"] / items, 0.05, parsing, upper=True),
         Check("catalog", "median text length", profile["text_characters"]["50%"], 3, parsing),
         Check("catalog", "training examples", profile["training_examples"], 1, "every history has only two items"),
+        Check("catalog", "validation users", profile.get("validation_users", 1), 1, _NO_VALIDATION),
         Check("catalog", "test users", profile["test_users"], 1, "no history is long enough to be split"),
     ]
     if "title" in profile["text_fields"]:
@@ -143,8 +155,11 @@ def check_catalog(profile: dict[str, Any]) -> list[Check]:
 
 
 def check_embeddings(vectors: npt.NDArray[np.float32]) -> list[Check]:
-    """Embeddings must lie apart."""
+    """Embeddings must lie apart; vectors shorter than 1 are judged as if that was their length."""
     cause = "the texts are alike (see the catalog's checks), or the model is not a sentence encoder"
+    length = float(np.sqrt(np.square(vectors, dtype=np.float64).sum(axis=1).mean()))
+    if 0 < length < 1:
+        vectors = (vectors / length).astype(np.float32)
     spread = float(vectors.std(axis=0, dtype=np.float64).mean())
     distinct = len(np.unique(vectors.round(6), axis=0)) / len(vectors)
     return [
@@ -177,10 +192,45 @@ def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
     return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
 
 
-def check_model(best_recall: float, uniform_recall: float) -> list[Check]:
-    """The trained model must beat guessing on validation."""
+def popularity_recall(histories: Histories, validation_users: int, seed: int, cutoff: int = 10) -> tuple[float, int]:
+    """Return Recall of the items most frequent in training, on the users that choose the model, and how many these are.
+
+    Args:
+        validation_users, seed: `model.validation_users` and `model.seed`, which say what users these are.
+    """
+    users = histories.evaluation("valid")
+    users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
+    edges = np.zeros(len(histories.items) + 1, np.int64)  # +1 where a training part begins, -1 after its end
+    np.add.at(edges, histories.offsets[:-1], 1)
+    np.add.at(edges, histories.train_end, -1)
+    counts = np.bincount(histories.items[np.cumsum(edges[:-1]) > 0])
+    popular = np.argsort(-counts, kind="stable")[:cutoff]
+    return float(np.isin(users.targets, popular).mean()), len(users)
+
+
+def check_model(
+    best_recall: float, uniform_recall: float, popularity: float | None = None, users: int | None = None
+) -> list[Check]:
+    """The trained model must beat guessing on validation, and reach what the most popular items reach there.
+
+    A small catalog is easily guessed, and on few users chance moves Recall: with fewer than 100 items the model must
+    only not be much worse than guessing, and it may miss popularity's Recall by twice its standard error.
+
+    Args:
+        best_recall: Recall@10 of the model.
+        uniform_recall: the share of the catalog that a list of 10 items is.
+        popularity: Recall@10 of the most popular items on the same users.
+        users: how many these are.
+    """
     cause = "training diverged or stopped too early: look at the loss curve, lower model.training.learning_rate"
-    return [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, 0.5, cause)]
+    needed = 1.5 if uniform_recall < 0.1 else 0.5
+    checks = [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, needed, cause)]
+    if popularity is not None:
+        error = np.sqrt(popularity * (1 - popularity) / users) if users else 0.0
+        least = max(0.0, popularity - 2 * float(error))
+        name = "validation Recall@10 (popularity's, minus twice its error)"
+        checks.append(Check("model", name, best_recall, least, cause))
+    return checks
 
 
 def invalid(items: npt.NDArray[Any], n_items: int) -> int:

@@ -24,12 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tiger.artifacts import MANIFEST, Artifact, Folder, newest, open_artifact
+from tiger.config import MAX_LISTED
 from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
 from tiger.embedding import read_vectors
 from tiger.errors import DataError, TigerError
 from tiger.semantic_ids import SemanticIds, packed
 
 _CATEGORY_COLUMNS = ("category_leaf", "category")
+_MOST_CODES = 1 << 24  # of a level; each is counted
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -93,7 +95,7 @@ def figures(items: CodedItems) -> dict[str, float]:
     found: dict[str, float] = {"items": len(items.codes)}
     for level, size in enumerate(items.sizes):
         found[f"gini@{level + 1}"] = gini(np.bincount(items.codes[:, level], minlength=size))
-    found |= code_figures(items.codes, max(items.sizes))
+    found |= code_figures(items.codes, items.sizes)
     whole = np.concatenate([items.codes, items.collisions[:, None]], axis=1)
     found["unique_ratio_with_collision_level"] = len(np.unique(packed(whole))) / len(whole)
     found["largest_group"] = int(np.unique(packed(items.codes), return_counts=True)[1].max())
@@ -218,7 +220,7 @@ def of_artifact(artifact: Artifact) -> CodedItems:
     """The items of a semantic_ids artifact, with titles, categories and embeddings from what it was made of."""
     ids = SemanticIds.read(artifact.folder)
     embeddings = artifact.inputs["embeddings"]
-    table = embeddings.inputs.get("catalog", embeddings).folder.read_table("items.parquet")
+    table = embeddings.folder.read_table("items.parquet")
     return CodedItems(
         codes=ids.codes[:, : ids.levels].astype(np.int64),
         sizes=ids.level_sizes[: ids.levels],
@@ -244,12 +246,15 @@ def of_parquet(path: str) -> CodedItems:
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is no Parquet file: {error}") from None
     if "codes" not in table.column_names:
-        raise DataError(f"{path} has no column `codes`; its columns: {', '.join(table.column_names)}")
+        names = ", ".join(table.column_names[:MAX_LISTED])
+        raise DataError(f"{path} has no column `codes`; its columns: {names}")
     rows = table["codes"].to_pylist()
     width = len(rows[0] or []) if rows else 0
     for number, row in enumerate(rows):
         if not row or len(row) != width or any(not isinstance(code, int) or code < 0 for code in row):
             raise DataError(f"{path}, row {number}: codes must be {width or 'some'} integers from 0, not {row}")
+        if max(row) >= _MOST_CODES:
+            raise DataError(f"{path}, row {number}: codes must be less than {_MOST_CODES:,}, not {max(row)}")
     if not rows:
         raise DataError(f"{path} has no rows")
     codes = np.array(rows, np.int64)
@@ -266,7 +271,7 @@ def of_parquet(path: str) -> CodedItems:
 def _names(table: pa.Table) -> list[str]:
     for column in ("title", "source_id", "item_id"):
         if column in table.column_names:
-            return [str(value or "(no title)") for value in table[column].to_pylist()]
+            return ["(no title)" if value in (None, "") else str(value) for value in table[column].to_pylist()]
     return [f"row {number}" for number in range(table.num_rows)]
 
 

@@ -5,18 +5,20 @@ Every section stands beside the component that it turns; this file composes them
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from tiger.catalog import CatalogConfig
 from tiger.config import Config
 from tiger.datasets import DatasetConfig, synthetic
 from tiger.embedding import EmbeddingConfig
+from tiger.errors import ConfigError
 from tiger.model import ModelConfig
 from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIdsConfig
-from tiger.tokenizers import TokenizerConfig, rqvae
+from tiger.tokenizers import TokenizerConfig, rkmeans, rqvae
 from tiger.tracking import TrackingConfig
 
 
@@ -37,7 +39,7 @@ class EvaluationConfig(Config):
 class RecommendConfig(Config):
     """Recommendations after the users' whole histories."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors"})
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed", "max_actors"})  # what the file holds counts
 
     users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
     k: int = Field(10, ge=1, description="items per user")
@@ -105,3 +107,38 @@ class RunConfig(Config):
     serve: ServeConfig = ServeConfig()
     scale: ScaleConfig = ScaleConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RunConfig:
+        """Refuse sections that cannot be used together, before the first stage."""
+        tokenizer, ids = self.tokenizer, self.semantic_ids
+        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streamed and ids.collisions == "nearest":
+            raise ValueError(
+                "semantic_ids.collisions = nearest needs the vectors in memory, tokenizer.streamed = true keeps them "
+                "out of it; set semantic_ids.collisions = level"
+            )
+        sizes = [tokenizer.codebook_size] * tokenizer.levels
+        if math.prod(sizes) >= 2**63:
+            raise ValueError(
+                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
+                "have 2^63 tuples or more; use fewer levels or smaller codebooks"
+            )
+        if ids.collisions != "refuse" and math.prod([*sizes, ids.collision_codes]) >= 2**63:
+            raise ValueError(
+                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
+                f"and a collision level of semantic_ids.collision_codes = {ids.collision_codes} have 2^63 tuples or "
+                "more; use fewer levels, or less of either"
+            )
+        return self
+
+    def require_no_own_vectors(self) -> None:
+        """Refuse `embedding.vectors` for a job that works on a catalog, whose items' texts it embeds.
+
+        Raises:
+            ConfigError: the key is set.
+        """
+        if self.embedding.vectors is not None:
+            raise ConfigError(
+                f"embedding.vectors = {self.embedding.vectors!r} is for jobs.semantic_ids and jobs.tune, which need no "
+                "catalog; this job embeds the texts of its catalog: leave embedding.vectors out"
+            )

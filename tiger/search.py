@@ -6,14 +6,15 @@ A search is a TOML file beside the configuration, `beauty-cpu.search.toml` besid
 from __future__ import annotations
 
 import html
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, SerializeAsAny, model_validator
 
-from tiger.config import Config, build, with_override
+from tiger.config import MAX_LISTED, Config, build, fingerprint, overridden, with_override
 from tiger.diagnostics import neighbour_overlap
+from tiger.errors import ConfigError
 from tiger.learning import Judge
 from tiger.run import RunConfig
 from tiger.tokenizers import TokenizerConfig
@@ -53,7 +54,14 @@ class Weights(Config):
 
 
 class SearchConfig(Config):
-    """How many trials, of what, judged how."""
+    """How many trials, of what, judged how.
+
+    A sweep may be continued with other resources: they are not in its fingerprint.
+    """
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"concurrent", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
+    )
 
     trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
     sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random draws")
@@ -72,7 +80,9 @@ class SearchConfig(Config):
     def _tokenizer_only(self) -> SearchConfig:
         wrong = [key for key in self.space if not key.startswith("tokenizer.")]
         if wrong:
-            raise ValueError(f"the search is over the tokenizer; {', '.join(wrong)} is no key of it")
+            raise ValueError(f"the search is over the tokenizer; {', '.join(wrong[:MAX_LISTED])} is no key of it")
+        if self.grace > self.looks:
+            raise ValueError(f"grace = {self.grace} is more than looks = {self.looks}: no trial could be stopped early")
         return self
 
 
@@ -82,6 +92,16 @@ class SweepConfig(Config):
     tokenizer: SerializeAsAny[TokenizerConfig]
     search: SearchConfig
 
+    def family(self, embeddings: str) -> str:
+        """Return a fingerprint of all that two sweeps have in common if one can continue the trials of the other.
+
+        Args:
+            embeddings: the fingerprint of the embeddings.
+        """
+        identity = self.identity()
+        del identity["search"]["trials"]
+        return fingerprint(identity, embeddings)
+
 
 def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfig:
     """The configuration with a trial's values, looked at `looks` times during training.
@@ -89,14 +109,35 @@ def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfi
     Raises:
         ConfigError: a key does not exist or a value is impossible.
     """
-    plain = run.model_dump(mode="json", serialize_as_any=True)
-    for key, value in values.items():
-        plain = with_override(plain, key, value)
+    plain = overridden(RunConfig, run.model_dump(mode="json", serialize_as_any=True), values)
     if looks is None:
         return build(RunConfig, plain)
     epochs = build(RunConfig, plain).tokenizer.training.epochs
     plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
     return build(RunConfig, plain)
+
+
+def require_possible(run: RunConfig, search: SearchConfig) -> None:
+    """Try the values of every key of the space, so that a mistake ends the sweep before its first trial.
+
+    Raises:
+        ConfigError: the space is empty, a key does not exist, or one of its values is impossible.
+    """
+    if not search.space:
+        raise ConfigError("search.space is empty: name at least one key of the tokenizer, with choices or low and high")
+    for key, space in search.space.items():
+        if space.choices is not None:
+            for choice in space.choices:
+                apply(run, {key: choice}, None)
+            continue
+        low, high = space.bounds()
+        for bound in (low, high):
+            apply(run, {key: bound}, None)
+        if not space.integer:
+            try:
+                apply(run, {key: low + (high - low) / 3 + 1e-3 * (high - low)}, None)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; set search.space.{key}: integer = true for whole numbers") from None
 
 
 def judge(weights: Weights, neighbours: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:

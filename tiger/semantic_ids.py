@@ -180,9 +180,13 @@ def assign(
             f"refuse; the largest group is {_named(codes, order, starts, sizes, largest)}"
         )
     if sizes[largest] > config.collision_codes:
+        cure = "raise semantic_ids.collision_codes or tokenizer.codebook_size"
+        if config.collisions == "level":
+            cure = "set semantic_ids.collisions = nearest, or raise semantic_ids.collision_codes"
         raise DataError(
             f"{sizes[largest]:,} items share their codes, the collision level tells {config.collision_codes} apart "
-            f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts the same?"
+            f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
+            f"If they should be, {cure}"
         )
     level_sizes = (codebook_size,) * codes.shape[1]
     if config.collisions != "level" and sizes[largest] == 1:
@@ -198,9 +202,9 @@ def separate(
 ) -> npt.NDArray[np.int64]:
     """Moves items of equal codes to other codes of the last level, at the least total cost.
 
-    Where a tuple has more items than `capacity`, all items that share its prefix are assigned anew, each code of the
-    last level taking at most `capacity` of them (the assignment problem). Items beyond capacity x codebook_size keep
-    their codes.
+    Where a tuple has more items than `capacity`, all items that share its prefix are assigned again, each code of the
+    last level taking at most `capacity` of them (the assignment problem). Items beyond capacity x codebook_size are
+    spread over all last codes in turn, codebook_size items at a time, so that the collision level has few to number.
 
     Args:
         codes: [N, L].
@@ -229,6 +233,11 @@ def separate(
             group = piece[start - offset : end - offset]
             rows, columns = linear_sum_assignment(np.tile(group, capacity))
             moved[items[start:end][rows], -1] = columns % codebook_size
+            left = np.setdiff1d(np.arange(len(group)), rows)
+            for first in range(0, len(left), codebook_size):
+                beyond = left[first : first + codebook_size]
+                rows, columns = linear_sum_assignment(group[beyond])
+                moved[items[start:end][beyond[rows]], -1] = columns
         begin = until
     return moved
 

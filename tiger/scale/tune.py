@@ -6,6 +6,9 @@ go into the object store once and are read from there by all trials of a node.
 Finished trials are noted in a journal of plain JSON, one file a trial, written when the trial ends. A sweep that was
 killed reads it and goes on: sampler and scheduler are told what was found, and no finished trial runs again. Tune's own
 restart state is not used: it is pickled, and it is written every few seconds, so that trials go missing from it.
+
+The number of trials is in the fingerprint of a sweep. So a sweep of more trials is another artifact, and begins with
+the journal of the one that has most trials of its family (`SweepConfig.family`), finished or killed.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import functools
 import json
 import logging
 import operator
+import re
 import socket
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna.distributions as distributions
 import pyarrow as pa
+import pyarrow.fs as pafs
 import ray
 import ray.exceptions
 import ray.util
@@ -44,7 +50,7 @@ from tiger.progress import Progress
 from tiger.run import RunConfig
 from tiger.scale import cluster, placement
 from tiger.scale.watch import Watch, watching
-from tiger.search import SearchConfig, Space, apply, judge, table
+from tiger.search import SearchConfig, Space, apply, judge, require_possible, table
 from tiger.training import Hooks
 
 log = logging.getLogger(__name__)
@@ -54,19 +60,24 @@ _TABLE_EVERY = 30.0  # seconds
 _FAILED = -1e9  # the objective of a trial that could not be trained: Tune and Optuna take numbers only
 
 
-def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor, target: Folder) -> pa.Table:
+def search_tokenizer(
+    run: RunConfig, search: SearchConfig, vectors: torch.Tensor, target: Folder, family: str = ""
+) -> pa.Table:
     """Runs the trials, or those that an earlier, killed search has left to do.
 
     Args:
-        target: the artifact being made; the journal lies in its scratch folder.
+        target: the artifact being made; the journal lies in its scratch folder, and in its `journal.json` at the end.
+        family: what sweeps have in common that can continue each other; empty: begin without the trials of others.
 
     Returns:
         one row a trial, the best first: `trial`, its values, the figures of its best look, `looks` and `epochs` made,
         `seconds`, `status`, `failure`.
 
     Raises:
+        ConfigError: a key of the space does not exist, or a value is impossible.
         HealthError: no trial ended with a figure.
     """
+    require_possible(run, search)
     cluster.connect(target)
     workers = search.workers_per_trial
     if search.gpus_per_trial:
@@ -76,6 +87,9 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
         concurrent=search.concurrent,
     )  # fmt: skip
     cluster.wait_for([plan.bundle] * workers, "tune", run.scale.wait_minutes)
+    if family:
+        target.child(SCRATCH).write_json("family.json", family)
+        _inherit(target, family, search.trials)
     journal = _Journal(target.child(f"{SCRATCH}/trials"), search)
     left = search.trials - len(journal.trials)
     if journal.trials:
@@ -117,6 +131,7 @@ def search_tokenizer(run: RunConfig, search: SearchConfig, vectors: torch.Tensor
     rows = _rows(journal.trials, search)
     if not any(row["status"] == "finished" for row in rows):
         raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
+    target.write_json("journal.json", {"family": family, "trials": journal.trials})
     return pa.Table.from_pylist(rows)
 
 
@@ -197,7 +212,7 @@ class _Journal(tune.Callback):
         self.folder, self.search = folder, search
         self.trials: list[dict[str, Any]] = [
             folder.read_json(name) for name in folder.files() if name.endswith(".json")
-        ]
+        ][: search.trials]
         self._running: dict[str, dict[str, Any]] = {}
         self._shown = time.monotonic()
         self._progress = Progress("tune", search.trials, "trials", done=len(self.trials))
@@ -248,19 +263,93 @@ class _Journal(tune.Callback):
             log.info("tune: %s", line)
 
 
+def _inherit(target: Folder, family: str, at_most: int) -> None:
+    """Begin with the trials of the sweep of this family that has most of them, if they are more than our own."""
+    home = target.parent if target.uri.rpartition("/")[2].startswith("attempt-") else target
+    own = target.child(f"{SCRATCH}/trials")
+    most: list[dict[str, Any]] = []
+    where = ""
+    for info in home.filesystem.get_file_info(pafs.FileSelector(home.parent.path, allow_not_found=True)):
+        if info.type == pafs.FileType.Directory and info.base_name.startswith("sweep-"):
+            sibling = home.parent.child(info.base_name)
+            if sibling.uri != home.uri:
+                for trials in _trials_of(sibling, family):
+                    if len(trials) > len(most):
+                        most, where = trials, sibling.uri
+    most = most[:at_most]
+    if len(most) > len(own.files()):
+        for number, trial in enumerate(most):
+            own.write_json(f"{number:05d}.json", trial | {"trial": number})
+        log.info("tune: continuing with %d trials of %s", len(most), where)
+
+
+def _trials_of(sweep: Folder, family: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the trials of a sweep, finished or not, if it is of this family; on object stores of each attempt."""
+    selector = pafs.FileSelector(sweep.path, recursive=True, allow_not_found=True)
+    names = sorted(
+        info.path[len(sweep.path) + 1 :]
+        for info in sweep.filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.File
+    )
+    for name in names:
+        try:
+            if re.fullmatch(r"(attempt-\w+/)?journal\.json", name):
+                journal = sweep.read_json(name)
+                if journal["family"] == family:
+                    yield journal["trials"]
+            elif re.fullmatch(rf"(attempt-\w+/)?{SCRATCH}/family\.json", name) and sweep.read_json(name) == family:
+                folder = name.removesuffix("family.json") + "trials/"
+                noted = [other for other in names if other.startswith(folder) and other.endswith(".json")]
+                yield [sweep.read_json(other) for other in noted]
+        except (OSError, ValueError, KeyError, TypeError) as error:  # being deleted, or not as we wrote it
+            log.warning("tune: %s/%s is passed over: %s", sweep.uri, name, error)
+
+
 def _value(trial: dict[str, Any]) -> float:
     return max((look[_METRIC] for look in trial["looks"]), default=_FAILED)
 
 
+class _Searcher(OptunaSearch):
+    """Optuna's, except that a trial outside of the space may come first, of which Optuna is not told."""
+
+    def __init__(self, *arguments: Any, outside: dict[str, Any] | None, **named: Any) -> None:
+        self._outside, self._untold = outside, set[str]()
+        super().__init__(*arguments, **named)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self._outside is None:
+            return super().suggest(trial_id)
+        values, self._outside = self._outside, None
+        self._untold.add(trial_id)
+        return values
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id not in self._untold:
+            super().on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self._untold:
+            super().on_trial_complete(trial_id, result, error)
+
+
 def _searcher(run: RunConfig, search: SearchConfig, journal: _Journal) -> OptunaSearch:
-    """Told of the trials in the journal; at the start, of the configuration as it stands, where the space holds it."""
-    points = None if journal.trials else _standing(run, search)
+    """Told of the trials in the journal, and of the configuration as it stands if it is not one of these."""
+    standing, inside = _standing(run, search)
+    untried = standing not in [trial["values"] for trial in journal.trials]
     seed = search.seed + len(journal.trials)  # going on must not draw the same values again
     sampler: BaseSampler = TPESampler(seed=seed) if search.sampler == "tpe" else RandomSampler(seed=seed)
     space = {key: _distribution(space) for key, space in search.space.items()}
-    searcher = OptunaSearch(space, _METRIC, "max", points_to_evaluate=points, sampler=sampler)
+    searcher = _Searcher(
+        space,
+        _METRIC,
+        "max",
+        points_to_evaluate=[standing] if untried and inside else None,
+        sampler=sampler,
+        outside=standing if untried and not inside else None,
+    )
     for trial in journal.trials:
-        searcher.add_evaluated_point(trial["values"], _value(trial))
+        if inside or trial["values"] != standing:
+            searcher.add_evaluated_point(trial["values"], _value(trial))
     return searcher
 
 
@@ -291,21 +380,27 @@ def _decoded(values: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
     return {key: json.loads(value) if search.space[key].choices is not None else value for key, value in values.items()}
 
 
-def _standing(run: RunConfig, search: SearchConfig) -> list[dict[str, Any]] | None:
+def _standing(run: RunConfig, search: SearchConfig) -> tuple[dict[str, Any], bool]:
+    """Return the values of the configuration as it stands, in the sampler's form, and whether the space holds them."""
     values: dict[str, Any] = {}
+    inside = True
     plain = run.model_dump(mode="json", serialize_as_any=True)
     for key, space in search.space.items():
         value: Any = functools.reduce(operator.getitem, key.split("."), plain)
         if space.choices is not None:
-            if value not in space.choices:
-                return None
-            values[key] = json.dumps(value)
+            # The choice itself, not the value: 0 and 0.0 are one value, and two texts.
+            equal = [choice for choice in space.choices if _is_same(choice, value)]
+            values[key] = json.dumps(equal[0] if equal else value)
+            inside &= bool(equal)
         else:
             low, high = space.bounds()
-            if not low <= value <= high:
-                return None
             values[key] = value
-    return [values]
+            inside &= isinstance(value, (int, float)) and low <= value <= high
+    return values, inside
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    return first == second and isinstance(first, bool) == isinstance(second, bool)
 
 
 def _rows(trials: list[dict[str, Any]], search: SearchConfig) -> list[dict[str, Any]]:

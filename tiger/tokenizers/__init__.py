@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tiger.config import PluginConfig, load_plugin
@@ -37,6 +37,15 @@ class TokenizerConfig(PluginConfig):
     kmeans_sample: int = Field(100_000, ge=256, description="items that k-means looks at, at most")
     training: TrainingConfig = TrainingConfig()
     seed: int = Field(0, ge=0, description="seed of weights, k-means, dropout and order")
+
+    @model_validator(mode="after")
+    def _sample_fills_codebook(self) -> TokenizerConfig:
+        if self.kmeans_sample < self.codebook_size:
+            raise ValueError(
+                f"kmeans_sample = {self.kmeans_sample} is less than codebook_size = {self.codebook_size}, and k-means "
+                "needs at least one item per code; raise kmeans_sample"
+            )
+        return self
 
 
 class NoTraining(TrainingConfig):
