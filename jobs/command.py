@@ -18,7 +18,7 @@ from tiger import logs, tracking
 from tiger.artifacts import Artifact
 from tiger.config import Config, PluginConfig, describe, load, shipped_plugins
 from tiger.datasets import DatasetConfig
-from tiger.errors import ResourceError, TigerError
+from tiger.errors import ResourceError, TigerError, last_line
 from tiger.run import RunConfig
 from tiger.scale import cluster
 from tiger.scale.metrics import Gauges
@@ -30,7 +30,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 WITHOUT_CATALOG = ("semantic_ids", "tune")
-"""Jobs that take vectors from elsewhere (`embedding.vectors`); the others work on a catalog."""
+"""Jobs that take external vectors (`embedding.vectors`); the others work on a catalog."""
 
 
 def command(
@@ -102,8 +102,9 @@ def _section(name: str, section: str, model: type[Config], overrides: list[str])
 
 def _of_ray(error: Exception) -> TigerError:
     """Return an error of Ray's as one line that says where more is to be found."""
-    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-    return ResourceError(f"Ray: {reason} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)")
+    return ResourceError(
+        f"Ray: {last_line(error)} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)"
+    )
 
 
 def track(run: RunConfig, name: str, watching: contextlib.ExitStack) -> None:

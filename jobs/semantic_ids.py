@@ -15,7 +15,6 @@ from tiger import artifacts, semantic_ids
 from tiger.artifacts import Artifact, Draft
 from tiger.diagnostics import check_semantic_ids, check_tokenizer, code_figures, require
 from tiger.embedding import read_vectors, sample_vectors
-from tiger.errors import ConfigError
 from tiger.learning import (
     encode_all,
     load_tokenizer,
@@ -65,14 +64,9 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         trained = load_tokenizer(config, tokenizer.folder, embeddings.figures["dimension"])
         codes, error, vectors = _quantize(config, trained, embeddings)
         nearest = code_figures(codes, config.codebook_size)
-        if run.semantic_ids.collisions == "nearest" and vectors is None:
-            raise ConfigError(
-                "semantic_ids.collisions = nearest needs the vectors in memory, tokenizer.streamed keeps them out of "
-                "it; set semantic_ids.collisions = level"
-            )
 
         def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            assert vectors is not None
+            assert vectors is not None, "RunConfig refuses a streamed tokenizer with collisions = nearest"
             return trained.last_costs(vectors[items]).numpy()
 
         ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)

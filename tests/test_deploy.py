@@ -26,7 +26,6 @@ import yaml
 
 from jobs.command import CONFIGS
 from tiger.config import dump_toml, load
-from tiger.errors import ConfigError
 from tiger.run import RunConfig
 from tiger.search import SearchConfig
 
@@ -290,23 +289,6 @@ JOBS = [command for command in COMMANDS if command.program != "ray"]
 SUBMITTED = [command for command in JOBS if command.through is not None]
 OF_RAY = [command for command in COMMANDS if command.program == "ray"]
 
-# Commands that are known to be refused. Each is expected to fail, so that a repaired one cannot stay in this list.
-BROKEN: dict[str, str] = {}
-
-
-def _each_job() -> list[Any]:
-    """Return a test parameter for every documented job."""
-    parameters = []
-    for command in JOBS:
-        reason = BROKEN.get(str(command))
-        marks = [pytest.mark.xfail(raises=ConfigError, reason=reason, strict=True)] if reason else []
-        parameters.append(pytest.param(command, id=str(command), marks=marks))
-    return parameters
-
-
-def test_broken_commands_are_documented_ones() -> None:
-    assert set(BROKEN) <= {str(command) for command in JOBS}
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -343,7 +325,7 @@ def test_commands_are_found_in_every_file_that_documents_them() -> None:
     assert {command.file for command in SUBMITTED} >= {"README.md", "cluster.yaml"}
 
 
-@pytest.mark.parametrize("command", _each_job())
+@pytest.mark.parametrize("command", JOBS, ids=str)
 def test_documented_job_is_accepted_by_the_configuration_loader(command: Documented, written: dict[str, Path]) -> None:
     _loaded(command, written)
 
@@ -375,7 +357,7 @@ def _largest_clusters() -> dict[str, tuple[int, int]]:
     return {"cluster.yaml": aws, "README.md": aws, "rayjob.yaml": kubernetes}
 
 
-@pytest.mark.parametrize("command", _each_job())
+@pytest.mark.parametrize("command", JOBS, ids=str)
 def test_documented_job_asks_for_gpus_when_a_gpu_preset_runs_on_a_cluster(
     command: Documented, written: dict[str, Path]
 ) -> None:

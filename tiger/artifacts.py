@@ -319,7 +319,7 @@ class Artifact:
 
     @cached_property
     def inputs(self) -> dict[str, Artifact]:
-        """The artifacts that this one was made from, by kind; they stand beside it.
+        """The artifacts that this one was made from, by kind; they are sibling folders.
 
         Of those that it was made from by content (see `build`), which may be older than what is used today, only those
         that are still there.

@@ -45,3 +45,9 @@ class HealthError(TigerError):
     """A stage that ended in a degenerate state: identical texts, one code for all, a loss that is not finite."""
 
     exit_code = 6
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of a library's message that is not empty: of a traceback the reason; or the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

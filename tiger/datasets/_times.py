@@ -150,7 +150,7 @@ def _micros(moment: datetime.datetime) -> int:
 
 
 def why_not(value: Any, rule: TimeRule) -> str:
-    """Return the reason for which a value is no time under the rule."""
+    """Return the reason for which a value is not a time under the rule."""
     text = _as_text(value)
     if not text:
         return f"{rule.name} is missing"
@@ -160,7 +160,7 @@ def why_not(value: Any, rule: TimeRule) -> str:
 
 
 def explain(value: Any, rule: TimeRule) -> str:
-    """Show a value that is no time under the rule, with the key that is likely to make it one."""
+    """Show a value that is not a time under the rule, with the key that is likely to make it one."""
     text = _as_text(value)
     if not text or text == "?":
         return short(value) if text else ""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger.artifacts import PARTIAL, Folder
 from tiger.device import pretended_gpus, usable_gpus
-from tiger.errors import ConfigError, ResourceError, SecurityError
+from tiger.errors import ConfigError, ResourceError, SecurityError, last_line
 from tiger.scale import placement
 from tiger.scale.placement import Bundle, Cluster, Fit
 
@@ -437,7 +437,7 @@ def inspect(storage: Folder, nodes: Sequence[Mapping[str, Any]] | None = None) -
             f"not all of {len(others)} nodes answered in {_ANSWER_SECONDS} s; see `ray status` and the nodes' logs"
         ) from None
     except ray.exceptions.RayError as error:
-        raise ResourceError(f"a node cannot be inspected: {str(error).strip().splitlines()[-1]}") from None
+        raise ResourceError(f"a node cannot be inspected: {last_line(error)}") from None
     finally:
         storage.filesystem.delete_file(storage.join(token))
 

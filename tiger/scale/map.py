@@ -12,6 +12,7 @@ splits what belongs together, whatever batch size it needs for GPUs.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import warnings
@@ -30,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiger import errors, tracking
 from tiger.artifacts import Folder
 from tiger.device import assigned_device
-from tiger.errors import ResourceError
+from tiger.errors import ResourceError, last_line
 from tiger.progress import Progress
 from tiger.run import ScaleConfig
 from tiger.scale import cluster, placement
@@ -114,11 +115,10 @@ def map_table(
         gpus_per_actor=actors.gpus, gpus=scale.gpus, what=f"{what}: a pool",
     )  # fmt: skip
     cluster.wait_for(plan.at_once, what, scale.wait_minutes)
-    rows = f"{{}} of {name} (rows {{}} to {{}} of {sum(sizes)})"
-    begins = [sum(sizes[:shard]) for shard in range(len(sizes))]
+    ends = list(itertools.accumulate(sizes))
 
     def describe(shard: int) -> str:
-        return rows.format(shard, begins[shard], begins[shard] + sizes[shard] - 1)
+        return f"{shard} of {name} (rows {ends[shard] - sizes[shard]} to {ends[shard] - 1} of {ends[-1]})"
 
     progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[shard] for shard in missing))
     log.info("%s: %s, %s", what, placement.counted(len(missing), "shard"), plan.describe("actor"))
@@ -139,9 +139,9 @@ def map_table(
                     tracking.record(what, progress.done, {"rows": progress.done, "rows_per_second": progress.rate})
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
         suspects = ", ".join(describe(shard) for shard in _running(attempts)) or "not known"
-        reason = str(error).strip().splitlines()[-1]
         raise ResourceError(
-            f"{what}: its actors were lost again and again, while they computed shard {suspects}. Ray says: {reason}"
+            f"{what}: its actors were lost again and again, while they computed shard {suspects}. "
+            f"Ray says: {last_line(error)}"
         ) from error
     finally:
         ray.kill(attempts)

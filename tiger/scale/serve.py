@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiger.artifacts import Artifact, Folder, open_artifact
 from tiger.config import MAX_LISTED
 from tiger.device import assigned_device
-from tiger.errors import ConfigError, ResourceError, SecurityError
+from tiger.errors import ConfigError, ResourceError, SecurityError, last_line
 from tiger.recommender import Recommender
 from tiger.run import ScaleConfig, ServeConfig
 from tiger.scale import cluster, placement
@@ -331,7 +331,7 @@ def serve_until_stopped(model: Artifact, config: ServeConfig, scale: ScaleConfig
     except (RuntimeError, OSError) as error:
         if not was_running:
             _stop(was_running)
-        reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ").rstrip(".")
+        reason = last_line(error).removeprefix("RuntimeError: ").rstrip(".")
         raise ResourceError(f"{config.host}:{config.port} cannot be served: {reason}; set serve.port") from error
     _require_no_other_address(config)  # another server may have started Serve meanwhile: then ours was ignored
     try:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiger import tracking
 from tiger.artifacts import SCRATCH, Folder
 from tiger.device import pretended_gpus
-from tiger.errors import ResourceError, TigerError
+from tiger.errors import ResourceError, TigerError, last_line
 from tiger.run import ScaleConfig
 from tiger.scale import cluster, placement
 from tiger.scale.watch import Watch, watching
@@ -109,7 +109,7 @@ def _fit(config: dict[str, Any], plan: placement.Plan, target: Folder, scale: Sc
         if (ours := _error_of_ours(error)) is not None:
             raise ours from None
         reasons = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
-        reason = next(_last_line(reason) for reason in reasons if reason is not None)
+        reason = next(last_line(reason) for reason in reasons if reason is not None)
         raise ResourceError(
             f"{what}: the training was lost and could not be continued: {reason}. The same command resumes from the "
             f"last snapshot; {cluster.log_folder()}/train has the workers' logs"
@@ -133,10 +133,6 @@ def _error_of_ours(error: BaseException | None) -> TigerError | None:
     return None
 
 
-def _last_line(error: Any) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
 class _Failures(ray.train.UserCallback):
     """Hears of workers' exceptions in Ray Train's controller.
 
@@ -155,7 +151,7 @@ class _Failures(ray.train.UserCallback):
         self.seen += 1
         rank, exception = next(iter(worker_exceptions.items()))
         self.lines.put_nowait(
-            f"worker {rank} failed: {_last_line(exception)}; "
+            f"worker {rank} failed: {last_line(exception)}; "
             + (f"restarting ({self.seen} of {self.restarts})" if self.seen <= self.restarts else "no restart is left")
         )
 

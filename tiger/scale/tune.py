@@ -44,7 +44,7 @@ from tiger import training
 from tiger.artifacts import SCRATCH, Folder
 from tiger.device import assigned_device, pretended_gpus
 from tiger.diagnostics import nearest_neighbours
-from tiger.errors import HealthError, ResourceError
+from tiger.errors import HealthError, ResourceError, last_line
 from tiger.learning import learn_tokenizer
 from tiger.progress import Progress
 from tiger.run import RunConfig
@@ -124,9 +124,9 @@ def search_tokenizer(
             with watching("tune", "", storage=target) as journal.watch:
                 tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
-            reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise ResourceError(
-                f"tune: the sweep was lost: {reason}. The same command continues it; logs: {cluster.log_folder()}"
+                f"tune: the sweep was lost: {last_line(error)}. The same command continues it; "
+                f"logs: {cluster.log_folder()}"
             ) from error
     rows = _rows(journal.trials, search)
     if not any(row["status"] == "finished" for row in rows):
