@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from tiger import artifacts
+from tiger import publishing, storage
 
 
 class MemoryStore(pafs.FileSystemHandler):
@@ -27,7 +27,7 @@ class MemoryStore(pafs.FileSystemHandler):
         return pafs.PyFileSystem(self)
 
     def connect(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """Stand for `tiger.artifacts._connect`."""
+        """Stand for `tiger.storage._connect`."""
         return self.filesystem, uri.partition("://")[2]
 
     def names(self, prefix: str = "") -> list[str]:
@@ -201,11 +201,11 @@ class OneByOne:
 def use_for_tests(monkeypatch: Any, *, others_seem_dead: bool) -> MemoryStore:
     """Let `memory://` URIs be a store in memory, without waits."""
     store = MemoryStore()
-    monkeypatch.setattr(artifacts, "_connect", store.connect)
-    monkeypatch.setattr(artifacts, "ThreadPoolExecutor", OneByOne)
-    monkeypatch.setattr(artifacts, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "_connect", store.connect)
+    monkeypatch.setattr(publishing, "ThreadPoolExecutor", OneByOne)
+    monkeypatch.setattr(publishing, "_SETTLE_SECONDS", 0.0)
     if others_seem_dead:
-        monkeypatch.setattr(artifacts, "_SILENT_SECONDS", 0.0)
+        monkeypatch.setattr(publishing, "_SILENT_SECONDS", 0.0)
     else:
-        monkeypatch.setattr(artifacts, "_watch", lambda home, suspects, kind: {attempt.name for attempt in suspects})
+        monkeypatch.setattr(publishing, "_watch", lambda home, suspects, kind: {attempt.name for attempt in suspects})
     return store

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from tiger.artifacts import SCRATCH, Artifact, Draft, Folder, build, newest, open_artifact
+from tiger import storage
+from tiger.artifacts import Artifact, Draft, build, newest, open_artifact
 from tiger.config import Config
 from tiger.errors import ArtifactError, ConfigError, ResourceError
+from tiger.storage import SCRATCH, Folder, MissingError, StorageError
 
 
 class Knobs(Config):
@@ -192,3 +196,79 @@ def test_a_root_with_a_query_is_refused(uri: str) -> None:
 
 def test_a_local_folder_may_have_a_question_mark(tmp_path: Path) -> None:
     made(tmp_path / "what?").verify()
+
+
+# --- errors of the storage --------------------------------------------------------------------------------------
+
+
+def _refused(where: Path, message: str) -> None:
+    with pytest.raises(StorageError, match=message) as error:
+        made(where)
+    assert "\n" not in str(error.value)
+
+
+def test_a_root_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    _refused(tmp_path / "file", r"/file/catalog-.*: .*; a part of this path is a file; remove it")
+    _refused(tmp_path / "file/below", r"/file/below/catalog-.*: .*; a part of this path is a file; remove it")
+
+
+def test_a_root_that_is_a_broken_link_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    _refused(tmp_path / "link", r"/link/catalog-.*: .*; |/link/catalog-.* does not exist.*; check .* symbolic links")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    _refused(tmp_path / "loop", r"/loop/catalog-.*: .*; ")
+
+
+@pytest.mark.parametrize(("code", "fix"), [
+    (errno.EACCES, "Permission denied; give this user the right to it"),
+    (errno.EROFS, "Read-only file system; name a folder on another disk"),
+    (errno.EIO, "Input/output error; correct that, or name another folder"),
+    (errno.ENOSPC, "the disk is full"),
+])  # fmt: skip
+def test_what_a_disk_refuses_is_one_line(code: int, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Injected, because the super-user of a test machine is refused nothing."""
+
+    def refuse(path: str, **_: object) -> None:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(storage.os, "makedirs", refuse)
+    _refused(tmp_path, rf"{tmp_path}/catalog-.*: {fix}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the super-user may write everywhere")
+def test_a_root_without_permission_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    _refused(tmp_path / "closed", "Permission denied; give this user the right to it")
+
+
+def test_a_disk_that_is_really_full_is_one_line(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    (tmp_path / "log").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"/log: the disk is full; free some of it, or set root to another disk"):
+        folder.append_bytes("log", b"x")
+
+
+def test_a_folder_instead_of_a_file_and_a_missing_file_are_one_line(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    for act in (lambda: folder.write_bytes("folder", b"x"), lambda: folder.read_bytes("folder"),
+                lambda: folder.digest("folder"), lambda: folder.append_bytes("folder", b"x")):  # fmt: skip
+        with pytest.raises(StorageError, match=r"/folder: [^\n]*; [^\n]*$"):
+            act()
+    for act in (lambda: folder.read_bytes("none"), lambda: folder.digest("none"), lambda: folder.read_table("none"),
+                lambda: folder.read_json("none"), lambda: folder.child("b").copy_from(folder, "none")):  # fmt: skip
+        with pytest.raises(MissingError, match=r"/none does not exist"):
+            act()
+
+
+@pytest.mark.parametrize("uri", ["nothing://x/y", "s3://", "gs://", "file://relative", "s3://Bad Bucket/x", "://x"])
+def test_a_root_that_names_no_file_system_is_one_line(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]* cannot be opened: [^\n]*$"):
+        Folder(uri)
+
+
+def test_a_google_uri_is_opened_by_the_google_file_system() -> None:
+    folder = Folder("gs://bucket/runs/").child("a")
+    assert folder.filesystem.type_name == "gcs"
+    assert (folder.uri, folder.path, folder.is_local) == ("gs://bucket/runs/a", "bucket/runs/a", False)

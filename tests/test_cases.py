@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.prepare import prepare
-from tiger import artifacts
+from tiger import storage
 from tiger.artifacts import Artifact
 from tiger.catalog import Catalog
 from tiger.config import build, load_plugin
@@ -646,8 +646,8 @@ def test_raw_files_on_an_object_store(tmp_path: Path, monkeypatch: pytest.Monkey
     columns = {"item_id": ITEMS, "title": TITLES, "maker": ["m"] * 12}
     pq.write_table(pa.table(columns), put(store / "shop/raw/items.parquet", b""))
     remote = pafs.SubTreeFileSystem(str(store), pafs.LocalFileSystem())
-    real = artifacts._connect
-    monkeypatch.setattr(artifacts, "_connect", lambda uri: (remote, uri[5:]) if uri.startswith("s3://") else real(uri))
+    real = storage._connect
+    monkeypatch.setattr(storage, "_connect", lambda uri: (remote, uri[5:]) if uri.startswith("s3://") else real(uri))
     items = "s3://shop/raw/items.parquet"
     for name in ("s3://shop/raw/events", "s3://shop/raw/events/", "s3://shop/raw/events/part-*"):
         artifact = run(tmp_path, items, name)

@@ -263,7 +263,7 @@ def test_a_folder_without_the_files_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DataError, match=r"needs meta_.*it holds notes.txt"):
         read({"kind": "amazon", "path": str(tmp_path)}, tmp_path)
-    with pytest.raises(DataError, match="does not exist; set data.path"):
+    with pytest.raises(DataError, match="does not exist; correct data.path"):
         read({"kind": "amazon", "path": str(tmp_path / "nowhere")}, tmp_path)
 
 

@@ -19,6 +19,7 @@ import pytest
 from tiger import download as module
 from tiger.download import download
 from tiger.errors import DataError
+from tiger.storage import StorageError
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -256,3 +257,9 @@ def test_processes_download_one_url_at_once(server: str, tmp_path: Path) -> None
     assert [run.returncode for run in runs] == [0, 0, 0], outputs
     assert {int(out) for out, _ in outputs} == {len(CONTENT)}
     assert Handler.methods.count("GET") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"/file/.*a part of this path is a file.*TIGER_CACHE names the folder"):
+        download("http://127.0.0.1:9/x.csv", tmp_path / "file")

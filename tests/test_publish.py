@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import itertools
 import os
 import threading
@@ -21,11 +22,12 @@ import pytest
 import torch
 from memory_store import MemoryStore, Schedule, use_for_tests
 
-from tiger import artifacts
-from tiger.artifacts import MANIFEST, Draft, Folder, build, open_artifact
+from tiger import artifacts, publishing, storage
+from tiger.artifacts import Draft, build, open_artifact
 from tiger.config import Config
 from tiger.errors import ArtifactError, ConfigError, ResourceError, SecurityError
 from tiger.snapshots import Snapshots
+from tiger.storage import MANIFEST, SCRATCH, Folder
 
 Property = Callable[[str, object], None]
 
@@ -39,7 +41,10 @@ class Knobs(Config):
 
 
 class _Injected:
-    """Stands for `os` and `open` in tiger.artifacts; counts operations that change a disk, and ends at one of them."""
+    """Stands for `os` and `open` in tiger.storage and tiger.publishing.
+
+    Counts operations that change a disk, and ends at one of them.
+    """
 
     _CHANGES = ("makedirs", "fsync", "replace", "unlink")
 
@@ -96,8 +101,9 @@ class _Injected:
         return Proxy()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(artifacts, "os", self)
-        monkeypatch.setattr(artifacts, "open", self.opened, raising=False)
+        for module in (storage, publishing):
+            monkeypatch.setattr(module, "os", self)
+            monkeypatch.setattr(module, "open", self.opened, raising=False)
         remove = Folder.delete
         monkeypatch.setattr(Folder, "delete", lambda folder, name="": self.strike(lambda: remove(folder, name)))
 
@@ -105,7 +111,7 @@ class _Injected:
 def _fill(draft: Draft) -> None:
     draft.folder.write_table("table/part-00000.parquet", pa.table({"x": [1, 2]}))
     draft.folder.write_json("notes.json", {"a": 1})
-    draft.folder.write_json(f"{artifacts.SCRATCH}/state.json", {})
+    draft.folder.write_json(f"{SCRATCH}/state.json", {})
     draft.figures = {"rows": 2}
 
 
@@ -274,7 +280,7 @@ def _writer(root: str, name: str) -> artifacts.Artifact:
         for part in range(2):
             if not draft.folder.exists(f"table/part-0000{part}.parquet"):
                 draft.folder.write_table(f"table/part-0000{part}.parquet", pa.table({"x": [part], "by": [name]}))
-        draft.folder.write_json(f"{artifacts.SCRATCH}/state.json", {"by": name})
+        draft.folder.write_json(f"{SCRATCH}/state.json", {"by": name})
         draft.folder.write_json("notes.json", {"by": name})
         draft.figures = {"parts": len(draft.folder.read_table("table"))}
 
@@ -316,7 +322,7 @@ def test_two_writers_on_a_disk_never_touch_each_others_files(
             break
         again = _writer(root, second)
         _require_whole(again)
-        assert not Path(again.folder.uri, artifacts.SCRATCH).exists()
+        assert not Path(again.folder.uri, SCRATCH).exists()
     assert told >= 15  # from its first file to its manifest
     assert finished >= 3  # before and after that
     record_property("injections", told + finished)
@@ -341,7 +347,7 @@ def test_a_claim_outlives_the_manifest(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_beside_the_manifest_is_removed_by_the_next_run(tmp_path: Path) -> None:
     artifact = _writer(str(tmp_path), "A")
-    scratch = Path(artifact.folder.uri, artifacts.SCRATCH)
+    scratch = Path(artifact.folder.uri, SCRATCH)
     scratch.mkdir()
     (scratch / "claim").touch()
     (scratch / "snapshot").write_bytes(b"x" * 1000)
@@ -353,7 +359,7 @@ def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(artifacts.fcntl, "flock", no_locks)
+    monkeypatch.setattr(publishing.fcntl, "flock", no_locks)
     with pytest.raises(ResourceError, match="cannot lock files .*set root to another disk, or to an object store"):
         _writer(str(tmp_path), "A")
 
@@ -377,7 +383,7 @@ def _interleaved(turns: list[tuple[str, int]], others_seem_dead: bool) -> Schedu
             _require_whole(artifact)
             assert artifact.folder.read_json("notes.json")["by"] in ("A", "B")
         named = open_artifact(home).manifest["attempt"]
-        assert not [name for name in store.names() if artifacts.SCRATCH in name and named in name]
+        assert not [name for name in store.names() if SCRATCH in name and named in name]
         for attempt in _attempts(store) - {named}:  # only one that has been named itself may be left
             assert f"{home.partition('://')[2]}/{attempt}/{MANIFEST}" in store.objects
     return schedule
@@ -443,12 +449,99 @@ def test_a_run_that_is_killed_at_any_request_is_continued_by_the_next(record_pro
     record_property("injections", at)
 
 
+def _aged(store: MemoryStore, days: float, prefix: str = "") -> None:
+    """Let everything below `prefix` have been written so many days earlier."""
+    for name in store.names(prefix):
+        content, time_put = store.objects[name]
+        store.objects[name] = content, time_put - days * 86_400
+
+
+def _leave_an_unnamed_attempt(store: MemoryStore) -> str:
+    """Kill a run between its own manifest and the common one; return its attempt."""
+
+    def kill(request: str) -> None:
+        if request.startswith("put") and request.endswith(MANIFEST) and "/attempt-" not in request:
+            raise Killed
+
+    store.before = kill
+    with pytest.raises(Killed):
+        _writer(ROOT, "A")
+    store.before = lambda request: None
+    (attempt,) = _attempts(store)
+    return attempt
+
+
+def test_an_attempt_that_was_killed_before_it_was_named_is_removed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it and the common manifest are old by the store's clock, and not before."""
+    store = use_for_tests(monkeypatch, others_seem_dead=True)
+    left = _leave_an_unnamed_attempt(store)
+    artifact = _writer(ROOT, "B")
+    own = artifact.manifest["attempt"]
+    path = artifact.home.path
+    assert _attempts(store) == {left, own}  # its run might still be about to name it
+    _aged(store, 8, f"{path}/{left}/")
+    _require_whole(_writer(ROOT, "C"))
+    assert _attempts(store) == {left, own}  # the common manifest is new
+    assert not [name for name in store.names() if name.endswith("clock.json")]
+    _aged(store, 8, f"{path}/{MANIFEST}")
+    store.objects[f"{path}/{left}/{publishing._ALIVE}"] = (b"{}", publishing.time.time())
+    monkeypatch.setattr(publishing, "_SILENT_SECONDS", 60.0)
+    _require_whole(_writer(ROOT, "C"))
+    assert _attempts(store) == {left, own}  # it has just shown a sign of life
+    del store.objects[f"{path}/{left}/{publishing._ALIVE}"]
+    _require_whole(_writer(ROOT, "C"))
+    assert _attempts(store) == {own}
+    artifact.verify()
+
+
+def test_a_wrong_clock_removes_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = use_for_tests(monkeypatch, others_seem_dead=True)
+    _leave_an_unnamed_attempt(store)
+    _writer(ROOT, "B")
+    before = _attempts(store)
+
+    class Ahead:
+        monotonic = staticmethod(publishing.time.monotonic)
+        sleep = staticmethod(publishing.time.sleep)
+        time = staticmethod(lambda real=publishing.time.time: real() + 365 * 86_400)
+
+    monkeypatch.setattr(publishing, "time", Ahead)
+    _require_whole(_writer(ROOT, "C"))
+    assert _attempts(store) == before
+    assert len(before) == 2
+
+
+@pytest.mark.parametrize("others_seem_dead", [False, True])
+def test_two_writers_with_an_old_attempt_in_the_store(others_seem_dead: bool, record_property: Property) -> None:
+    """It is continued or left alone while they work, wherever one interrupts the other, and removed much later."""
+    for at in range(1, 300):
+        schedule = Schedule([("A", at), ("B", 1 << 30)])
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            store = use_for_tests(monkeypatch, others_seem_dead=others_seem_dead)
+            left = _leave_an_unnamed_attempt(store)
+            _aged(store, 30)
+            store.before = schedule.before
+            results = schedule.run({name: lambda name=name: _writer(ROOT, name) for name in "AB"})
+            home = results["A"].home
+            for artifact in [*results.values(), open_artifact(home), _writer(ROOT, "C")]:
+                _require_whole(artifact)
+            named = open_artifact(home).manifest["attempt"]
+            assert left in _attempts(store)
+            _aged(store, 30)
+            _require_whole(_writer(ROOT, "C"))
+            assert _attempts(store) == {named}
+        if schedule.used["A"] <= at:
+            break
+    assert at >= 30
+    record_property("injections", at)
+
+
 def test_a_run_that_is_alive_is_seen_and_not_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run starts inside the first one, sees it beat, and makes its own; the first one gives way."""
     store = MemoryStore()
-    monkeypatch.setattr(artifacts, "_connect", store.connect)
-    monkeypatch.setattr(artifacts, "_BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(artifacts, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "_connect", store.connect)
+    monkeypatch.setattr(publishing, "_BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(publishing, "_SETTLE_SECONDS", 0.0)
     inner: list[artifacts.Artifact] = []
 
     def faster(draft: Draft) -> None:
@@ -480,10 +573,10 @@ def test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued(monkeypatch
         _writer(ROOT, "A")
     store.before = lambda request: None
     (attempt,) = _attempts(store)
-    alive = f"{_home(store)}/{attempt}/{artifacts.SCRATCH}/alive.json"
-    store.objects[alive] = (b"{}", artifacts.time.time())  # its last sign of life, which a real kill leaves
-    monkeypatch.setattr(artifacts, "_SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(artifacts, "_BEAT_SECONDS", 0.05)
+    alive = f"{_home(store)}/{attempt}/{SCRATCH}/alive.json"
+    store.objects[alive] = (b"{}", publishing.time.time())  # its last sign of life, which a real kill leaves
+    monkeypatch.setattr(publishing, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(publishing, "_BEAT_SECONDS", 0.05)
     artifact = _writer(ROOT, "B")
     assert artifact.folder.read_table("table")["by"].to_pylist() == ["A", "A"]
     assert artifact.folder.read_json("notes.json") == {"by": "B"}
@@ -498,6 +591,15 @@ def test_no_thread_outlives_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     use_for_tests(monkeypatch, others_seem_dead=False)
     _writer(ROOT, "A")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]
+
+
+@pytest.mark.parametrize("name", ["x.gz", "x.bz2", "x.zst", "x.lz4", "x.csv"])
+def test_bytes_stay_as_they_are_whatever_a_file_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = use_for_tests(monkeypatch, others_seem_dead=False)
+    folder = Folder("memory://bucket/folder")
+    folder.write_bytes(name, b"content")
+    assert store.objects[f"bucket/folder/{name}"][0] == folder.read_bytes(name) == b"content"
+    assert folder.digest(name) == hashlib.sha256(b"content").hexdigest()
 
 
 @pytest.mark.parametrize("attempt", ["attempt-../../x", "../attempt-0123456789ab", 7])

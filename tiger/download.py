@@ -25,6 +25,7 @@ from typing import Any
 
 from tiger.errors import DataError
 from tiger.progress import Progress
+from tiger.storage import StorageError, explain
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,12 @@ def download(url: str, cache: Path | None = None, pause: float = 1.0) -> Path:
 
     Raises:
         DataError: the server refuses, cannot be reached, or keeps sending less than it announced.
+        StorageError: the cache cannot be written.
     """
     name = Path(urllib.parse.urlparse(url).path).name.strip(".") or "download"
     folder = (cache or cache_folder()) / hashlib.sha256(url.encode()).hexdigest()[:8]
-    folder.mkdir(parents=True, exist_ok=True)
+    with _in_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / f"{name}.lock", url):
         return _download(url, folder / name, pause)
 
@@ -66,6 +69,8 @@ def download(url: str, cache: Path | None = None, pause: float = 1.0) -> Path:
 @contextlib.contextmanager
 def _alone(lock: Path, url: str) -> Iterator[None]:
     """Hold a lock that ends with the process; wait for a process that holds it."""
+    with _in_cache(lock), lock.open("ab"):
+        pass  # to tell a folder that cannot be written from what fails below
     with lock.open("ab") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,6 +80,15 @@ def _alone(lock: Path, url: str) -> Iterator[None]:
         except OSError as error:
             log.warning("download: %s cannot be locked (%s); let no other process download %s now", lock, error, url)
         yield
+
+
+@contextlib.contextmanager
+def _in_cache(path: Path) -> Iterator[None]:
+    """Tell errors of the cache's disk from those of the connection, which are tried again."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: {explain(error, False)} (TIGER_CACHE names the folder of downloads)") from error
 
 
 def _download(url: str, target: Path, pause: float) -> Path:
@@ -94,6 +108,8 @@ def _download(url: str, target: Path, pause: float) -> Path:
                 _remove(partial)
             elif error.code < 500 and error.code != 429:
                 raise DataError(f"{url}: {reason}; check the address, or download it by hand") from None
+        except StorageError:
+            raise
         except (OSError, HTTPException) as error:
             reason = f"the connection failed ({error})"
         else:
@@ -168,11 +184,14 @@ def _fetch(url: str, partial: Path) -> int | None:
             if have:
                 log.info("download: %s is read from its start: the server has another version, or does not resume", url)
             _remove(partial)
-            _version_file(partial).write_text(json.dumps(now | {"total": None if total is None else str(total)}))
+            with _in_cache(partial):
+                _version_file(partial).write_text(json.dumps(now | {"total": None if total is None else str(total)}))
         progress = Progress(f"download {name}", total, "bytes", done=have if resumed else 0)
         with partial.open("ab" if resumed else "wb") as file:
             while chunk := response.read(_CHUNK):
-                file.write(chunk)
+                with _in_cache(partial):
+                    file.write(chunk)
+                    file.flush()
                 progress.add(len(chunk))
         progress.close()
     return total

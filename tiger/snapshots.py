@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 import torch.distributed as dist
-from pyarrow import fs as pafs
 from torch import Tensor
 
 from tiger import errors
@@ -106,8 +105,7 @@ class Snapshots:
 
     def _steps(self) -> list[int]:
         """Of all snapshots, whole or not, the newest first."""
-        selector = pafs.FileSelector(self.folder.path, allow_not_found=True)
-        names = [info.base_name for info in self.folder.filesystem.get_file_info(selector)]
+        names = [info.base_name for info in self.folder.entries(recursive=False)]
         return sorted((int(name[5:]) for name in names if name.startswith("step-")), reverse=True)
 
     def _require_same(self, given: Any) -> None:

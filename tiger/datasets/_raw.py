@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import io
@@ -13,22 +14,23 @@ from typing import Any, BinaryIO
 
 from pyarrow import fs as pafs
 
-from tiger.artifacts import Folder
 from tiger.download import download
-from tiger.errors import DataError, TigerError
+from tiger.errors import ConfigError, DataError, TigerError
+from tiger.storage import Folder, explain
 
 
 class RawFile:
     """One raw file: `open()` it, take its `digest()`, and name it in messages with `str()`."""
 
-    def __init__(self, filesystem: Any, path: str, label: str) -> None:
+    def __init__(self, filesystem: Any, path: str, label: str, key: str = "") -> None:
         """
         Args:
             filesystem: of pyarrow.
             path: the file's path on `filesystem`.
             label: the file's name in messages.
+            key: the configuration key that names the file, for messages.
         """
-        self.filesystem, self.path, self.label = filesystem, path, label
+        self.filesystem, self.path, self.label, self.key = filesystem, path, label, key
 
     @classmethod
     def local(cls, path: str | Path) -> RawFile:
@@ -56,7 +58,7 @@ class RawFile:
         try:
             return self.filesystem.get_file_info(self.path).size or 0
         except OSError as error:
-            raise _unreadable(self.label, error) from None
+            raise self._unreadable(error) from None
 
     def open(self) -> BinaryIO:
         """Open the file for reading, seekable.
@@ -69,7 +71,7 @@ class RawFile:
                 return Path(self.path).open("rb")
             return io.BufferedReader(self.filesystem.open_input_file(self.path), 1 << 20)
         except OSError as error:
-            raise _unreadable(self.label, error) from None
+            raise self._unreadable(error) from None
 
     def digest(self) -> str:
         """Return the sha256 of the content, read in pieces.
@@ -83,13 +85,12 @@ class RawFile:
                 while chunk := stream.read(1 << 22):
                     sha.update(chunk)
         except OSError as error:
-            raise _unreadable(self.label, error) from None
+            raise self._unreadable(error) from None
         return sha.hexdigest()
 
-
-def _unreadable(label: str, error: OSError) -> DataError:
-    reason = error.strerror or str(error).partition("\n")[0]
-    return DataError(f"{label}: cannot be read: {reason}")
+    def _unreadable(self, error: OSError) -> DataError:
+        correct = f"; or correct {self.key}" if self.key else ""
+        return DataError(f"{self.label}: cannot be read: {explain(error, '://' in self.label)}{correct}")
 
 
 def raw_file(file: Path | RawFile) -> RawFile:
@@ -138,31 +139,59 @@ def expand(names: list[str], key: str) -> list[RawFile]:
         if name.startswith(("http://", "https://")):
             found.append(RawFile.local(download(name)))
             continue
-        remote = "://" in name
-        try:
-            if remote:
-                folder = Folder(name)
-                filesystem, path = folder.filesystem, folder.path
-            else:
-                filesystem, path = pafs.LocalFileSystem(), str(Path(name).expanduser().absolute())
-            found += _expand(filesystem, path.rstrip("/"), name, remote, key)
-        except TigerError:
-            raise
-        except Exception as error:  # of pyarrow's filesystems: no such scheme, no credentials, no network
-            reason = str(error).partition("\n")[0]
-            raise DataError(f"{name} cannot be opened: {reason[:300]}; correct {key}") from None
+        with _naming(name, key):
+            folder = Folder(name)
+            found += _expand(folder.filesystem, folder.path.rstrip("/"), name, key)
     return found
 
 
-def _expand(filesystem: Any, path: str, name: str, remote: bool, key: str) -> list[RawFile]:
-    def label(inner: str) -> str:
-        if remote:
-            return f"{name.partition('://')[0]}://{inner}"
-        return inner if Path(name).is_absolute() or name.startswith("~") else _relative(inner, name)
+def files_in(name: str, key: str) -> list[RawFile]:
+    """Return the files directly in a folder, a local one or a URI, in the order of their names.
 
+    Args:
+        key: the configuration key for messages, such as `data.path`.
+
+    Raises:
+        DataError: it is not a folder, or cannot be read.
+    """
+    if name.startswith(("http://", "https://")):
+        raise DataError(f"{name} is a URL, and the files in a URL cannot be listed; name each in data.items and so on")
+    with _naming(name, key):
+        folder = Folder(name)
+        path = folder.path.rstrip("/")
+        kind = folder.filesystem.get_file_info(path).type
+        if kind != pafs.FileType.Directory:
+            problem = "does not exist" if kind == pafs.FileType.NotFound else "is a file, not a folder"
+            raise DataError(f"{name} {problem}; correct {key}")
+        found = folder.filesystem.get_file_info(pafs.FileSelector(path))
+        paths = sorted(info.path for info in found if info.type == pafs.FileType.File)
+    return [RawFile(folder.filesystem, each, _label(each, name), key) for each in paths]
+
+
+@contextlib.contextmanager
+def _naming(name: str, key: str) -> Iterator[None]:
+    """Turn what pyarrow's filesystems raise into one line: no such scheme, no credentials, no network, no right."""
+    try:
+        yield
+    except ConfigError as error:  # of `Folder`
+        raise DataError(f"{error}; correct {key}") from None
+    except TigerError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name} cannot be opened: {explain(error, '://' in name)}; correct {key}") from None
+
+
+def _label(path: str, name: str) -> str:
+    """Return what messages call a file that `name` stands for."""
+    if "://" in name:
+        return f"{name.partition('://')[0]}://{path}"
+    return path if Path(name).is_absolute() or name.startswith("~") else _relative(path, name)
+
+
+def _expand(filesystem: Any, path: str, name: str, key: str) -> list[RawFile]:
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.File:
-        return [RawFile(filesystem, path, name)]
+        return [RawFile(filesystem, path, name, key)]
     if info.type == pafs.FileType.Directory:
         paths = _files_below(filesystem, path)
         what = f"{name} is a folder without files"
@@ -171,10 +200,13 @@ def _expand(filesystem: Any, path: str, name: str, remote: bool, key: str) -> li
         paths = [each for each in _files_below(filesystem, base, hidden=True) if _matches(each, path)]
         what = f"no file matches {name}"
     else:
-        raise DataError(f"{name} does not exist; correct {key}")
+        what = f"{name} does not exist"
+        if "://" not in name and Path(path).is_symlink():
+            what = f"{name} is a symbolic link to {Path(path).readlink()}, which does not exist"
+        raise DataError(f"{what}; correct {key}")
     if not paths:
         raise DataError(f"{what}; correct {key}")
-    return [RawFile(filesystem, each, label(each)) for each in paths]
+    return [RawFile(filesystem, each, _label(each, name), key) for each in paths]
 
 
 def _relative(path: str, name: str) -> str:

@@ -32,7 +32,6 @@ from tiger.datasets import (
     Files,
     Ledger,
     batches,
-    existing,
     expand,
     identifier,
     lines,
@@ -41,6 +40,7 @@ from tiger.datasets import (
     unix_micros,
 )
 from tiger.datasets._ledger import listed
+from tiger.datasets._raw import files_in
 from tiger.download import download
 from tiger.errors import DataError
 
@@ -78,7 +78,7 @@ class Config(DatasetConfig):
     """Where the files are: a folder, single files or URLs, or a category to download."""
 
     kind: str = Field("amazon", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    path: str | None = Field(None, description="folder that holds meta_* and the review files")
+    path: str | None = Field(None, description="folder or URI (s3://, gs://) that holds meta_* and the review files")
     items: list[str] = Field([], description="metadata files or URLs, where no folder or category is given")
     interactions: list[str] = Field([], description="review files or URLs, where no folder or category is given")
     category: str | None = Field(
@@ -97,7 +97,7 @@ class Config(DatasetConfig):
 
 
 def locate(config: Config, cache: Path) -> Files:
-    """Finds the files in the folder, or downloads them.
+    """Find the files in the folder, or download them.
 
     Raises:
         DataError: a file or folder is missing, or the folder holds no metadata or no reviews.
@@ -108,16 +108,16 @@ def locate(config: Config, cache: Path) -> Files:
     if config.path is None:
         items, interactions = (url.format(category=config.category) for url in _URLS[config.version])
         return log_files(Files([download(items)], [download(interactions)]))
-    folder = existing(Path(config.path).expanduser(), "set data.path to the folder of the Amazon files")
-    names_found = sorted(path for path in folder.iterdir() if _FILE.search(path.name))
-    items_found = [path for path in names_found if path.name.startswith("meta_")]
-    reviews = [path for path in names_found if not path.name.startswith("meta_")]
-    five_core = {_FILE.sub("", path.name) for path in reviews if _FIVE_CORE.search(path.name)}
-    reviews = [path for path in reviews if f"{_FILE.sub('', path.name)}_5" not in five_core]
+    found = files_in(config.path, "data.path")
+    names_found = [file for file in found if _FILE.search(file.name)]
+    items_found = [file for file in names_found if file.name.startswith("meta_")]
+    reviews = [file for file in names_found if not file.name.startswith("meta_")]
+    five_core = {_FILE.sub("", file.name) for file in reviews if _FIVE_CORE.search(file.name)}
+    reviews = [file for file in reviews if f"{_FILE.sub('', file.name)}_5" not in five_core]
     if not items_found or not reviews:
         raise DataError(
-            f"{folder} needs meta_*.json[.gz] and reviews_*.json[.gz]; it holds "
-            f"{listed(path.name for path in sorted(folder.iterdir())) or 'nothing'}"
+            f"{config.path} needs meta_*.json[.gz] and reviews_*.json[.gz]; it holds "
+            f"{listed(file.name for file in found) or 'no files'}; correct data.path"
         )
     return log_files(Files(items_found, reviews))
 

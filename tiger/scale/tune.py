@@ -269,7 +269,7 @@ def _inherit(target: Folder, family: str, at_most: int) -> None:
     own = target.child(f"{SCRATCH}/trials")
     most: list[dict[str, Any]] = []
     where = ""
-    for info in home.filesystem.get_file_info(pafs.FileSelector(home.parent.path, allow_not_found=True)):
+    for info in home.parent.entries(recursive=False):
         if info.type == pafs.FileType.Directory and info.base_name.startswith("sweep-"):
             sibling = home.parent.child(info.base_name)
             if sibling.uri != home.uri:
@@ -285,12 +285,7 @@ def _inherit(target: Folder, family: str, at_most: int) -> None:
 
 def _trials_of(sweep: Folder, family: str) -> Iterator[list[dict[str, Any]]]:
     """Yield the trials of a sweep, finished or not, if it is of this family; on object stores of each attempt."""
-    selector = pafs.FileSelector(sweep.path, recursive=True, allow_not_found=True)
-    names = sorted(
-        info.path[len(sweep.path) + 1 :]
-        for info in sweep.filesystem.get_file_info(selector)
-        if info.type == pafs.FileType.File
-    )
+    names = sorted(info.path[len(sweep.path) + 1 :] for info in sweep.entries() if info.type == pafs.FileType.File)
     for name in names:
         try:
             if re.fullmatch(r"(attempt-\w+/)?journal\.json", name):
