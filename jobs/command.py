@@ -17,7 +17,7 @@ import ray.exceptions
 from tiger import logs, tracking
 from tiger.artifacts import Artifact
 from tiger.config import Config, PluginConfig, describe, load, shipped_plugins
-from tiger.datasets import DatasetConfig
+from tiger.datasets import DatasetConfig, expand
 from tiger.errors import ResourceError, TigerError, last_line
 from tiger.run import RunConfig
 from tiger.scale import cluster
@@ -27,10 +27,6 @@ from tiger.tokenizers import TokenizerConfig
 log = logging.getLogger("jobs.command")
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-WITHOUT_CATALOG = ("semantic_ids", "tune")
-"""Jobs that take external vectors (`embedding.vectors`); the others work on a catalog."""
 
 
 def command(
@@ -69,8 +65,8 @@ def command(
             head = argument.partition(".")[0]
             own[head if head in sections else ""].append(argument)
         run = load(RunConfig, name, own[""], CONFIGS)
-        if _job_name() not in WITHOUT_CATALOG:
-            run.require_no_own_vectors()
+        if run.embedding.vectors is not None:
+            expand([run.embedding.vectors], "embedding.vectors")  # before the first stage, which may take hours
         further = {section: _section(name, section, sections[section], own[section]) for section in sections}
         written = logs.JsonLines(run.root, _job_name())
         logging.getLogger("tiger").addHandler(written)

@@ -1,4 +1,7 @@
-"""Catalog -> embeddings: the texts stream through a pool of sentence-transformers actors on Ray Data."""
+"""Catalog -> embeddings: the texts stream through a pool of sentence-transformers actors on Ray Data.
+
+With embedding.vectors=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,47 @@ import logging
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from jobs.command import command
 from jobs.prepare import prepare
 from tiger import artifacts
-from tiger.artifacts import Artifact, Draft, Folder
+from tiger.artifacts import Artifact, Draft
 from tiger.config import Config
+from tiger.datasets import RawFile, expand, synthetic
 from tiger.diagnostics import check_embeddings, require
 from tiger.embedding import (
     EncodeTexts,
-    adopt_vectors,
+    VectorJoin,
     count_vectors,
     encoder_identity,
+    own_item_ids,
     precision_figures,
     sample_vectors,
 )
-from tiger.errors import DataError
+from tiger.progress import Progress
 from tiger.run import RunConfig
 from tiger.scale.map import Actors, map_table
 
 log = logging.getLogger(__name__)
 
 _LOOK_AT = 20_000  # vectors that the health checks read, at most
-_PART_ROWS = 65_536  # of embeddings made elsewhere; those of texts come in the catalog's parts
+_PART_ROWS = 65_536  # of vectors made elsewhere, at least; those of texts come in the catalog's parts
 
 
-class AdoptedConfig(Config):
+class OwnVectorsConfig(Config):
     """What of the embedding's settings counts for vectors that were made elsewhere."""
 
+    vectors_id: str
+    vectors_column: str
     storage: Literal["float32", "float16"]
 
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
-    run.require_no_own_vectors()
+    """Embed the catalog: its texts, or with `embedding.vectors` your own vectors of its items."""
     config = run.embedding
+    if config.vectors is not None:
+        return join(run, catalog)
     identity = encoder_identity(config.model)
     encoder = {
         "model": identity["model"],
@@ -83,30 +93,81 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
     )  # fmt: skip
 
 
-def adopt(run: RunConfig) -> Artifact:
-    """Embeddings made elsewhere, where `embedding.vectors` names them: no catalog, no text."""
-    config = run.embedding
-    folder, slash, name = (config.vectors or "").rpartition("/")
-    source = Folder(folder or slash or ".")
-    if not source.exists(name):
-        raise DataError(f"{config.vectors} does not exist; correct embedding.vectors")
+def join(run: RunConfig, catalog: Artifact) -> Artifact:
+    """Join your own vectors to the items of the catalog by source id."""
+    files = own_vector_files(run)
 
     def make(draft: Draft) -> None:
-        vectors, items = adopt_vectors(source.read_table(name), name, config.storage)
-        for part, begin in enumerate(range(0, len(vectors), _PART_ROWS)):
-            draft.folder.write_table(f"vectors/part-{part:05d}.parquet", vectors.slice(begin, _PART_ROWS))
-        draft.folder.write_table("items.parquet", items)
-        looked_at = sample_vectors(draft.folder, _LOOK_AT).numpy()
-        draft.figures = {"items": count_vectors(draft.folder), "dimension": looked_at.shape[1]}
-        draft.health = require(check_embeddings(looked_at))
+        items = catalog.folder.read_table("items.parquet", ["source_id"])["source_id"].to_pylist()
+        vectors = VectorJoin(items, run.embedding)
+        _write_joined(draft, vectors, files)
+        draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+        draft.figures["vectors_without_item"] = vectors.unknown
 
-    given = {"vectors": source.digest(name)}
-    return artifacts.build(run.root, "embeddings", AdoptedConfig(storage=config.storage), {}, make, source=given)
+    source = {"items": catalog.manifest["files"]["items.parquet"]["sha256"]} | _identify(files)
+    return artifacts.build(
+        run.root, "embeddings", _own_config(run), {}, make, source=source, read_from={"catalog": catalog}
+    )
+
+
+def adopt(run: RunConfig) -> Artifact:
+    """Take your own vectors as they are, without a catalog: the items are those that have a vector."""
+    files = own_vector_files(run)
+
+    def make(draft: Draft) -> None:
+        items = own_item_ids(files, run.embedding)
+        _write_joined(draft, VectorJoin(items, run.embedding), files)
+        numbers = pa.array(np.arange(len(items), dtype=np.int32))
+        draft.folder.write_table("items.parquet", pa.table({"item_id": numbers, "source_id": pa.array(items)}))
+
+    return artifacts.build(run.root, "embeddings", _own_config(run), {}, make, source=_identify(files))
+
+
+def own_vector_files(run: RunConfig) -> list[RawFile]:
+    """Return the files of `embedding.vectors`.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    return expand([run.embedding.vectors or ""], "embedding.vectors")
+
+
+def _own_config(run: RunConfig) -> OwnVectorsConfig:
+    config = run.embedding
+    return OwnVectorsConfig(vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage=config.storage)
+
+
+def _identify(files: list[RawFile]) -> dict[str, str]:
+    return {f"vectors/{position}": file.digest() for position, file in enumerate(files)}
+
+
+def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> None:
+    progress = Progress("join vectors", len(vectors.row_of), "items")
+    parts, pending, rows = 0, [], 0
+    for table in vectors.tables(files):
+        pending.append(table)
+        rows += len(table)
+        progress.add(len(table))
+        if rows >= _PART_ROWS:
+            draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
+            parts, pending, rows = parts + 1, [], 0
+    if pending:
+        draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
+    progress.close()
+    looked_at = sample_vectors(draft.folder, _LOOK_AT).numpy()
+    draft.figures = {"items": count_vectors(draft.folder), "dimension": looked_at.shape[1]}
+    draft.health = require(check_embeddings(looked_at))
 
 
 def embeddings_of(run: RunConfig) -> Artifact:
-    """Embeddings from elsewhere where the configuration names them, else those of the catalog's texts."""
-    return adopt(run) if run.embedding.vectors else embed(run, prepare(run))
+    """Return the embeddings of the catalog, or, of own vectors without data files, those of the vectors' items.
+
+    The default data are a generated sample, which cannot be what own vectors belong to.
+    """
+    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+        return adopt(run)
+    return embed(run, prepare(run))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from tiger import artifacts, catalog
 from tiger.artifacts import Artifact, Draft
 from tiger.catalog import CatalogConfig
 from tiger.config import Config, load_plugin
-from tiger.datasets import DatasetConfig, Files, Ledger
+from tiger.datasets import DatasetConfig, Files, Ledger, Meter, RawFile, metered
 from tiger.diagnostics import check_catalog, require
 from tiger.download import cache_folder
+from tiger.progress import Progress, timed
 from tiger.run import RunConfig
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,18 @@ def prepare(run: RunConfig) -> Artifact:
 
     def make(draft: Draft) -> None:
         items, interactions = Ledger("items"), Ledger("interactions")
+        sizes: dict[str, list[tuple[RawFile, int]]] = {"items": [], "interactions": []}
+        for (role, file), entry in zip(files.roles(), raw, strict=True):
+            sizes[role].append((file, entry["bytes"]))
         profile = catalog.make(
             run.catalog,
-            _closed(source.read_items(run.data, files, items), items, run.data.max_bad_rows),
-            _closed(source.read_interactions(run.data, files, interactions), interactions, run.data.max_bad_rows),
+            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_rows),
+            _read(
+                source.read_interactions(run.data, files, interactions),
+                sizes["interactions"],
+                interactions,
+                run.data.max_bad_rows,
+            ),
             draft.folder,
         )
         log.info("catalog: %s", catalog.describe(profile))
@@ -56,7 +65,8 @@ def describe_files(files: Files) -> list[dict[str, Any]]:
     positions: Counter[str] = Counter()
     for role, file in files.roles():
         entry = {"role": role, "position": positions[role], "name": file.name, "bytes": file.size()}
-        described.append(entry | {"sha256": file.digest()})
+        with timed(f"checksum of {file}"):
+            described.append(entry | {"sha256": file.digest()})
         positions[role] += 1
     return described
 
@@ -66,8 +76,15 @@ def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
     return {f"{file['role']}/{file['position']}": file["sha256"] for file in raw}
 
 
-def _closed(batches: Iterator[pa.RecordBatch], ledger: Ledger, max_bad_rows: float) -> Iterator[pa.RecordBatch]:
-    yield from batches
+def _read(
+    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: Ledger, max_bad_rows: float
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of one role, show the progress in its files, and close its ledger."""
+    progress = Progress(f"read {ledger.table}", None, "rows")
+    for batch in metered(batches, Meter(files, progress)):
+        progress.add(batch.num_rows)
+        yield batch
+    progress.close()
     ledger.close(max_bad_rows)
 
 

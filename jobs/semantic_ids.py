@@ -1,6 +1,6 @@
 """Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes.
 
-With embedding.vectors=FILE.parquet (item_id, vector) from anywhere it needs no catalog and no text.
+With embedding.vectors=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no text.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def tune(run: RunConfig, search: SearchConfig, embeddings: Artifact) -> Artifact
         }
         for line in table(rows[:10], list(search.space)):
             log.info("tune: %s", line)
-        job = "semantic_ids" if run.embedding.vectors else "pipeline"
+        job = "pipeline" if embeddings.manifest.get("read_from") else "semantic_ids"
         log.info("tune: the winner is in %s/best.toml: python -m jobs.%s that-file", draft.folder.uri, job)
 
     config = SweepConfig(tokenizer=run.tokenizer, search=search)

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
+import logging
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.prepare import prepare
+from tiger import catalog, progress
 from tiger.artifacts import Folder
 from tiger.catalog import CatalogConfig, Histories, make, read_histories
 from tiger.config import build
-from tiger.datasets import INTERACTIONS
+from tiger.datasets import INTERACTIONS, _lines, _merge, _parquet
 from tiger.errors import DataError
+from tiger.progress import Progress, timed
+from tiger.run import RunConfig
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -223,3 +235,132 @@ def test_the_profile_counts_missing_and_distinct_values_of_lists(tmp_path: Path)
     assert profile["columns"]["categories"] == {"missing": 1, "distinct": 1}
     assert profile["columns"]["title"] == {"missing": 1, "distinct": 1}
     assert profile["history_length"]["100%"] == 3
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def raw_files(folder: Path, form: str) -> dict[str, Any]:
+    """Own files of 20,000 events and 500 items, and the configuration that reads them."""
+    rng = np.random.default_rng(0)
+    items = [{"item_id": f"i{n}", "title": f"{rng.integers(1 << 60)} {rng.integers(1 << 60)}"} for n in range(500)]
+    events = [{"user_id": f"u{n // 20}", "item_id": f"i{rng.integers(500)}", "timestamp": 1_500_000_000 + n}
+              for n in range(20_000)]  # fmt: skip
+    if form == "amazon":
+        items = [{"asin": row["item_id"], "title": row["title"]} for row in items]
+        events = [
+            {"reviewerID": row["user_id"], "asin": row["item_id"], "unixReviewTime": row["timestamp"]} for row in events
+        ]
+    names = {}
+    for role, rows in (("items", items), ("interactions", events)):
+        names[role] = (
+            f"{folder}/{'meta_' if role == 'items' else 'reviews_'}x.{'json.gz' if form == 'amazon' else form}"
+        )
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), names[role], row_group_size=1_000)
+            continue
+        if form.startswith("csv"):
+            text = "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+        else:
+            text = "\n".join(map(json.dumps, rows)) if form != "json" else json.dumps(rows)
+        data = text.encode()
+        Path(names[role]).write_bytes(gzip.compress(data) if names[role].endswith("gz") else data)
+    data = {"kind": "amazon", "path": str(folder)} if form == "amazon" else {"kind": "tables", **names}
+    return {"root": f"{folder}/runs", "data": data, "catalog": {"k_core": 0, "text_fields": ["title"]}}
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "jsonl.gz", "json", "parquet", "amazon"])
+def test_reading_shows_how_long_it_will_take(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_lines, "BLOCK", 1 << 14)
+    monkeypatch.setattr(_parquet, "BATCH_ROWS", 1_000)
+    clock = itertools.count(0.0, 11.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        prepare(build(RunConfig, raw_files(tmp_path, form)))
+    for role, rows in (("items", 500), ("interactions", 20_000)):
+        lines = [record.message for record in caplog.records if record.message.startswith(f"read {role}: ")]
+        assert lines[-1].startswith(f"read {role}: {rows:,} rows, ")
+        shares = [int(each[1]) for line in lines if (each := re.search(r", (\d+)%, [\d,]+ s to go", line))]
+        assert shares == sorted(shares)
+        assert shares[-1] == 100
+        if role == "interactions" and form != "json":  # a document is read as a whole
+            assert len(set(shares)) > 3
+
+
+def test_the_time_to_go_follows_the_share_that_was_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with caplog.at_level(logging.INFO):
+        reading = Progress("read interactions", None, "rows", interval=10)
+        now = 130.0
+        reading.add(3_000)
+        now = 145.0
+        reading.at(0.25)
+    assert [record.message for record in caplog.records] == [
+        "read interactions: 3,000 rows, 100.0/s",  # nothing is known yet of the whole
+        "read interactions: 3,000 rows, 66.7/s, 25%, 135 s to go",
+    ]
+
+
+def test_a_phase_that_takes_long_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        with timed("k-core", after=60):
+            pass
+        assert not caplog.records
+        with timed("k-core", after=0.05):
+            time.sleep(0.2)
+    assert caplog.records[0].message == "k-core: in progress, 0 s so far"
+    assert re.fullmatch(r"k-core: 0\.[2-9] s", caplog.records[-1].message)
+
+
+# --- columns beyond 2 GiB ------------------------------------------------------------------------------------------
+
+
+def test_large_tables_give_the_same_catalog_as_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits of a few bytes in place of gigabytes, every column is taken and written in pieces."""
+    items = [{"source_id": f"i{n % 90}", "title": "x" * (n % 7), "categories": [["a", f"b{n}"], []], "price": n / 4}
+             for n in range(100)]  # fmt: skip
+    items[3]["categories"] = None
+    events = [(f"u{n % 13}", f"i{7 * n % 90}", n) for n in range(300)]
+    one = made(tmp_path / "one", items, events)
+    for name, value in (("ONE_CHUNK", 16), ("PIECE", 7)):
+        monkeypatch.setattr(_merge, name, value)
+    monkeypatch.setattr(catalog, "PIECE", 7)
+    monkeypatch.setattr(catalog, "CHUNK_EVENTS", 16)
+    other = made(tmp_path / "other", items, events)
+    assert one[0] == other[0]
+    for name in ("items.parquet", "histories.parquet"):
+        first, second = (Folder(str(tmp_path / each)).read_table(name) for each in ("one", "other"))
+        assert first.schema == second.schema
+        assert first.to_pylist() == second.to_pylist()
+    for field in ("source_ids", "offsets", "items", "train_end", "valid_end"):
+        np.testing.assert_array_equal(getattr(one[1], field), getattr(other[1], field))
+
+
+@pytest.mark.slow
+def test_texts_of_more_than_2_gib_are_a_catalog(tmp_path: Path) -> None:
+    """33,000 items with 64 KiB of text each: 2.16 GB in one column, where a chunk of text has room for 2 GiB."""
+    count, length = 33_000, 1 << 16
+    schema = pa.schema([("source_id", pa.string()), ("title", pa.string())])
+    rng = np.random.default_rng(0)
+
+    def batches() -> Any:
+        for begin in range(0, count, 500):
+            names = [f"i{n:05d}" for n in range(begin, begin + 500)]
+            texts = [f"{name} {'x' * length}" for name in names]
+            yield pa.RecordBatch.from_arrays([pa.array(names), pa.array(texts)], schema=schema)
+
+    pairs = [(f"u{n // 5}", f"i{item:05d}", n) for n, item in enumerate(rng.permutation(count))]
+    events = pa.RecordBatch.from_pylist([{"user": u, "item": i, "time": t} for u, i, t in pairs], schema=INTERACTIONS)
+    config = build(CatalogConfig, {"text_fields": ["title"], "k_core": 0})
+    profile = make(config, batches(), [events], Folder(str(tmp_path)))
+    assert profile["columns"]["title"] == {"missing": 0, "distinct": count}
+    assert profile["text_characters"]["100%"] == length + 7
+    parquet = pq.ParquetFile(tmp_path / "items.parquet")
+    assert parquet.metadata.num_rows == count
+    last = parquet.read_row_group(parquet.num_row_groups - 1)
+    assert pc.utf8_slice_codeunits(last["text"], 0, 6).to_pylist()[-1] == f"i{count - 1:05d}"

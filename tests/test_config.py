@@ -215,8 +215,6 @@ ONE_LINE = {
     ("jobs.prepare", "tokenizer.levls=4"): "unknown key tokenizer.levls; did you mean tokenizer.levels?",
     ("jobs.tune", "search.trails=4"): "unknown key search.trails; did you mean search.trials?",
     ("jobs.tune", "beauty"): "jobs/configs/beauty.search.toml does not exist",
-    ("jobs.embed", "embedding.vectors=/no/such/file.parquet"): "leave embedding.vectors out",
-    ("jobs.pipeline", "embedding.vectors=v.parquet"): "leave embedding.vectors out",
 }
 
 

@@ -19,9 +19,19 @@ from test_decoding import SIZES, small_model
 
 from tiger.artifacts import Draft, build, open_artifact
 from tiger.config import Config, load
-from tiger.datasets import LINE_CAP, BadRow, DatasetConfig, Ledger, identifier, lines, parse_record, unix_micros
+from tiger.datasets import (
+    LINE_CAP,
+    BadRow,
+    DatasetConfig,
+    Ledger,
+    RawFile,
+    identifier,
+    lines,
+    parse_record,
+    unix_micros,
+)
 from tiger.datasets.amazon import ITEMS, _interaction, _item
-from tiger.embedding import adopt_vectors
+from tiger.embedding import EmbeddingConfig, VectorJoin, own_item_ids
 from tiger.errors import ArtifactError, ConfigError, DataError, HealthError, TigerError
 from tiger.recommender import Recommender
 from tiger.run import RunConfig
@@ -196,28 +206,38 @@ def test_a_bad_configuration_file_is_named(content: bytes, tmp_path: Path) -> No
 
 V = [[1.0, 2.0], [3.0, 4.0]]
 VECTORS: list[tuple[dict[str, Any], type[TigerError], str]] = [
-    ({"id": ["a", "b"], "vector": V}, DataError, "no column item_id; found: id, vector"),
+    ({"id": ["a", "b"], "vector": V}, DataError, "no column item_id; columns found: id, vector"),
     ({"item_id": ["a", "b"], "embedding": V}, DataError, "no column vector"),
-    ({"item_id": ["a", "a"], "vector": V}, DataError, "1 items stand twice, 'a' among them"),
+    ({"item_id": ["a", "a"], "vector": V}, DataError, "1 items have a second vector: a"),
     ({"item_id": ["a", None], "vector": V}, DataError, "1 rows without item_id"),
-    ({"item_id": ["a", "b"], "vector": [[1.0], None]}, DataError, "1 without vector"),
-    ({"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]}, DataError, "2 different lengths"),
+    ({"item_id": ["a", "b"], "vector": [[1.0], None]}, DataError, "1 rows without vector, of items b"),
+    (
+        {"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]},
+        DataError,
+        "a vector has 2 numbers, those before it .* have 1",
+    ),
     ({"item_id": ["a", "b"], "vector": pa.array([[], []], pa.list_(pa.float32()))}, DataError, "vectors are empty"),
     ({"item_id": ["a", "b"], "vector": [[1.0, None], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),
     ({"item_id": ["a", "b"], "vector": ["x", "y"]}, DataError, "vector holds string, not lists of numbers"),
     ({"item_id": ["a", "b"], "vector": [["x"], ["y"]]}, DataError, "not lists of numbers"),
     ({"item_id": [["a"], ["b"]], "vector": V}, DataError, "item_id holds list"),
-    ({"item_id": ["a", "b"], "vector": [[1.0, float("nan")], [1.0, 2.0]]}, HealthError, r"of 1 items .* \['a'\]"),
+    ({"item_id": ["a", "b"], "vector": [[1.0, float("nan")], [1.0, 2.0]]}, HealthError, r"of 1 items .*: a"),
     ({"item_id": ["a", "b"], "vector": [[1.0, float("inf")], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),
     ({"item_id": ["a", "b"], "vector": [[0.0, 0.0], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),
-    ({"item_id": [], "vector": []}, DataError, "has no rows"),
+    ({"item_id": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32()))}, DataError, "has no rows"),
 ]
 
 
 @pytest.mark.parametrize(("columns", "kind", "message"), VECTORS, ids=range(len(VECTORS)))
-def test_bad_vectors_are_named(columns: dict[str, Any], kind: type[TigerError], message: str) -> None:
+def test_bad_vectors_are_named(columns: dict[str, Any], kind: type[TigerError], message: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=f"mine.parquet: .*{message}"):
-        adopt_vectors(pa.table(columns), "mine.parquet", "float32")
+        joined(pa.table(columns), tmp_path)
+
+
+def joined(table: pa.Table, folder: Path) -> pa.Table:
+    pq.write_table(table, folder / "mine.parquet")
+    files = [RawFile.local(folder / "mine.parquet")]
+    return pa.concat_tables(VectorJoin(own_item_ids(files, EmbeddingConfig()), EmbeddingConfig()).tables(files))
 
 
 # --- artifacts ----------------------------------------------------------------------------------------------------
@@ -370,18 +390,18 @@ def test_any_manifest_is_refused(content: bytes, tmp_path_factory: pytest.TempPa
     st.lists(st.text(max_size=5) | st.none(), max_size=4),
     st.lists(st.lists(st.floats(width=32) | st.none(), max_size=3) | st.none(), max_size=4),
 )
-def test_any_vectors_are_embeddings_or_an_error_of_ours(names: list[Any], vectors: list[Any]) -> None:
+def test_any_vectors_are_embeddings_or_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, names: list[Any], vectors: list[Any]
+) -> None:
     size = min(len(names), len(vectors))
     table = pa.table(
         {"item_id": pa.array(names[:size], pa.string()), "vector": pa.array(vectors[:size], pa.list_(pa.float32()))}
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
     try:
-        found, items = adopt_vectors(pq.read_table(pa.BufferReader(sink.getvalue())), "mine.parquet", "float32")
+        found = joined(table, tmp_path_factory.mktemp("vectors"))
     except (DataError, HealthError):
         return
-    assert len(found) == len(items) == size
+    assert sorted(found["item_id"].to_pylist()) == list(range(size))
 
 
 def test_every_kind_of_data_has_its_configuration_checked() -> None:

@@ -1,23 +1,33 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jobs.embed
+import jobs.prepare
 from tiger import embedding
 from tiger.artifacts import Folder
+from tiger.catalog import Catalog
+from tiger.config import build
+from tiger.datasets import RawFile
 from tiger.embedding import (
+    EmbeddingConfig,
     EncodeTexts,
     TextEncoder,
-    adopt_vectors,
+    VectorJoin,
     count_vectors,
     cut_by_tokens,
+    own_item_ids,
     precision_figures,
     read_vectors,
     sample_vectors,
@@ -25,6 +35,7 @@ from tiger.embedding import (
 )
 from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
 from tiger.precision import Choice
+from tiger.run import RunConfig
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
@@ -154,25 +165,6 @@ def test_a_model_that_is_not_there_names_the_cure(monkeypatch: pytest.MonkeyPatc
         TextEncoder(f"{tmp_path}/no-such-model")
 
 
-def test_vectors_from_elsewhere_are_numbered_by_their_names() -> None:
-    table = pa.table({"item_id": ["b", "a"], "vector": [[1.0, 2.0], [3.0, 4.0]]})
-    vectors, items = adopt_vectors(table, "x.parquet", "float16")
-    assert vectors.to_pylist() == [{"item_id": 0, "vector": [3.0, 4.0]}, {"item_id": 1, "vector": [1.0, 2.0]}]
-    assert items.to_pylist() == [{"item_id": 0, "source_id": "a"}, {"item_id": 1, "source_id": "b"}]
-
-
-BAD_TABLES = {
-    "no column vector; found: item_id, emb": {"item_id": [1], "emb": [[1.0]]},
-    "1 items stand twice, 'a' among them": {"item_id": ["a", "b", "a"], "vector": [[1.0]] * 3},
-    "vectors have 2 different lengths": {"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]},
-    "1 rows without item_id, 0 without vector": {"item_id": ["a", None], "vector": [[1.0], [2.0]]},
-    "vectors of 1 items are NaN, infinite or zero, of ['b'] among them": {
-        "item_id": ["a", "b"],
-        "vector": [[1.0], [0.0]],
-    },
-}
-
-
 def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     for part in range(10):
@@ -189,7 +181,139 @@ def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Pa
             read(folder)
 
 
-@pytest.mark.parametrize("message", BAD_TABLES)
-def test_unusable_vectors_from_elsewhere_are_refused(message: str) -> None:
-    with pytest.raises((DataError, HealthError), match=re.escape(f"x.parquet: {message}")):
-        adopt_vectors(pa.table(BAD_TABLES[message]), "x.parquet", "float32")
+# --- own vectors --------------------------------------------------------------------------------------------------
+
+
+def own(folder: Path, *tables: dict[str, object], items: list[str] | None = None, **config: str) -> list[dict]:
+    """Join tables, a file each, to `items`, or to the items that they name: rows in the order of the item ids."""
+    files = []
+    for number, table in enumerate(tables):
+        pq.write_table(pa.table(table), folder / f"{number}.parquet")
+        files.append(RawFile.local(folder / f"{number}.parquet"))
+    settings = build(EmbeddingConfig, config)
+    join = VectorJoin(own_item_ids(files, settings) if items is None else items, settings)
+    rows = pa.concat_tables(join.tables(files)).to_pylist()
+    return sorted(rows, key=lambda row: row["item_id"])
+
+
+def test_own_vectors_are_joined_by_source_id_over_files_batches_and_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embedding, "_JOINED_ROWS", 2)
+    first = {"sku": pa.array([17.0, 3.0]), "image": pa.array([[1, 2], [3, 4]], pa.large_list(pa.int64())), "x": [1, 2]}
+    second = {"sku": [" 5 ", "017", "9", "17.0x"], "image": pa.array([[5.0, 6.0]] * 4, pa.list_(pa.float16(), 2))}
+    rows = own(tmp_path, first, second, items=["017", "17", "3", "5"], vectors_id="sku", vectors_column="image")
+    assert [row["vector"] for row in rows] == [[5.0, 6.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert [row["item_id"] for row in rows] == [0, 1, 2, 3]
+    assert "left out 2 vectors of items that the catalog does not have, such as '9'" in caplog.text
+
+
+@pytest.mark.parametrize("ids", [
+    pa.array([20, 3], pa.int32()), pa.array([20.0, 3.0]), pa.array(["20", "3"], pa.large_string()),
+    pa.array(["20.0", "3"]), pa.array(["20", "3"]).dictionary_encode(), pa.array([20, 3], pa.decimal128(4, 1)),
+])  # fmt: skip
+def test_an_own_id_of_any_type_is_the_same_text(ids: pa.Array, tmp_path: Path) -> None:
+    table = {"item_id": ids, "vector": [[1.0], [2.0]]}
+    assert [row["vector"] for row in own(tmp_path, table, items=["20", "3"])] == [[1.0], [2.0]]
+    assert [row["vector"] for row in own(tmp_path, table)] == [[1.0], [2.0]]
+
+
+def test_vectors_without_a_catalog_are_numbered_by_their_ids(tmp_path: Path) -> None:
+    table = {"item_id": ["b", "a"], "vector": [[1.0, 2.0], [3.0, 4.0]]}
+    rows = own(tmp_path, table, storage="float16")
+    assert rows == [{"item_id": 0, "vector": [3.0, 4.0]}, {"item_id": 1, "vector": [1.0, 2.0]}]
+
+
+MANY = [f"i{n:02d}" for n in range(14)]
+BAD_JOINS: dict[str, tuple[dict[str, object], type[Exception]]] = {
+    "0.parquet: no column vector; columns found: item_id, emb. Name yours with embedding.vectors_column": (
+        {"item_id": MANY, "emb": [[1.0]] * 14}, DataError),
+    "0.parquet: no column item_id; columns found: sku, vector. Name yours with embedding.vectors_id": (
+        {"sku": MANY, "vector": [[1.0]] * 14}, DataError),
+    "0.parquet: 12 of 14 items of the catalog have no vector: i02, i03, i04, i05, i06, i07, i08, i09, i10, i11 and 2 "
+    "more; ids of the file that the catalog does not have: 1, such as 'x'. embedding.vectors_id names": (
+        {"item_id": ["i00", "x", "i01"], "vector": [[1.0]] * 3}, DataError),
+    "0.parquet: 2 items have a second vector: i01, i00; keep one": (
+        {"item_id": [*MANY, "i01", "i00"], "vector": [[1.0]] * 16}, DataError),
+    "0.parquet: a vector has 2 numbers, those before it (from": (
+        {"item_id": MANY, "vector": [[1.0]] * 13 + [[1.0, 2.0]]}, DataError),
+    "0.parquet: 1 rows without item_id": ({"item_id": [*MANY, None], "vector": [[1.0]] * 15}, DataError),
+    "0.parquet: 1 rows without vector, of items i13": ({"item_id": MANY, "vector": [[1.0]] * 13 + [None]}, DataError),
+    "0.parquet: vectors of 2 items are NaN, infinite or zero: i12, i13": (
+        {"item_id": MANY, "vector": [[1.0]] * 12 + [[float("nan")], [0.0]]}, HealthError),
+    "0.parquet: column item_id holds list": ({"item_id": [[1]] * 14, "vector": [[1.0]] * 14}, DataError),
+    "0.parquet: column vector holds list": ({"item_id": MANY, "vector": [["a"]] * 14}, DataError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_JOINS)
+def test_own_vectors_that_do_not_fit_the_catalog_are_named(message: str, tmp_path: Path) -> None:
+    table, kind = BAD_JOINS[message]
+    with pytest.raises(kind, match=re.escape(message)):
+        own(tmp_path, table, items=MANY)
+
+
+def test_a_second_vector_in_another_file_and_an_overflow_are_named(tmp_path: Path) -> None:
+    one = {"item_id": ["a"], "vector": [[1.0]]}
+    with pytest.raises(DataError, match=r"1\.parquet: 1 items have a second vector: a, a also in .*0\.parquet"):
+        own(tmp_path, one, one, items=["a"])
+    with pytest.raises(HealthError, match="do not fit into float16: a: .*embedding.storage = float32"):
+        own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage="float16")
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.vectors"):
+        own_item_ids([RawFile.local(tmp_path / "bad.parquet")], EmbeddingConfig())
+
+
+def test_vectors_of_unknown_items_may_be_anything(tmp_path: Path) -> None:
+    table = {"item_id": ["a", "x", "x", "y"], "vector": [[1.0], [0.0], None, [1.0, 2.0]]}
+    assert own(tmp_path, table, items=["a"]) == [{"item_id": 0, "vector": [1.0]}]
+
+
+def shop(folder: Path, vectors: int = 20, **embedding: str) -> RunConfig:
+    """Own items, histories and vectors, in two files of a folder: every item but the last one has a vector."""
+    rng = np.random.default_rng(0)
+    ids = [f"{n:03d}" for n in range(20)]
+    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"{each},Soap {each}\n" for each in ids))
+    events = (f"u{user},{ids[item]},{1_500_000_000 + place}\n"
+              for user in range(30) for place, item in enumerate(rng.permutation(20)[:8]))  # fmt: skip
+    (folder / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(events))
+    (folder / "vectors").mkdir()
+    table = pa.table({"item_id": ids[:vectors][::-1], "vector": rng.normal(size=(vectors, 16)).tolist()})
+    for number, part in enumerate((table[:8], table[8:])):
+        pq.write_table(part, folder / f"vectors/{number}.parquet")
+    values = {
+        "root": str(folder / "runs"), "embedding": {"vectors": str(folder / "vectors")},
+        "data": {"kind": "tables", "items": str(folder / "items.csv"), "interactions": str(folder / "events.csv")},
+        "catalog": {"text_fields": ["title"], "k_core": 0},
+    }  # fmt: skip
+    return build(RunConfig, values)
+
+
+def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
+    run = shop(tmp_path)
+    catalog = jobs.prepare.prepare(run)
+    made = jobs.embed.embed(run, catalog)
+    assert (made.figures["items"], made.figures["dimension"]) == (20, 16)
+    assert made.folder.read_bytes("items.parquet") == catalog.folder.read_bytes("items.parquet")
+    given = pa.concat_tables([pq.read_table(tmp_path / f"vectors/{n}.parquet") for n in (0, 1)]).to_pylist()
+    vector_of = {row["item_id"]: row["vector"] for row in given}
+    expected = np.array([vector_of[name] for name in Catalog(catalog).source_ids], np.float32)
+    np.testing.assert_array_equal(read_vectors(made.folder).numpy(), expected)
+    assert jobs.embed.embeddings_of(run).fingerprint == made.fingerprint  # what jobs.semantic_ids and jobs.tune read
+    alone = build(RunConfig, {"root": run.root, "embedding": {"vectors": str(tmp_path / "vectors")}})
+    adopted = jobs.embed.embeddings_of(alone)
+    assert adopted.fingerprint != made.fingerprint
+    assert adopted.folder.read_table("items.parquet")["source_id"].to_pylist() == sorted(vector_of)
+
+
+@pytest.mark.parametrize("job", ["embed", "train", "evaluate", "serve"])
+def test_every_job_refuses_vectors_that_are_not_there_before_its_first_stage(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", [job, "embedding.vectors=/no/such/file.parquet", f"root={tmp_path}/runs"])
+    monkeypatch.delitem(sys.modules, f"jobs.{job}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"jobs.{job}", run_name="__main__")
+    assert ended.value.code == 3
+    assert "/no/such/file.parquet does not exist; correct embedding.vectors" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/catalog-*"))

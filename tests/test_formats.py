@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tiger.artifacts import Folder
 from tiger.catalog import make, read_histories
-from tiger.config import load, load_plugin
-from tiger.datasets import Ledger
+from tiger.config import build, load, load_plugin
+from tiger.datasets import Ledger, tables
+from tiger.errors import ConfigError
 from tiger.run import RunConfig
 
 RECIPES = Path(__file__).parents[1] / "docs/recipes"
@@ -144,13 +146,14 @@ def mind() -> Counts:
         f'N{n}\tnews\tworld\t{name} "says\t{"A summary." if n else ""}\thttps://x/{n}\t[{{"Label": "{name}"}}]\t[]\n'
         for n, name in enumerate(NAMES)
     )
-    behaviors, events = "", set()
+    behaviors, events, last = "", set(), len(NAMES) - 1
     for u in range(USERS):
         clicked = [i for user, i, _ in pairs() if user == u]
         for n, seen in enumerate((clicked[:3], clicked)):  # a user's history grows from impression to impression
             shown = " ".join(f"N{i}" for i in seen) if u else ""
-            behaviors += f"{2 * u + n}\tU{u}\t11/1{n}/2019 9:05:58 AM\t{shown}\tN0-1 N1-0\n"
-            events |= {(u, i) for i in seen if u}
+            click = {0: f"N{last - u}-1 N1-0", 1: "N3-0 N1-1 N6-0"}[n] if u != 2 else "N0-0 N5-0"
+            behaviors += f"{2 * u + n}\tU{u}\t11/1{n}/2019 9:05:58 AM\t{shown}\t{click}\n"
+            events |= {(u, i) for i in seen if u} | {(u, int(c[1])) for c in click.split() if c.endswith("-1")}
     write("mind/news.tsv", news)
     write("mind/behaviors.tsv", behaviors)
     return Counts(len(news.splitlines()), len({u for u, _ in events}), len(events), 'Amber Kettle "says. news. world')
@@ -227,7 +230,9 @@ def test_a_recipe_reads_what_plain_python_counts(name: str, tmp_path: Path, monk
     assert histories.offsets[-1] == counts.events
 
 
-def test_the_order_of_a_mind_history_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mind_history_is_what_was_clicked_before_and_then_in_the_impressions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     mind()
     run = load(RunConfig, str(RECIPES / "mind.toml"), ["catalog.k_core=0"], RECIPES)
@@ -238,6 +243,41 @@ def test_the_order_of_a_mind_history_is_kept(tmp_path: Path, monkeypatch: pytest
     make(run.catalog, items, source.read_interactions(run.data, files, ledger), Folder("catalog"))
     histories = read_histories(Folder("catalog"))
     names = Folder("catalog").read_table("items.parquet")["source_id"].to_pylist()
-    first = histories.source_ids.index("U1")
-    assert [names[item] for item in histories.of(first)] == [f"N{i}" for u, i, _ in pairs() if u == 1]
-    assert ledger.record()["left_out"] == {"empty history": 2}
+    expected: dict[str, list[str]] = {}
+    not_clicked = 0
+    for row in Path("mind/behaviors.tsv").read_text().splitlines():  # in the order of the impressions' times
+        _, user, _, history, impressions = row.split("\t")
+        shown = impressions.split()
+        not_clicked += sum(entry.endswith("-0") for entry in shown)
+        for item in [*history.split(), *(entry[:-2] for entry in shown if entry.endswith("-1"))]:
+            if item not in expected.setdefault(user, []):
+                expected[user].append(item)
+    found = {user: [names[item] for item in histories.of(row)] for row, user in enumerate(histories.source_ids)}
+    assert found == expected
+    assert found["U0"] == ["N8", "N1"]  # no history, two clicks
+    reason = r"entries of impressions that are not (N\d+)(?:-1)?"
+    assert ledger.record()["entries_left_out"] == {reason: not_clicked}
+    assert "left_out" not in ledger.record()
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["data.history_pattern=N[0-9]+"], "has no group in parentheses"),
+    (["data.history_pattern=("], "is not a regular expression"),
+    (["data.history_pattern=(.+)-1", 'data.history=""'], "history_pattern needs history"),
+])  # fmt: skip
+def test_a_pattern_that_cannot_be_is_refused(more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(RunConfig, str(RECIPES / "mind.toml"), more, RECIPES)
+
+
+def test_entries_of_a_history_without_an_id_are_counted(tmp_path: Path) -> None:
+    rows = {"user_id": ["u", "v", "w"], "history": [["a", None, "b"], [None], ["c"]], "also": [["d"], ["e"], None]}
+    pq.write_table(pa.table(rows), tmp_path / "events.parquet")
+    pq.write_table(pa.table({"item_id": list("abcde"), "title": list("abcde")}), tmp_path / "items.parquet")
+    paths = {role: str(tmp_path / f"{name}.parquet") for role, name in (("items", "items"), ("interactions", "events"))}
+    config = build(tables.Config, paths | {"history": ["history", "also"]})
+    ledger = Ledger("interactions")
+    files = tables.locate(config, tmp_path)
+    events = pa.Table.from_batches(tables.read_interactions(config, files, ledger)).to_pylist()
+    assert [(e["user"], e["item"]) for e in events] == [("u", "a"), ("u", "b"), ("u", "d"), ("v", "e"), ("w", "c")]
+    assert ledger.record()["entries_left_out"] == {"entries of history without an id": 2}

@@ -60,6 +60,8 @@ KEYS: dict[str, tuple[str, str]] = {
     "catalog.max_unknown_items": ("0.5", ""),
     "catalog.seed": ("1", "catalog"),
     "embedding.vectors": ("", ""),  # its content counts, see test_vectors_from_elsewhere_count_by_content
+    "embedding.vectors_id": ("sku", ""),  # counts for own vectors alone, as in the same test
+    "embedding.vectors_column": ("image", ""),
     "embedding.model": ("", "embeddings"),  # its content counts, see the tests of encoders below
     "embedding.prompt": ("passage: ", "embeddings"),
     "embedding.max_tokens": ("64", "embeddings"),
@@ -355,14 +357,37 @@ def test_vectors_from_elsewhere_count_by_content(tmp_path: Path) -> None:
     def adopted(name: str, seed: int, *more: str) -> str:
         path = tmp_path / name
         vectors = np.random.default_rng(seed).normal(size=(300, 8))
-        pq.write_table(pa.table({"item_id": [str(n) for n in range(300)], "vector": vectors.tolist()}), path)
+        ids = [str(n) for n in range(300)]
+        pq.write_table(
+            pa.table({"item_id": ids, "vector": vectors.tolist(), "sku": ids, "image": (vectors * 2).tolist()}), path
+        )
         return jobs.embed.adopt(_run(f"embedding.vectors={path}", f"root={tmp_path}/runs", *more)).fingerprint
 
     one = adopted("a.parquet", 1)
     assert adopted("renamed.parquet", 1) == one
     assert adopted("a.parquet", 2) != one
     assert adopted("a.parquet", 1, "embedding.prompt=x", "embedding.model=y", "embedding.max_tokens=9") == one  # unused
-    assert adopted("a.parquet", 1, "embedding.storage=float16") != one
+    for key in ("storage=float16", "vectors_id=sku", "vectors_column=image"):
+        assert adopted("a.parquet", 1, f"embedding.{key}") != one
+
+
+def test_joined_vectors_count_by_content_and_by_the_items_of_the_catalog(tmp_path: Path) -> None:
+    items, events = _items(tmp_path / "items.parquet"), _events(tmp_path / "events.parquet", "a", 1)
+
+    def joined(catalog: Artifact, seed: int, *more: str, count: int = 30) -> str:
+        vectors = np.random.default_rng(seed).normal(size=(count, 8)).tolist()
+        table = pa.table({"item_id": [f"i{n}" for n in range(count)], "vector": vectors, "other": vectors})
+        pq.write_table(table, tmp_path / "v.parquet")
+        return jobs.embed.embed(
+            _run(f"embedding.vectors={tmp_path}/v.parquet", f"root={tmp_path}/runs", *more), catalog
+        ).fingerprint
+
+    catalog = _prepared(tmp_path, [items], [events])
+    one = joined(catalog, 1)
+    assert joined(catalog, 1, "embedding.prompt=x", "embedding.model=y") == one  # unused
+    assert len({one, joined(catalog, 2), joined(catalog, 1, "embedding.vectors_column=other")}) == 3
+    _items(items, shift=1)
+    assert joined(_prepared(tmp_path, [items], [events]), 1) != one
 
 
 def test_a_filter_counts_by_content(tmp_path: Path) -> None:

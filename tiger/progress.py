@@ -5,9 +5,12 @@ What is not for a terminal goes through `logging`, so that a worker's lines find
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.interval = interval if interval is not None else (0.2 if self.terminal else 10.0)
         self.done = self.before = done
+        self.fraction: float | None = None
         self.begin = self.said = time.monotonic()
 
     @property
@@ -43,19 +47,27 @@ class Progress:
             self.said = now
             self._say(now, note)
 
+    def at(self, fraction: float) -> None:
+        """Note the fraction of the work that is done, for a total that is not known in units: bytes of rows."""
+        self.fraction = fraction
+        self.add(0)
+
     def close(self, note: str = "") -> None:
         self._say(time.monotonic(), note, final=True)
 
     def _say(self, now: float, note: str, final: bool = False) -> None:
         rate = self.rate
         line = f"{self.what}: {self.done:,}"
+        elapsed, fraction = now - self.begin, self.fraction
         if self.total is not None:
             line += f" of {self.total:,}"
         line += f" {self.unit}, {rate:,.1f}/s" if rate >= 0.1 or not rate else f" {self.unit}, {60 * rate:.1f}/min"
         if final:
-            line += f", {now - self.begin:.1f} s"
+            line += f", {elapsed:.1f} s"
         elif self.total is not None and rate > 0:
             line += f", {(self.total - self.done) / rate:,.0f} s to go"
+        elif fraction:
+            line += f", {fraction:.0%}, {elapsed * (1 - fraction) / fraction:,.0f} s to go"
         if note:
             line += f"; {note}"
         if not self.terminal:
@@ -63,3 +75,25 @@ class Progress:
             return
         sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
         sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def timed(what: str, after: float = 10.0) -> Iterator[None]:
+    """Log that `what` is in progress once it has taken `after` seconds, again at doubling intervals, and its time."""
+    begin, done = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        wait = after
+        while not done.wait(wait):
+            log.info("%s: in progress, %.0f s so far", what, time.monotonic() - begin)
+            wait *= 2
+
+    watcher = threading.Thread(target=watch, name=f"timed {what}", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    if (seconds := time.monotonic() - begin) >= after:
+        log.info("%s: %.1f s", what, seconds)

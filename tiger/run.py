@@ -14,7 +14,6 @@ from tiger.catalog import CatalogConfig
 from tiger.config import Config
 from tiger.datasets import DatasetConfig, synthetic
 from tiger.embedding import EmbeddingConfig
-from tiger.errors import ConfigError
 from tiger.model import ModelConfig
 from tiger.sasrec import SASRecConfig
 from tiger.semantic_ids import SemanticIdsConfig
@@ -130,15 +129,3 @@ class RunConfig(Config):
                 "more; use fewer levels, or less of either"
             )
         return self
-
-    def require_no_own_vectors(self) -> None:
-        """Refuse `embedding.vectors` for a job that works on a catalog, whose items' texts it embeds.
-
-        Raises:
-            ConfigError: the key is set.
-        """
-        if self.embedding.vectors is not None:
-            raise ConfigError(
-                f"embedding.vectors = {self.embedding.vectors!r} is for jobs.semantic_ids and jobs.tune, which need no "
-                "catalog; this job embeds the texts of its catalog: leave embedding.vectors out"
-            )

@@ -25,6 +25,7 @@ from pydantic import Field
 from tiger.config import PluginConfig
 from tiger.datasets._ledger import BadRow, Ledger
 from tiger.datasets._lines import LINE_CAP, lines, parse_record
+from tiger.datasets._meter import Meter, metered
 from tiger.datasets._raw import Files, RawFile, existing, expand, raw_file
 from tiger.datasets._times import unix_micros
 from tiger.datasets._values import identifier
@@ -36,6 +37,7 @@ __all__ = [
     "DatasetConfig",
     "Files",
     "Ledger",
+    "Meter",
     "RawFile",
     "batches",
     "existing",
@@ -44,6 +46,7 @@ __all__ = [
     "identifier",
     "lines",
     "log_files",
+    "metered",
     "parse_record",
     "raw_file",
     "unix_micros",

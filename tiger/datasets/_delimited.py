@@ -158,7 +158,7 @@ class DelimitedTable:
         if not wanted.columns:
             raise self._no_columns(head, found, best)
         fits = [s for s in found if len(found[s]) == len(wanted.columns)]
-        if wanted.history and wanted.columns[-1] == wanted.history and not fits:
+        if wanted.columns[-1] in wanted.history and not fits:
             fits = [s for s in found if len(found[s]) > 1] or [wanted.separator or " "]
         if not fits:
             raise DataError(
@@ -331,7 +331,7 @@ class DelimitedTable:
         return b"".join(kept), np.array(kept_numbers, np.int64)
 
     def _parse(self, text: bytes, numbers: npt.NDArray[np.int64], ledger: Ledger) -> Iterator[Block]:
-        if self.wanted.history and self.names[-1] == self.wanted.history:
+        if self.names[-1] in self.wanted.history:
             yield self._open_ended(text, numbers, ledger)
             return
         width, bad = len(self.names), []

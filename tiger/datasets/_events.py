@@ -18,7 +18,7 @@ from tiger.datasets._ledger import Ledger
 from tiger.datasets._raw import RawFile
 from tiger.datasets._table import Block, Wanted
 from tiger.datasets._times import TimeRule, column_micros, explain, why_not
-from tiger.datasets._values import has_id_type, id_texts, plain, split_history
+from tiger.datasets._values import has_id_type, id_text, id_texts, plain, split_history
 from tiger.errors import DataError
 
 
@@ -140,10 +140,10 @@ class EventReader:
         """One event per item of each row's list; the position in the list is the order."""
         named = np.asarray(users.is_valid())
         skip_rows(self.ledger, file, block.numbers, ~named, f"no {self.user_id}")
-        lists = _lists(file, block.rows.column(wanted.history), wanted)
+        lists = _joined([self._ids_in(file, block.rows.column(name), name, wanted) for name in wanted.history])
         lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
         good = named & (lengths > 0)
-        self.ledger.leave_out(int((named & ~good).sum()), f"empty {wanted.history}")
+        self.ledger.leave_out(int((named & ~good).sum()), f"empty {' and '.join(wanted.history)}")
         starts: npt.NDArray[np.int64] | None = None
         if self.rule.name in wanted.needed:
             starts, good = self._times(file, block, good)
@@ -157,11 +157,40 @@ class EventReader:
             first = np.cumsum(lengths[good]) - lengths[good]
             times = starts[good][rows] + np.arange(len(items)) - first[rows]
         columns = [users.filter(mask).take(pa.array(rows)), items, pa.array(times)]
-        batch = pa.RecordBatch.from_arrays(columns, schema=INTERACTIONS)
-        return batch.filter(items.is_valid()) if items.null_count else batch
+        return pa.RecordBatch.from_arrays(columns, schema=INTERACTIONS)
+
+    def _ids_in(self, file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.ListArray:
+        """Return lists of ids; entries without an id, and those that do not match the pattern, are counted."""
+        lists = _lists(file, column, name, wanted)
+        ids, pattern = lists.flatten(), wanted.history_pattern
+        empty = ids.null_count
+        if pattern is not None:
+            coded = ids.dictionary_encode()
+            matches = (pattern.fullmatch(text) for text in coded.dictionary.to_pylist())
+            found = [id_text(match[1], name) if match else None for match in matches]
+            ids = pa.array(found, pa.string()).take(coded.indices)
+            self.ledger.leave_out_entries(ids.null_count - empty, f"entries of {name} that are not {pattern.pattern}")
+        self.ledger.leave_out_entries(empty, f"entries of {name} without an id")
+        if not ids.null_count:
+            return lists
+        kept = np.asarray(ids.is_valid())
+        before = np.concatenate([[0], np.cumsum(kept)])
+        offsets = before[np.asarray(lists.offsets)].astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), ids.drop_null())
 
 
-def _lists(file: RawFile, column: pa.Array, wanted: Wanted) -> pa.Array:
+def _joined(columns: list[pa.ListArray]) -> pa.ListArray:
+    """Return the lists of several columns, one after another in each row."""
+    if len(columns) == 1:
+        return columns[0]
+    lengths = np.stack([np.asarray(column.value_lengths()) for column in columns])
+    rows = np.concatenate([np.repeat(np.arange(lengths.shape[1]), each) for each in lengths])
+    items = pa.concat_arrays([column.flatten() for column in columns])
+    offsets = np.concatenate([[0], np.cumsum(lengths.sum(0))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), items.take(pa.array(np.argsort(rows, kind="stable"))))
+
+
+def _lists(file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.ListArray:
     """Return a column of histories as lists of ids."""
     column = plain(column)
     if pa.types.is_string(column.type):
@@ -171,9 +200,7 @@ def _lists(file: RawFile, column: pa.Array, wanted: Wanted) -> pa.Array:
     elif pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         column = pc.cast(column, pa.list_(column.type.value_type))
     if not pa.types.is_list(column.type) or not has_id_type(column.type.value_type):
-        raise DataError(
-            f"{file}: column {wanted.history} holds {column.type}; data.history names a list of ids, or text"
-        )
+        raise DataError(f"{file}: column {name} holds {column.type}; data.history names a list of ids, or text")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), id_texts(column.flatten()))

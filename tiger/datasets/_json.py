@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tiger.datasets._ledger import BadRow, Ledger
 from tiger.datasets._lines import LINE_CAP, check_text, lines, parse_record, text_blocks
+from tiger.datasets._meter import look
 from tiger.datasets._raw import RawFile
 from tiger.datasets._table import Block, Wanted
 from tiger.datasets._values import depth, field_value, id_text, readable, split_history, unwrap
@@ -42,11 +43,15 @@ class JsonTable:
         self.document = self._is_document() and not self._is_broken_lines()
         self.levels: dict[str, int] = {}
         if wanted.everything:  # the fields of items, and which of them hold lists, are known after a first pass
-            for _, record in self._records():
-                if not isinstance(record, BadRow):
-                    for name, value in record.items():
-                        self.levels[str(name)] = max(self.levels.get(str(name), 0), depth(value))
+            with look(file):
+                self._find_levels()
         self.columns = {name: _LEVELS[level] for name, level in self.levels.items()}
+
+    def _find_levels(self) -> None:
+        for _, record in self._records():
+            if not isinstance(record, BadRow):
+                for name, value in record.items():
+                    self.levels[str(name)] = max(self.levels.get(str(name), 0), depth(value))
 
     # --- records ------------------------------------------------------------------------------------------------
 
@@ -162,8 +167,9 @@ class JsonTable:
             converters[name] = (_LEVELS[level], functools.partial(field_value, level=level))
         for name in [*wanted.needed, *wanted.optional]:
             key = wanted.needed.get(name, "data.time")
-            if name == wanted.history:
-                converters[name] = (pa.list_(pa.string()), functools.partial(_ids, wanted=wanted))
+            if name in wanted.history:
+                convert = functools.partial(_ids, name=name, separator=wanted.history_separator)
+                converters[name] = (pa.list_(pa.string()), convert)
             elif key.startswith(_ID_KEYS):
                 converters[name] = (pa.string(), functools.partial(id_text, name=name))
             elif key == "data.value":
@@ -200,10 +206,9 @@ def _single(value: Any, name: str) -> str | None:
     return None if value is None else readable(value)
 
 
-def _ids(value: Any, wanted: Wanted) -> list[str] | None:
-    name = wanted.history or ""
+def _ids(value: Any, name: str, separator: str | None) -> list[str] | None:
     if isinstance(value, str):
-        return split_history(value, wanted.history_separator)
+        return split_history(value, separator)
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):

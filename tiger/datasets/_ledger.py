@@ -34,6 +34,7 @@ class Ledger:
     Attributes:
         skipped: rows that cannot be used, by reason.
         left_out: rows that the configuration leaves out (`data.filters`, empty histories), by reason.
+        entries_left_out: entries of lists in rows (`data.history`) that are not used, by reason.
         examples: the first row of each reason, at most `EXAMPLES`.
         lines: physical lines of text tables, for the reconciliation with the rows.
         extra_lines: lines that are not rows: headers, blank lines, continuations of quoted fields.
@@ -43,6 +44,7 @@ class Ledger:
     kept: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    entries_left_out: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     lines: int = 0
     extra_lines: int = 0
@@ -59,6 +61,10 @@ class Ledger:
     def leave_out(self, rows: int, reason: str) -> None:
         if rows:
             self.left_out[reason] += rows
+
+    def leave_out_entries(self, entries: int, reason: str) -> None:
+        if entries:
+            self.entries_left_out[reason] += entries
 
     @property
     def read(self) -> int:
@@ -85,6 +91,8 @@ class Ledger:
         log.info("%s: %s rows read, %s kept, %s skipped", self.table, f"{self.read:,}", f"{self.kept:,}", f"{bad:,}")
         if left_out:
             log.info("%s: left out %s", self.table, left_out)
+        for reason, count in self.entries_left_out.items():
+            log.info("%s: left out %s %s", self.table, f"{count:,}", reason)
         if bad:
             log.warning("%s: skipped %s%s", self.table, reasons, shown)
 
@@ -92,6 +100,8 @@ class Ledger:
         record: dict[str, Any] = {"read": self.read, "kept": self.kept, "skipped": dict(self.skipped)}
         if self.left_out:
             record["left_out"] = dict(self.left_out)
+        if self.entries_left_out:
+            record["entries_left_out"] = dict(self.entries_left_out)
         if self.lines:
             record |= {"lines": self.lines, "extra_lines": self.extra_lines}
         return record | {"examples": self.examples}

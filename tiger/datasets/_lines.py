@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tiger.datasets._ledger import BadRow
+from tiger.datasets._meter import report
 from tiger.datasets._raw import RawFile, raw_file
 from tiger.errors import DataError
 
@@ -62,6 +63,7 @@ def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterato
     decoder = None if utf8 else codecs.getincrementaldecoder(encoding)("tiger-undecodable")
     carry = b""  # a carriage return at the end of a block may be half of a line end
     while block or carry:
+        report(file, raw.tell())
         final = not block
         if decoder is not None:
             block = decoder.decode(block, final).encode("utf-8", "surrogateescape")

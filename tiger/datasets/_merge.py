@@ -6,7 +6,7 @@ import html
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,15 @@ import pyarrow.compute as pc
 from tiger.datasets import field_name
 from tiger.datasets._ledger import listed
 from tiger.errors import DataError
+from tiger.progress import timed
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 16
+PIECE = 1 << 13
 """Rows that are Python objects at a time."""
+
+ONE_CHUNK = 1 << 30
+"""Bytes of a table up to which Arrow may put a column into one chunk; one of text has room for 2 GiB."""
 
 
 def clean_batches(batches: Iterable[pa.RecordBatch], text_fields: list[str]) -> Iterator[pa.Table]:
@@ -66,7 +70,12 @@ def one_row_per_item(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
         reason = str(error).partition("\n")[0]
         raise DataError(f"the item files do not fit together: {reason[:300]}") from None
     del parts
-    coded = table["source_id"].combine_chunks().dictionary_encode()
+    with timed(f"one row per item of {table.num_rows:,}"):
+        return _fullest_rows(table)
+
+
+def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
+    coded = pc.cast(table["source_id"], pa.large_string()).combine_chunks().dictionary_encode()
     codes, names = np.asarray(coded.indices), coded.dictionary
     first = np.full(len(names), -1, np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
@@ -96,14 +105,58 @@ def one_row_per_item(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
 
 
 def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Take rows, in pieces: a string column has room for 2 GiB in one piece."""
-    if table.nbytes > 1 << 30:
-        schema = table.schema
-        large = [pa.large_string() if pa.types.is_string(each.type) else each.type for each in schema]
-        table = table.cast(pa.schema([pa.field(f.name, kind) for f, kind in zip(schema, large, strict=True)]))
-        pieces = [table.take(rows[begin : begin + PIECE]).cast(schema) for begin in range(0, len(rows), PIECE)]
-        return pa.concat_tables(pieces)
-    return table.take(pa.array(rows))
+    """Take rows; of a large table column by column and in pieces, because a chunk of text has room for 2 GiB."""
+    if table.nbytes <= ONE_CHUNK:
+        return table.take(pa.array(rows))
+    columns = []
+    for name in table.column_names:
+        kind = table[name].type
+        column = pc.cast(table[name], _large(kind)).combine_chunks()  # `take` joins the chunks for every piece
+        step = max(1, min(PIECE, ONE_CHUNK * len(column) // max(2 * column.nbytes, 1)))
+        chunks: list[pa.Array] = []
+        for begin in range(0, len(rows), step):
+            chunks += _take(column, rows[begin : begin + step], kind)
+        columns.append(pa.chunked_array(chunks, kind))
+        del column
+    return pa.table(columns, names=table.column_names)
+
+
+def _take(column: pa.Array, rows: npt.NDArray[np.int64], kind: pa.DataType) -> list[pa.Array]:
+    """Take rows of a column with 64-bit offsets as a type with 32-bit offsets, in as many chunks as that takes."""
+    taken = column.take(pa.array(rows))
+    if taken.nbytes <= ONE_CHUNK or len(rows) < 2:
+        return [pc.cast(taken, kind)]
+    del taken  # not sliced: a slice keeps its offsets into the whole
+    half = len(rows) // 2
+    return _take(column, rows[:half], kind) + _take(column, rows[half:], kind)
+
+
+def _large(kind: pa.DataType) -> pa.DataType:
+    """Return the type with 64-bit offsets that holds the same values."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_binary(kind):
+        return pa.large_binary()
+    return pa.large_list(_large(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def texts_array(values: Sequence[str | None]) -> list[pa.Array]:
+    """Return texts as a column of strings, in more than one chunk if they have more than 2 GiB."""
+    made = pa.array(values, pa.string())
+    return made.chunks if isinstance(made, pa.ChunkedArray) else [made]
+
+
+def num_distinct(column: pa.ChunkedArray) -> int:
+    """Count the distinct values of a column that is not nested; of a large one by a hash of each, not by copies."""
+    if not pa.types.is_string(column.type) or column.nbytes <= ONE_CHUNK:
+        count: int = pc.count_distinct(column).as_py()
+        return count
+    hashes = [
+        np.fromiter(map(hash, chunk.slice(begin, PIECE).to_pylist()), np.int64)
+        for chunk in column.chunks
+        for begin in range(0, len(chunk), PIECE)
+    ]
+    return len(np.unique(np.concatenate(hashes)))
 
 
 def _completeness(row: dict[str, Any]) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tiger.datasets._ledger import Ledger
+from tiger.datasets._meter import report
 from tiger.datasets._raw import RawFile
 from tiger.datasets._table import Block, Wanted
 from tiger.datasets._values import item_type
@@ -42,10 +43,12 @@ class ParquetTable:
         rows = 1 << 10 if self.wanted.everything else BATCH_ROWS
         try:
             with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
+                size, total = self.file.size(), max(parquet.metadata.num_rows, 1)
                 for batch in parquet.iter_batches(rows, columns=self.selected):
                     batch = batch.select(self.selected)
                     yield Block(np.arange(number, number + batch.num_rows), batch)
                     number += batch.num_rows
+                    report(self.file, size * (number - 1) // total)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(error) from None
 

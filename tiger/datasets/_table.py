@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,8 @@ class Wanted:
     Attributes:
         needed: column name -> the configuration key that names it.
         keys: columns whose values have no line breaks (ids and times).
-        history: the column with lists of items, if any, and what separates the items in text; None: white space.
+        history: the columns with lists of items, if any, and what separates the items in text; None: white space.
+        history_pattern: of an entry of a list; its first group is the item's id.
         separator, quote, encoding, columns: of text tables; None and () mean: found out from the first line.
         everything: all columns are read, not only the needed ones.
         optional: columns that are read where they exist.
@@ -36,8 +38,9 @@ class Wanted:
 
     needed: dict[str, str]
     keys: tuple[str, ...] = ()
-    history: str | None = None
+    history: tuple[str, ...] = ()
     history_separator: str | None = None
+    history_pattern: re.Pattern[str] | None = None
     separator: str | None = None
     quote: str = '"'
     encoding: str = "utf-8"

@@ -9,6 +9,7 @@ field is missing. Lists become lists of text, nested objects lists of `key: valu
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -23,6 +24,7 @@ from tiger.datasets._events import EventReader, ids_of, one_line, skip_rows
 from tiger.datasets._filters import Filter
 from tiger.datasets._formats import find_format
 from tiger.datasets._json import JsonTable
+from tiger.datasets._meter import look
 from tiger.datasets._parquet import ParquetTable
 from tiger.datasets._pivot import pivot
 from tiger.datasets._table import Block, Wanted
@@ -62,10 +64,17 @@ class Config(DatasetConfig):
         [], description="formats of a time as text, as for strptime; none: ISO 8601"
     )
     years: tuple[int, int] = Field((1990, 2100), description="first year and the year after the last one of all times")
-    history: str | None = Field(
-        None, description="column with a user's items in time order: a list, or ids separated by white space"
+    history: str | list[str] | None = Field(
+        None,
+        description="column with a user's items in time order: a list, or ids separated by white space; several "
+        "columns follow each other",
     )
     history_separator: str | None = Field(None, description="what separates the ids of a history; none: white space")
+    history_pattern: str | None = Field(
+        None,
+        description="regular expression for entries of a history, whose first group is the id: '(.+)-1'; other "
+        "entries are left out; none: an entry is an id",
+    )
     filters: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         [], description='interactions to keep, all of: rating >= 4, event = "buy", event in ["buy", "cart"]'
     )
@@ -94,6 +103,17 @@ class Config(DatasetConfig):
             Filter.parse(text)
         return value
 
+    @field_validator("history_pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            groups = re.compile(value).groups if value is not None else 1
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"{value!r} has no group in parentheses, which is the item's id")
+        return value
+
     @field_validator("encoding", "separator", "quote")
     @classmethod
     def _text_options(cls, value: Any, info: Any) -> Any:
@@ -115,6 +135,8 @@ class Config(DatasetConfig):
             raise ValueError("property and value belong together: columns of a property's name and of its value")
         if self.properties and self.property is None:
             raise ValueError("properties needs property and value: columns of a property's name and of its value")
+        if self.history_pattern is not None and not self.history:
+            raise ValueError("history_pattern needs history: the column whose entries it reads")
         if self.years[0] >= self.years[1] or self.years[0] < 1 or self.years[1] > 9999:
             raise ValueError("years are the first year and a later one, between 1 and 9999")
         return self
@@ -123,6 +145,10 @@ class Config(DatasetConfig):
         """Return an option for one table."""
         value = getattr(self, name)
         return value.get(role, default) if isinstance(value, dict) else value
+
+    def histories(self) -> tuple[str, ...]:
+        """Columns with lists of items."""
+        return (self.history,) if isinstance(self.history, str) else tuple(self.history or ())
 
     def wanted(self, role: Role) -> Wanted:
         """Return what the files of one table must hold."""
@@ -135,16 +161,17 @@ class Config(DatasetConfig):
             optional: tuple[str, ...] = (self.time,) if self.property is not None and self.time else ()
         else:
             needed = {self.user_id: "data.user_id"}
-            needed |= {self.history: "data.history"} if self.history else {self.item_id: "data.item_id"}
+            needed |= dict.fromkeys(self.histories(), "data.history") or {self.item_id: "data.item_id"}
             timed = self.time and (not self.history or "time" in self.model_fields_set)
             needed |= {self.time: "data.time"} if timed else {}
             optional = tuple(Filter.parse(text).column for text in self.filters)
             needed |= {name: "data.filters" for name in optional if name not in needed}
         return Wanted(
             needed=needed,
-            keys=tuple(name for name in needed if name not in (self.history, self.value)),
-            history=self.history if role == "interactions" else None,
+            keys=tuple(name for name in needed if name not in (*self.histories(), self.value)),
+            history=self.histories() if role == "interactions" else (),
             history_separator=self.history_separator,
+            history_pattern=re.compile(self.history_pattern) if self.history_pattern is not None else None,
             separator=self.of(role, "separator", None),
             quote=self.of(role, "quote", '"'),
             encoding=self.of(role, "encoding", "utf-8"),
@@ -170,6 +197,11 @@ def locate(config: Config, cache: Path) -> Files:
 
 
 def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+    with look():  # the beginning of a file, and a document as a whole, are read to find out what they are
+        return _opened(config, role, file)
+
+
+def _opened(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
     wanted = config.wanted(role)
     form = config.of(role, "format", None) or find_format(file, wanted.encoding)
     if form == "parquet":
@@ -179,7 +211,7 @@ def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
     key = next(iter(wanted.needed))
     if role == "items":
         return JsonTable(file, wanted, (key, "value")), wanted
-    table = JsonTable(file, wanted, (key, config.history or "history"))
+    table = JsonTable(file, wanted, (key, (*config.histories(), "history")[0]))
     if not config.history and table.holds_histories():
         log.info("%s: a document with a list of items per user", file)
         wanted = config.model_copy(update={"history": "history", "time": ""}).wanted(role)
