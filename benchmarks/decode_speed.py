@@ -20,13 +20,13 @@ import torch
 from train_speed import histories, random_ids
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tiger.config import build
-from tiger.decoding import beam_search
-from tiger.examples import PAD, pad_histories
-from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.recommender import Recommender
-from tiger.semantic_ids import SemanticIds
-from tiger.trie import Trie
+from tiger.core.config import build
+from tiger.models.recommender import Recommender
+from tiger.models.tiger.batches import PAD, pad_histories
+from tiger.models.tiger.beam_search import beam_search
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.semantic_ids.trie import Trie
 
 ROUNDS = 3
 SIZES = (256, 256, 256, 1)
@@ -77,7 +77,7 @@ def searcher(config: ModelConfig, items: int) -> Callable[[], None]:
     """One beam search of 32 users x 50 beams over that many items."""
     ids = random_ids(items, SIZES[-1])
     torch.manual_seed(0)
-    model, trie = GenerativeRecommender(config, SIZES).eval(), Trie(ids)
+    model, trie = TigerModel(config, SIZES).eval(), Trie(ids)
     history = padded([np.random.default_rng(1).integers(0, items, 10) for _ in range(32)], ids)
 
     def search() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
     ids = random_ids(n_items, SIZES[-1])
     torch.manual_seed(0)
-    recommender = Recommender(GenerativeRecommender(config, SIZES), ids, device="cpu")
+    recommender = Recommender(TigerModel(config, SIZES), ids, device="cpu")
     theirs = hugging_face(config, ids, their_batch)
     evaluation = past.evaluation("test").histories()
     drawn = np.random.default_rng(0).permutation(len(evaluation))[:n_users]

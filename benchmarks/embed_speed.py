@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.command import CONFIGS
-from jobs.prepare import prepare
-from tiger import tracking
-from tiger.artifacts import Folder
-from tiger.config import load
-from tiger.embedding import PACKAGED, EncodeTexts, TextEncoder, model_path
+from tiger.cli import CONFIGS
+from tiger.core import tracking
+from tiger.core.config import load
+from tiger.core.storage import Folder
+from tiger.embedding.encoder import BUNDLED, EmbedShard, TextEncoder, model_path
+from tiger.on_ray.map import ActorPool, map_shards
+from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
-from tiger.scale.map import Actors, map_table
 
 PART = 512  # texts of a part
 
@@ -35,7 +35,7 @@ def direct(texts: list[str], threads: int) -> float:
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads)
-    model = SentenceTransformer(model_path(PACKAGED), device="cpu")
+    model = SentenceTransformer(model_path(BUNDLED), device="cpu")
     begin = time.perf_counter()
     model.encode(texts, show_progress_bar=False)
     return len(texts) / (time.perf_counter() - begin)
@@ -60,10 +60,10 @@ def ray_data(texts: list[str], actors: int) -> tuple[float, float]:
         source = Folder(folder)
         table = pa.table({"item_id": np.arange(len(texts), dtype=np.int32), "text": texts})
         source.write_table("items.parquet", table, row_group_size=PART)
-        pool = Actors(minimum=actors, maximum=actors, cpus=1, gpus=0)
+        pool = ActorPool(minimum=actors, maximum=actors, cpus=1, gpus=0)
         settings = {"storage": "float32"}
         begin = time.perf_counter()
-        map_table(source, "items.parquet", ["item_id", "text"], source.child("out"), EncodeTexts, settings,
+        map_shards(source, "items.parquet", ["item_id", "text"], source.child("out"), EmbedShard, settings,
                   actors=pool, what="embed")  # fmt: skip
     (first, before), (last, rows) = arrivals[actors - 1], arrivals[-1]
     return rows / (last - begin), (rows - before) / (last - first)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from tiger.diagnostics import code_figures
-from tiger.learning import encode_all, learn_tokenizer
-from tiger.semantic_ids import SemanticIdsConfig, assign
-from tiger.tokenizers import TokenizerConfig
+from tiger.metrics.codes import code_metrics
+from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import encode_dataset, fit_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -32,15 +32,15 @@ def measure(name: str, values: dict[str, Any], items: int, dim: int) -> None:
     vectors += 0.7 * torch.randn(items, dim, generator=generator)
     config = TokenizerConfig.resolve(values)
     begin = time.perf_counter()
-    tokenizer, result = learn_tokenizer(config, vectors, device=CPU)
+    tokenizer, result = fit_tokenizer(config, vectors, device=CPU)
     trained = time.perf_counter() - begin
-    codes = encode_all(tokenizer, vectors, CPU).numpy()
+    codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     encoded = time.perf_counter() - begin - trained
-    costs = lambda rows: tokenizer.last_costs(vectors[rows]).numpy()  # noqa: E731
+    costs = lambda rows: tokenizer.last_level_costs(vectors[rows]).numpy()  # noqa: E731
     assign(codes, 256, SemanticIdsConfig(collisions="nearest", collision_codes=32_767), costs)
     assigned = time.perf_counter() - begin - trained - encoded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures = code_figures(codes, 256)
+    figures = code_metrics(codes, 256)
     usage = " / ".join(f"{figures[f'usage@{level}']:.2f}" for level in (1, 2, 3))
     print(
         f"{name}: trained in {trained:.0f} s ({items / trained:,.0f} items/s over all), encoded in {encoded:.1f} s, "

@@ -15,11 +15,11 @@ import time
 import numpy as np
 import torch
 
-from tiger.config import build
-from tiger.decoding import beam_search
-from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.semantic_ids import SemanticIds, SemanticIdsConfig, assign
-from tiger.trie import Trie
+from tiger.core.config import build
+from tiger.models.tiger.beam_search import beam_search
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign
+from tiger.semantic_ids.trie import Trie
 
 
 def peak_gigabytes() -> float:
@@ -40,7 +40,7 @@ def expand_seconds(trie: Trie, level: int, nodes: int, rounds: int = 50) -> floa
 
 def users_per_second(ids: SemanticIds, trie: Trie, rounds: int = 5) -> float:
     torch.manual_seed(0)
-    model = GenerativeRecommender(build(ModelConfig, {}), ids.level_sizes).eval()
+    model = TigerModel(build(ModelConfig, {}), ids.level_sizes).eval()
     drawn = np.random.default_rng(0).integers(0, len(ids), (64, 10))
     history = torch.from_numpy(ids.codes[drawn].astype(np.int64))
     times = []

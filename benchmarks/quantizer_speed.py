@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tiger.learning import learn_tokenizer
-from tiger.tokenizers import TokenizerConfig
-from tiger.training import Hooks
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import fit_tokenizer
+from tiger.training.loop import Callbacks
 
 ROUNDS, ITEMS, EPOCHS = 3, 12_101, 20
 
@@ -71,8 +71,8 @@ def ours(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int
         | {"training": {"epochs": EPOCHS, "batch_size": batch}}
     )
     started: list[float] = []
-    hooks = Hooks(report=lambda figures: started.append(time.perf_counter()))
-    learn_tokenizer(config, vectors, device=torch.device("cpu"), hooks=hooks)
+    hooks = Callbacks(report=lambda figures: started.append(time.perf_counter()))
+    fit_tokenizer(config, vectors, device=torch.device("cpu"), hooks=hooks)
     return time.perf_counter() - started[0]
 
 

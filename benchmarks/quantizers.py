@@ -5,7 +5,7 @@
 
 `unique` is the share of distinct tuples of nearest codes, `error` the reconstruction error relative to the variance;
 `moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of
-an item's ten nearest neighbours (cosine) with the same first code, and with the same first two. Means over seeds, with
+an item's ten nearest neighbors (cosine) with the same first code, and with the same first two. Means over seeds, with
 the least and the largest where they differ; `objective` is that of `jobs.tune` with its default weights.
 """
 
@@ -19,17 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.command import CONFIGS
-from jobs.embed import embeddings_of
-from tiger.config import load
-from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
-from tiger.embedding import read_vectors
-from tiger.learning import encode_all, learn_tokenizer
-from tiger.quality import gini
+from tiger.cli import CONFIGS
+from tiger.core.config import load
+from tiger.embedding.vectors import load_embeddings
+from tiger.metrics.codes import code_metrics, gini, nearest_neighbors, neighbor_prefix_agreement
+from tiger.pipeline.embed import ensure_embeddings
 from tiger.run import RunConfig
-from tiger.search import Weights, judge
-from tiger.semantic_ids import SemanticIdsConfig, assign, packed
-from tiger.tokenizers import TokenizerConfig
+from tiger.semantic_ids.assignment import SemanticIdsConfig, assign, packed
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import encode_dataset, fit_tokenizer
+from tiger.tuning import Weights, judge
 
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,13 +61,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measure(values: dict[str, Any], vectors: torch.Tensor, neighbours: Any, seed: int) -> dict[str, float]:
+def measure(values: dict[str, Any], vectors: torch.Tensor, neighbors: Any, seed: int) -> dict[str, float]:
     config = TokenizerConfig.resolve(values | {"seed": seed})
     begin = time.perf_counter()
-    tokenizer, result = learn_tokenizer(config, vectors, device=CPU)
+    tokenizer, result = fit_tokenizer(config, vectors, device=CPU)
     seconds = time.perf_counter() - begin
-    codes = encode_all(tokenizer, vectors, CPU).numpy()
-    found = code_figures(codes, config.codebook_size) | neighbour_overlap(codes, neighbours)
+    codes = encode_dataset(tokenizer, vectors, CPU).numpy()
+    found = code_metrics(codes, config.codebook_size) | neighbor_prefix_agreement(codes, neighbors)
     for level in range(config.levels):
         found[f"gini@{level + 1}"] = gini(np.bincount(codes[:, level], minlength=config.codebook_size))
     found["largest"] = int(np.unique(packed(codes), return_counts=True)[1].max())
@@ -76,12 +75,12 @@ def measure(values: dict[str, Any], vectors: torch.Tensor, neighbours: Any, seed
         codes,
         config.codebook_size,
         SemanticIdsConfig(collisions="nearest"),
-        lambda items: tokenizer.last_costs(vectors[items]).numpy(),
+        lambda items: tokenizer.last_level_costs(vectors[items]).numpy(),
     )
     errors = tokenizer.errors(vectors, torch.from_numpy(moved.codes[:, : moved.levels]).long())
     found["moved"] = float(errors.mean()) / vectors.shape[1]
     found |= {"error": result.best["reconstruction_error"], "seconds": seconds}
-    return found | judge(Weights(), neighbours)(codes, result.best)
+    return found | judge(Weights(), neighbors)(codes, result.best)
 
 
 def main() -> None:
@@ -89,8 +88,8 @@ def main() -> None:
     first, threads = int(settings.pop("first_seed", "0")), int(settings.pop("threads", "2"))
     seeds, only = int(settings.pop("seeds", "3")), re.compile(settings.pop("only", ""))
     run = load(RunConfig, settings.pop("config", "beauty-cpu"), [f"{k}={v}" for k, v in settings.items()], CONFIGS)
-    vectors = read_vectors(embeddings_of(run).folder)
-    neighbours = nearest_neighbours(vectors.numpy())
+    vectors = load_embeddings(ensure_embeddings(run).folder)
+    neighbors = nearest_neighbors(vectors.numpy())
     torch.set_num_threads(threads)
     print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions, {seeds} seeds from {first}, {threads} threads\n")
     print("| quantizer | usage | Gini | unique | largest group | error | moved | overlap | objective | seconds |")
@@ -98,7 +97,7 @@ def main() -> None:
     for name, values in VARIANTS.items():
         if not only.search(name):
             continue
-        runs = [measure(values, vectors, neighbours, seed) for seed in range(first, first + seeds)]
+        runs = [measure(values, vectors, neighbors, seed) for seed in range(first, first + seeds)]
 
         def mean(key: str, digits: int, runs: list[dict[str, float]] = runs) -> str:
             found = [run[key] for run in runs]

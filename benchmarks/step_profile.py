@@ -28,13 +28,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_speed import histories, random_ids
 
-from tiger.config import build
-from tiger.examples import Examples, Sequences
-from tiger.learning import model_shapes
-from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.precision import allow_tf32, has_bfloat16, node_speedup
-from tiger.semantic_ids import SemanticIds
-from tiger.training import Batch, on_device
+from tiger.core.config import build
+from tiger.core.precision import allow_tf32, has_bfloat16, node_speedup
+from tiger.models.tiger.batches import SequenceExamples, TargetExamples
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.models.tiger.train import model_shapes
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.training.loop import Batch, on_device
 
 KERNELS = 8
 
@@ -42,9 +42,11 @@ KERNELS = 8
 class Step:
     """One model with its batches; a step in stages that can be timed."""
 
-    def __init__(self, config: ModelConfig, data: Sequences | Examples, ids: SemanticIds, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, data: SequenceExamples | TargetExamples, ids: SemanticIds, device: torch.device
+    ) -> None:
         torch.manual_seed(0)
-        self.model = GenerativeRecommender(config, ids.level_sizes).to(device)
+        self.model = TigerModel(config, ids.level_sizes).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.device, self.seconds = device, defaultdict[str, float](float)
         self.rows, self.collate = cycle(data.order(0, 0, config.training.batch_size)), data.collate
@@ -157,7 +159,11 @@ def main() -> None:
     for mode in ("faithful", "fast"):
         values = {"preset": preset, "mode": mode, "item_tokens": item_tokens, "training": {"batch_size": batch}}
         config = build(ModelConfig, values)
-        data = Sequences(past, ids, config.max_items) if mode == "fast" else Examples(past, ids, config.max_items, 0)
+        data = (
+            SequenceExamples(past, ids, config.max_items)
+            if mode == "fast"
+            else TargetExamples(past, ids, config.max_items, 0)
+        )
         speeds = [
             report(Step(config, data, ids, device), mode, precision, count)
             for precision in [torch.float32, *([torch.bfloat16] if native else [])]

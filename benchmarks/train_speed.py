@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from jobs.command import CONFIGS
-from jobs.prepare import prepare
-from tiger.catalog import Catalog, Histories
-from tiger.config import build, load
-from tiger.examples import PAD, Examples, Sequences
-from tiger.model import GenerativeRecommender, ModelConfig
+from tiger.cli import CONFIGS
+from tiger.core.config import build, load
+from tiger.data.catalog import Catalog
+from tiger.data.histories import Histories
+from tiger.models.tiger.batches import PAD, SequenceExamples, TargetExamples
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
-from tiger.semantic_ids import SemanticIds
+from tiger.semantic_ids.assignment import SemanticIds
 
 SECONDS, ROUNDS = 6.0, 5
 Step = Callable[[], int]
@@ -46,9 +47,13 @@ def random_ids(items: int, last: int = 256) -> SemanticIds:
 
 
 def ours(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
-    model = GenerativeRecommender(config, ids.level_sizes)
+    model = TigerModel(config, ids.level_sizes)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    data = Sequences(past, ids, config.max_items) if config.mode == "fast" else Examples(past, ids, config.max_items, 0)
+    data = (
+        SequenceExamples(past, ids, config.max_items)
+        if config.mode == "fast"
+        else TargetExamples(past, ids, config.max_items, 0)
+    )
 
     def endless() -> Iterator[tuple[tuple[torch.Tensor, ...], float]]:
         epoch = 0
@@ -86,7 +91,7 @@ def hugging_face(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step
         )
     )
     optimizer = torch.optim.AdamW(model.parameters())
-    examples, random = Examples(past, ids, config.max_items, 0), np.random.default_rng(0)
+    examples, random = TargetExamples(past, ids, config.max_items, 0), np.random.default_rng(0)
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0) + 1
 
     def step() -> int:

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiger.artifacts import open_artifact
-from tiger.semantic_ids import SemanticIds
-from tiger.trie import Trie
+from tiger.core.artifacts import open_artifact
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.semantic_ids.trie import Trie
 
 STAGES = ("prepare", "embed", "tokenizer", "semantic IDs", "trie")
 SETTINGS = [

@@ -1,21 +1,8 @@
-"""Model -> an HTTP server: POST /recommend, until it is interrupted. Needs `pip install tiger-on-ray[serve]`."""
+"""`python -m jobs.serve ...` is `tiger serve ...`, for `ray job submit`."""
 
-from __future__ import annotations
+import sys
 
-from jobs.command import command
-from jobs.train import whole_training
-from tiger.artifacts import Artifact
-from tiger.run import RunConfig
-from tiger.scale.serve import application, serve_until_stopped
-
-__all__ = ["application"]  # a RayService names it: jobs.serve:application
-
-
-def serve(run: RunConfig) -> Artifact:
-    model = whole_training(run)
-    serve_until_stopped(model, run.serve, run.scale)
-    return model
-
+from tiger.cli import main
 
 if __name__ == "__main__":
-    command(__doc__, serve)
+    main(["serve", *sys.argv[1:]])

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from faults import FAULTS
 
-import tiger.scale  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
-from tiger.catalog import Histories
-from tiger.semantic_ids import SemanticIds
+import tiger.on_ray  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
+from tiger.data.histories import Histories
+from tiger.semantic_ids.assignment import SemanticIds
 
 BEAUTY = Path(os.environ.get("TIGER_BEAUTY", Path(__file__).parents[2] / "shared/data/amazon-beauty"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from tiger import publishing, storage
+from tiger.core import publishing, storage
 
 
 class MemoryStore(pafs.FileSystemHandler):
@@ -27,7 +27,7 @@ class MemoryStore(pafs.FileSystemHandler):
         return pafs.PyFileSystem(self)
 
     def connect(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        """Stand for `tiger.storage._connect`."""
+        """Stand for `tiger.core.storage._connect`."""
         return self.filesystem, uri.partition("://")[2]
 
     def names(self, prefix: str = "") -> list[str]:

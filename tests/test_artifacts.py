@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tiger import storage
-from tiger.artifacts import Artifact, Draft, build, newest, open_artifact
-from tiger.config import Config
-from tiger.errors import ArtifactError, ConfigError, ResourceError
-from tiger.storage import SCRATCH, Folder, MissingError, StorageError
+from tiger.core import storage
+from tiger.core.artifacts import Artifact, Draft, build, newest, open_artifact
+from tiger.core.config import Config
+from tiger.core.errors import ArtifactError, ConfigError, ResourceError
+from tiger.core.storage import SCRATCH, Folder, MissingError, StorageError
 
 
 class Knobs(Config):

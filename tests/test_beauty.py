@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import BEAUTY
 
-from jobs.prepare import prepare
-from tiger.catalog import Catalog
-from tiger.config import load
+from tiger.core.config import load
+from tiger.data.catalog import Catalog
+from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
 pytestmark = pytest.mark.beauty
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 
 
 def test_the_numbers_of_the_paper(tmp_path: Path) -> None:

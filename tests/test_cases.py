@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.prepare import prepare
-from tiger import storage
-from tiger.artifacts import Artifact
-from tiger.catalog import Catalog
-from tiger.config import build, load_plugin
-from tiger.datasets import DatasetConfig, Ledger
-from tiger.errors import ConfigError, DataError
+from tiger.core import storage
+from tiger.core.artifacts import Artifact
+from tiger.core.config import build, load_plugin
+from tiger.core.errors import ConfigError, DataError
+from tiger.data.catalog import Catalog
+from tiger.data.sources.base import DatasetConfig, RowCounts
+from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
 ITEMS = [f"p{n:02d}" for n in range(12)]
@@ -558,8 +558,8 @@ def test_properties_in_long_format(tmp_path: Path) -> None:
     assert table["hash"][11].as_py() == "11"
     few = Catalog(run(tmp_path, items, events_csv(tmp_path), **names, properties=["maker", "title"])).items
     assert "hash" not in few.column_names
-    with pytest.raises(DataError, match="data.properties names colour; column key has no such value"):
-        run(tmp_path, items, events_csv(tmp_path), **names, properties=["colour"])
+    with pytest.raises(DataError, match="data.properties names color; column key has no such value"):
+        run(tmp_path, items, events_csv(tmp_path), **names, properties=["color"])
 
 
 def test_further_rows_of_items_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -588,8 +588,8 @@ def test_filters(filters: list[str], kept: int, tmp_path: Path) -> None:
     values = {"kind": "tables", "items": [str(items_csv(tmp_path))], "interactions": [str(events)], "filters": filters}
     config, source, ledger = (
         DatasetConfig.resolve(values),
-        load_plugin("tiger.datasets", "tables"),
-        Ledger("interactions"),
+        load_plugin("tiger.data.sources", "tables"),
+        RowCounts("interactions"),
     )
     read = [
         row

@@ -15,14 +15,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.prepare import prepare
-from tiger import catalog, progress
-from tiger.artifacts import Folder
-from tiger.catalog import CatalogConfig, Histories, make, read_histories
-from tiger.config import build
-from tiger.datasets import INTERACTIONS, _lines, _merge, _parquet
-from tiger.errors import DataError
-from tiger.progress import Progress, timed
+from tiger.core import progress
+from tiger.core.config import build
+from tiger.core.errors import DataError
+from tiger.core.progress import Progress, timed
+from tiger.core.storage import Folder
+from tiger.data import catalog
+from tiger.data import histories as histories_module
+from tiger.data.catalog import CatalogConfig, make
+from tiger.data.histories import Histories, read_histories
+from tiger.data.readers import lines as _lines
+from tiger.data.readers import merge as _merge
+from tiger.data.readers import parquet as _parquet
+from tiger.data.sources.base import INTERACTIONS
+from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
 ITEM_SCHEMA = pa.schema(
@@ -66,8 +72,8 @@ def test_texts_are_cleaned_and_joined(tmp_path: Path) -> None:
 
 
 def test_a_text_field_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="text_fields names colour; the items have source_id, title"):
-        made(tmp_path, ["a"], [("u", "a", 0)], text_fields=["title", "colour"])
+    with pytest.raises(DataError, match="text_fields names color; the items have source_id, title"):
+        made(tmp_path, ["a"], [("u", "a", 0)], text_fields=["title", "color"])
 
 
 def test_of_duplicate_items_the_most_complete_is_kept_in_any_order(tmp_path: Path) -> None:
@@ -330,7 +336,7 @@ def test_large_tables_give_the_same_catalog_as_small_ones(tmp_path: Path, monkey
     for name, value in (("ONE_CHUNK", 16), ("PIECE", 7)):
         monkeypatch.setattr(_merge, name, value)
     monkeypatch.setattr(catalog, "PIECE", 7)
-    monkeypatch.setattr(catalog, "CHUNK_EVENTS", 16)
+    monkeypatch.setattr(histories_module, "CHUNK_EVENTS", 16)
     other = made(tmp_path / "other", items, events)
     assert one[0] == other[0]
     for name in ("items.parquet", "histories.parquet"):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tiger.artifacts import Folder
-from tiger.errors import ConfigError, ResourceError
-from tiger.scale import cluster
-from tiger.scale.cluster import Node
-from tiger.scale.placement import Bundle
-from tiger.scale.watch import watching
+from tiger.core.errors import ConfigError, ResourceError
+from tiger.core.storage import Folder
+from tiger.on_ray import cluster
+from tiger.on_ray.cluster import Node
+from tiger.on_ray.placement import Bundle
+from tiger.on_ray.watch import watching
 
 GOOD = Node("10.0.0.1", True, 50 << 30, 1 << 30, {"python": "3.12.1", "torch": "2.11.0"})
 
@@ -32,11 +32,11 @@ GOOD = Node("10.0.0.1", True, 50 << 30, 1 << 30, {"python": "3.12.1", "torch": "
 def test_what_a_node_lacks_is_said_with_the_cure(changes: dict[str, object], message: str) -> None:
     nodes = [GOOD, dataclasses.replace(GOOD, address="10.0.0.2", **changes), GOOD]  # type: ignore[arg-type]
     with pytest.raises(ResourceError, match=message):
-        cluster.require_healthy(nodes, Folder("runs"))
+        cluster.check_nodes(nodes, Folder("runs"))
 
 
 def test_an_object_store_has_no_disk_to_run_out_of() -> None:
-    cluster.require_healthy([dataclasses.replace(GOOD, free_disk=-1)], Folder("runs"))
+    cluster.check_nodes([dataclasses.replace(GOOD, free_disk=-1)], Folder("runs"))
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -45,13 +45,13 @@ def test_a_real_node_answers_and_nothing_is_left(tmp_path: Path) -> None:
     assert node.sees_storage
     assert node.object_store == 200_000_000
     assert {"python", "ray", "torch"} <= node.versions.keys()
-    cluster.require_healthy([node], Folder(str(tmp_path)))
+    cluster.check_nodes([node], Folder(str(tmp_path)))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_node_with_another_patch_release_of_python_is_accepted() -> None:
     other = dataclasses.replace(GOOD, address="10.0.0.2", versions=GOOD.versions | {"python": "3.12.9"})
-    cluster.require_healthy([GOOD, other], Folder("runs"))
+    cluster.check_nodes([GOOD, other], Folder("runs"))
 
 
 @pytest.mark.usefixtures("local_ray")

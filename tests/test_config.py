@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tiger.config import build, describe, dump_toml, load
-from tiger.errors import ConfigError
+from tiger.core.config import build, describe, dump_toml, load
+from tiger.core.errors import ConfigError
 from tiger.run import RunConfig
-from tiger.search import SearchConfig
+from tiger.tuning import TuningConfig
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
-JOBS = sorted(path.stem for path in CONFIGS.parent.glob("*.py") if path.stem not in ("__init__", "command"))
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
+JOBS = sorted(path.stem for path in Path(__file__).parents[1].glob("jobs/*.py") if path.stem != "__init__")
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.toml") if "." not in path.stem)
 
 
@@ -37,7 +37,7 @@ def test_a_plugin_section_takes_the_keys_of_its_kind() -> None:
     overrides = ["data.kind=tables", 'data.items=["i.csv"]', 'data.interactions=["e.csv"]', "tokenizer.kind=rkmeans"]
     run = load(RunConfig, None, overrides, CONFIGS)
     assert (type(run.data).__module__, type(run.tokenizer).__module__) == (
-        "tiger.datasets.tables",
+        "tiger.data.sources.tables",
         "tiger.tokenizers.rkmeans",
     )
 
@@ -151,7 +151,7 @@ REFUSED = {
     "tokenizer.levels=0": "tokenizer.levels = 0: Input should be greater than or equal to 1",
     "tokenizer.levels=three": "tokenizer.levels = 'three': Input should be a valid integer",
     "model.preset=huge": "model.preset = 'huge': Input should be 'small', 'medium', 'tiger-paper' or 'tiger-tuned'",
-    "data.kind=amzon": "there is no module tiger.datasets.amzon; shipped: amazon, synthetic, tables",
+    "data.kind=amzon": "there is no module tiger.data.sources.amzon; shipped: amazon, synthetic, tables",
     "data.kind=amazon": "set path (a folder), category (to download), or both items and interactions",
     "levels": "an override is written dotted.key=value",
     "root.x=1": "root",
@@ -207,14 +207,14 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
         assert f"  {key} = " in printed
     for kind in ("amazon", "tables", "rkmeans"):
         assert f'kind = "{kind}":' in printed
-    for key, *_ in describe(SearchConfig):
+    for key, *_ in describe(TuningConfig):
         assert (f"  search.{key} = " in printed) == (job == "tune")
 
 
 ONE_LINE = {
     ("jobs.prepare", "tokenizer.levls=4"): "unknown key tokenizer.levls; did you mean tokenizer.levels?",
     ("jobs.tune", "search.trails=4"): "unknown key search.trails; did you mean search.trials?",
-    ("jobs.tune", "beauty"): "jobs/configs/beauty.search.toml does not exist",
+    ("jobs.tune", "beauty"): "tiger/configs/beauty.search.toml does not exist",
 }
 
 
@@ -224,7 +224,7 @@ def test_an_error_is_one_line_and_an_exit_code(command: tuple[str, ...]) -> None
         [sys.executable, "-m", *command],
         capture_output=True,
         text=True,
-        cwd=CONFIGS.parents[1],
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 2

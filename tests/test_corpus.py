@@ -17,26 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import SIZES, small_model
 
-from tiger.artifacts import Draft, build, open_artifact
-from tiger.config import Config, load
-from tiger.datasets import (
-    LINE_CAP,
-    BadRow,
+from tiger.core.artifacts import Draft, build, open_artifact
+from tiger.core.config import Config, load
+from tiger.core.errors import ArtifactError, ConfigError, DataError, HealthError, TigerError
+from tiger.data.sources.amazon import ITEMS, _interaction, _item
+from tiger.data.sources.base import (
+    MAX_LINE_BYTES,
     DatasetConfig,
-    Ledger,
+    InvalidRow,
     RawFile,
+    RowCounts,
     identifier,
     lines,
     parse_record,
     unix_micros,
 )
-from tiger.datasets.amazon import ITEMS, _interaction, _item
-from tiger.embedding import EmbeddingConfig, VectorJoin, own_item_ids
-from tiger.errors import ArtifactError, ConfigError, DataError, HealthError, TigerError
-from tiger.recommender import Recommender
+from tiger.embedding.encoder import EmbeddingConfig
+from tiger.embedding.external import VectorJoin, own_item_ids
+from tiger.models.recommender import Recommender
 from tiger.run import RunConfig
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 NEITHER, NOT_UTF8, SURROGATE = "neither JSON nor a Python literal", "not UTF-8", "lone surrogate in a string"
 NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is overlong or unprintable"
 
@@ -79,14 +80,14 @@ ITEM_LINES: list[tuple[bytes, str]] = [
         '{"asin": "B\\u00001"}', '{"asin": "' + "B" * 257 + '"}', '{"asin": "B\\u001b[31m1"}', '{"asin": "B\\n1"}',
         '{"asin": "B\\u202e1"}', '{"asin": "\\ufeffB"}',
     )],
-    (b"{'asin': '" + b"x" * (LINE_CAP + 10) + b"'}", f"line longer than {LINE_CAP:,} bytes"),
+    (b"{'asin': '" + b"x" * (MAX_LINE_BYTES + 10) + b"'}", f"line longer than {MAX_LINE_BYTES:,} bytes"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "reason"), ITEM_LINES, ids=range(len(ITEM_LINES)))
 def test_a_bad_line_has_its_reason(line: bytes, reason: str) -> None:
-    with pytest.raises(BadRow) as error:
-        _item(parse_record(None if len(line) > LINE_CAP else line))
+    with pytest.raises(InvalidRow) as error:
+        _item(parse_record(None if len(line) > MAX_LINE_BYTES else line))
     assert str(error.value) == reason
 
 
@@ -120,7 +121,7 @@ TIMES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("value", "reason"), TIMES, ids=range(len(TIMES)))
 def test_a_bad_time_has_its_reason(value: Any, reason: str) -> None:
-    with pytest.raises(BadRow) as error:
+    with pytest.raises(InvalidRow) as error:
         _interaction({"reviewerID": "U", "asin": "B1", "unixReviewTime": value})
     assert str(error.value) == reason
 
@@ -155,7 +156,7 @@ def test_an_empty_file_has_no_lines_and_closes_with_an_error(content: bytes, tmp
     path.write_bytes(content)
     assert list(lines(path)) == []
     with pytest.raises(DataError, match=r"no row could be used of 0 read \(empty\)"):
-        Ledger("items").close(0.5)
+        RowCounts("items").close(0.5)
 
 
 # --- configurations -----------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ FIELDS = st.sampled_from(
 def test_any_bytes_are_a_record_or_a_bad_row(line: bytes) -> None:
     try:
         assert isinstance(parse_record(line), dict)
-    except BadRow as error:
+    except InvalidRow as error:
         assert str(error)
 
 
@@ -350,7 +351,7 @@ def test_any_record_is_an_item_that_arrow_takes_or_a_bad_row(record: dict[str, A
     line = (repr(record) if literal else json.dumps(record)).encode("utf-8", "surrogatepass")
     try:
         row = _item(parse_record(line))
-    except BadRow:
+    except InvalidRow:
         return
     (back,) = pa.Table.from_pylist([row], schema=ITEMS).to_pylist()
     assert back["source_id"].strip()
@@ -363,7 +364,7 @@ def test_any_value_is_a_time_and_a_name_or_a_bad_row(value: Any, unit: str) -> N
     for parser in (lambda: unix_micros(value, unit), lambda: identifier(value, "user")):
         try:
             assert parser() is not None
-        except BadRow:
+        except InvalidRow:
             continue
 
 

@@ -12,11 +12,19 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.config import load_plugin, shipped_plugins
-from tiger.datasets import INTERACTIONS, LINE_CAP, BadRow, DatasetConfig, Ledger, lines, parse_record
-from tiger.errors import ConfigError, DataError
+from tiger.core.config import load_plugin, shipped_plugins
+from tiger.core.errors import ConfigError, DataError
+from tiger.data.sources.base import (
+    INTERACTIONS,
+    MAX_LINE_BYTES,
+    DatasetConfig,
+    InvalidRow,
+    RowCounts,
+    lines,
+    parse_record,
+)
 
-KINDS = shipped_plugins("tiger.datasets")
+KINDS = shipped_plugins("tiger.data.sources")
 ITEMS = [
     {
         "asin": "B1",
@@ -66,11 +74,11 @@ EXAMPLES = {
 }
 
 
-def read(values: dict[str, Any], cache: Path) -> tuple[pa.Table, pa.Table, Ledger, Ledger]:
+def read(values: dict[str, Any], cache: Path) -> tuple[pa.Table, pa.Table, RowCounts, RowCounts]:
     config = DatasetConfig.resolve(values)
-    module = load_plugin("tiger.datasets", values["kind"])
+    module = load_plugin("tiger.data.sources", values["kind"])
     files = module.locate(config, cache)
-    items, events = Ledger("items"), Ledger("interactions")
+    items, events = RowCounts("items"), RowCounts("interactions")
     return (
         pa.Table.from_batches(list(module.read_items(config, files, items))),
         pa.Table.from_batches(list(module.read_interactions(config, files, events))),
@@ -188,7 +196,7 @@ BAD_LINES = {
     "{'asin': 'B1'": "neither JSON nor a Python literal",
     "['asin', 'B1']": "a list, not an object",
     '{"asin": "B1", "title": "\\ud800"}': "lone surrogate in a string",
-    "{'asin': '" + "x" * (LINE_CAP + 10) + "'}": f"line longer than {LINE_CAP:,} bytes",
+    "{'asin': '" + "x" * (MAX_LINE_BYTES + 10) + "'}": f"line longer than {MAX_LINE_BYTES:,} bytes",
     "{'title': 'no id'}": "no asin or parent_asin",
     "{'asin': ''}": "no asin or parent_asin",
     "{'asin': ['B1']}": "no asin or parent_asin",
@@ -215,7 +223,7 @@ def test_invalid_utf8_bom_crlf_and_blank_lines(tmp_path: Path) -> None:
     for number, line in lines(path):
         try:
             found.append((number, parse_record(line)["a"]))
-        except BadRow as reason:
+        except InvalidRow as reason:
             found.append((number, str(reason)))
     assert found == [(1, 1), (3, "not UTF-8"), (4, 2)]
 
@@ -370,7 +378,7 @@ def test_an_unknown_suffix_or_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_synthetic_data_are_a_function_of_the_config(tmp_path: Path) -> None:
     values = {"kind": "synthetic", "items": 300, "users": 100}
-    config, module = DatasetConfig.resolve(values), load_plugin("tiger.datasets", "synthetic")
+    config, module = DatasetConfig.resolve(values), load_plugin("tiger.data.sources", "synthetic")
     first, again = (module.locate(config, tmp_path / name) for name in ("a", "b"))
     other = module.locate(DatasetConfig.resolve(values | {"seed": 1}), tmp_path / "a")
     assert first.items[0].read_bytes() == again.items[0].read_bytes()
@@ -382,6 +390,6 @@ def test_synthetic_titles_are_distinct_and_the_metadata_are_no_json(tmp_path: Pa
     values = {"kind": "synthetic", "items": 20_000, "users": 50}
     items, *_ = read(values, tmp_path)
     assert len(set(items["title"].to_pylist())) == 20_000
-    path = load_plugin("tiger.datasets", "synthetic").locate(DatasetConfig.resolve(values), tmp_path).items[0]
+    path = load_plugin("tiger.data.sources", "synthetic").locate(DatasetConfig.resolve(values), tmp_path).items[0]
     with pytest.raises(json.JSONDecodeError):
         json.loads(next(lines(path))[1] or b"")

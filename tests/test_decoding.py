@@ -9,11 +9,11 @@ from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiger.config import build
-from tiger.decoding import beam_search, score_all, vary
-from tiger.examples import PAD, columns
-from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.trie import Trie
+from tiger.core.config import build
+from tiger.models.tiger.batches import PAD, columns
+from tiger.models.tiger.beam_search import beam_search, score_all_items, vary
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.semantic_ids.trie import Trie
 
 SIZES = (4, 5, 3)
 
@@ -21,11 +21,11 @@ SIZES = (4, 5, 3)
 DENSE = {"mode": "fast", "item_tokens": True, "dense": 0.5}
 
 
-def small_model(sizes: tuple[int, ...], seed: int = 0, items: int = 0, **changes: object) -> GenerativeRecommender:
+def small_model(sizes: tuple[int, ...], seed: int = 0, items: int = 0, **changes: object) -> TigerModel:
     """Untrained; `items` of them have text embeddings, for a dense head."""
     torch.manual_seed(seed)
     config = build(ModelConfig, {"d_model": 8, "heads": 2, "head_dim": 4, "d_ff": 16, "layers": 1, **changes})
-    model = GenerativeRecommender(config, sizes, torch.randn(items, 6) if items else None).eval()
+    model = TigerModel(config, sizes, torch.randn(items, 6) if items else None).eval()
     if config.dense:
         torch.nn.init.normal_(model.item_embedding.weight)  # as different as training would make them
         if model.repeats is not None:
@@ -66,7 +66,7 @@ def test_a_wide_beam_is_exact(seed: int, items: int, extra: int, kind: dict[str,
     model = small_model(SIZES, seed, items, **kind)
     read = columns(ids, bool(model.dense))
     history = histories(rng, read, users=8, longest=4)
-    truth = score_all(model, torch.from_numpy(read), history)
+    truth = score_all_items(model, torch.from_numpy(read), history)
     found, scores = beam_search(model, Trie(ids), history, beam=items + extra)
     for row in range(8):
         real = found[row] >= 0
@@ -81,7 +81,7 @@ def test_a_level_of_one_code_costs_nothing_and_changes_nothing(sizes: tuple[int,
     ids = random_ids(rng, 18, sizes)
     model = small_model(sizes)
     history = histories(rng, ids.codes, users=5, longest=4)
-    truth = score_all(model, torch.from_numpy(ids.codes.astype(np.int64)), history)
+    truth = score_all_items(model, torch.from_numpy(ids.codes.astype(np.int64)), history)
     found, scores = beam_search(model, Trie(ids), history, beam=18)
     torch.testing.assert_close(scores, truth.gather(1, found), atol=1e-5, rtol=1e-5)
 
@@ -92,7 +92,7 @@ def test_a_dense_head_orders_what_generation_found() -> None:
     ids = random_ids(rng, 50, SIZES)
     model, read = small_model(SIZES, 1, 50, **DENSE, dense_search="candidates", dense_share=1.0), columns(ids, True)
     history = histories(rng, read, users=6, longest=4)
-    truth = score_all(model, torch.from_numpy(read), history)
+    truth = score_all_items(model, torch.from_numpy(read), history)
     model.dense_share = 0.0
     generated, _ = beam_search(model, Trie(ids), history, beam=3, results=12)
     model.dense_share = 1.0
@@ -110,7 +110,7 @@ def test_a_guided_beam_finds_what_scoring_every_item_finds(share: float) -> None
     ids = random_ids(rng, 55, SIZES)
     model, read = small_model(SIZES, 2, 55, **DENSE, dense_share=share), columns(ids, True)
     history = histories(rng, read, users=40, longest=4)
-    best = score_all(model, torch.from_numpy(read), history).topk(3, dim=1).indices
+    best = score_all_items(model, torch.from_numpy(read), history).topk(3, dim=1).indices
     found, _ = beam_search(model, Trie(ids), history, beam=3 if share == 1 else 10, results=3)
     agreement = float((found == best).float().mean())
     assert agreement == 1 if share == 1 else agreement > 0.97
@@ -153,7 +153,7 @@ def test_a_narrow_beam_equals_plain_python(seed: int, items: int, beam: int) -> 
         np.testing.assert_allclose([s for _, s in got], [s for _, s in expected], atol=1e-5)
 
 
-def plain_beam(model: GenerativeRecommender, codes: np.ndarray, history: torch.Tensor, beam: int) -> list:
+def plain_beam(model: TigerModel, codes: np.ndarray, history: torch.Tensor, beam: int) -> list:
     """Prefix by prefix, each scored from scratch by the training-time forward pass."""
     memory = model.encode(history)
     prefixes: list[tuple[tuple[int, ...], float]] = [((), 0.0)]

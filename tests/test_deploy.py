@@ -1,7 +1,7 @@
 """Checks the KubeRay manifests, the container file and every documented command, without a cluster.
 
 Manifests are validated against KubeRay's own schemas, commands by the code that reads them when they run: Ray's command
-line and `tiger.config.load`. What runs in a pod or on AWS is not tested here.
+line and `tiger.core.config.load`. What runs in a pod or on AWS is not tested here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import pytest
 import ray
 import yaml
 
-from jobs.command import CONFIGS
-from tiger.config import dump_toml, load
+from tiger.cli import CONFIGS
+from tiger.core.config import dump_toml, load
 from tiger.run import RunConfig
-from tiger.search import SearchConfig
+from tiger.tuning import TuningConfig
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = Path(os.environ.get("TIGER_KUBERAY", ROOT.parent / "shared/data/kuberay"))
@@ -169,12 +169,12 @@ def _served(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_rayservice_names_an_application_that_exists_with_its_arguments() -> None:
-    from jobs.serve import application
-    from tiger.scale import serve
+    from tiger.on_ray import serve
+    from tiger.on_ray.serve import application
 
     manifest = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())
     served = _served(manifest)
-    assert served["import_path"] == "jobs.serve:application"
+    assert served["import_path"] == "tiger.on_ray.serve:application"
     assert application(served["args"])
     assert [each["name"] for each in served["deployments"]] == [serve.Server.__name__]
     for group in _groups(manifest):
@@ -311,7 +311,7 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
     name = arguments.pop(0) if arguments and "=" not in arguments[0] else "sample"
     if command.program == "jobs.tune":
         space = [argument.removeprefix("search.") for argument in searched]
-        assert load(SearchConfig, str(CONFIGS / f"{name}.search.toml"), space, CONFIGS).space
+        assert load(TuningConfig, str(CONFIGS / f"{name}.search.toml"), space, CONFIGS).space
     else:
         assert not searched
     file = written[Path(name).name] if name.endswith(".toml") else name

@@ -24,15 +24,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tiger import precision, sasrec, training
-from tiger.artifacts import Folder
-from tiger.config import build
-from tiger.learning import learn_model, learn_tokenizer
-from tiger.model import GenerativeRecommender, ModelConfig
-from tiger.sasrec import SASRec, SASRecConfig
-from tiger.snapshots import Snapshots
-from tiger.tokenizers import TokenizerConfig
-from tiger.training import Batch, FitResult, Hooks
+from tiger.core import precision
+from tiger.core.config import build
+from tiger.core.storage import Folder
+from tiger.models import sasrec
+from tiger.models.sasrec import SASRec, SASRecConfig
+from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.models.tiger.train import fit_model
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import fit_tokenizer
+from tiger.training import loop as training
+from tiger.training.checkpoints import CheckpointStore
+from tiger.training.loop import Batch, Callbacks, FitResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # here it copies
 DEVICE, CPU = torch.device("meta"), torch.device("cpu")
@@ -203,18 +206,18 @@ KINDS: dict[str, dict[str, Any]] = {
 STEPPING = [kind for kind in KINDS if kind not in ("rkmeans", "opq")]
 
 
-def learn(kind: str, device: torch.device, hooks: Hooks | None = None) -> tuple[torch.nn.Module, FitResult]:
+def learn(kind: str, device: torch.device, hooks: Callbacks | None = None) -> tuple[torch.nn.Module, FitResult]:
     """Train one kind of module from start to end."""
     rng = np.random.default_rng(0)
     if kind in ("rqvae", "rqvae ema", "rkmeans", "opq"):
         vectors = torch.from_numpy(rng.normal(size=(300, 12)).astype(np.float32))
-        return learn_tokenizer(TokenizerConfig.resolve(KINDS[kind]), vectors, device=device, hooks=hooks)
+        return fit_tokenizer(TokenizerConfig.resolve(KINDS[kind]), vectors, device=device, hooks=hooks)
     histories, ids = toy_histories(rng, 101, 60), random_ids(rng, 60, (8, 8, 8))
     if kind == "sasrec":
         return sasrec.learn(build(SASRecConfig, KINDS[kind]), histories, 60, device=device, hooks=hooks)
     vectors = torch.from_numpy(rng.normal(size=(60, 7)).astype(np.float32))
     config = build(ModelConfig, MODEL | KINDS[kind])
-    return learn_model(config, histories, ids, device=device, vectors=vectors, hooks=hooks)
+    return fit_model(config, histories, ids, device=device, vectors=vectors, hooks=hooks)
 
 
 def losses(result: FitResult) -> list[float]:
@@ -230,7 +233,7 @@ def test_a_whole_training_on_a_device_whose_group_knows_no_cpu_tensors(
     kind: str, device_group: None, tmp_path: Path
 ) -> None:
     """Every collective gets tensors of the training device; stopped and resumed, the losses are those of the CPU."""
-    snapshots = Snapshots(Folder(str(tmp_path)), {})
+    snapshots = CheckpointStore(Folder(str(tmp_path)), {})
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
         snapshots.save(state, metrics)
@@ -239,8 +242,8 @@ def test_a_whole_training_on_a_device_whose_group_knows_no_cpu_tensors(
     with SimulatedDevice() as device:
         if kind in STEPPING:
             with pytest.raises(Stopped):
-                learn(kind, DEVICE, Hooks(save=save, load=snapshots.load))
-        module, result = learn(kind, DEVICE, Hooks(save=snapshots.save, load=snapshots.load))
+                learn(kind, DEVICE, Callbacks(save=save, load=snapshots.load))
+        module, result = learn(kind, DEVICE, Callbacks(save=snapshots.save, load=snapshots.load))
         assert all(isinstance(tensor, Simulated) for tensor in module.state_dict().values())
         assert device.collectives >= len(module.state_dict())
     dist.destroy_process_group()
@@ -262,7 +265,7 @@ def test_such_a_group_refuses_a_collective_of_cpu_tensors(device_group: None) ->
 @pytest.mark.parametrize("kind", STEPPING)
 def test_a_step_does_not_wait_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except for thorough steps: every 50th, and those before a look. Nothing but the next batch is sent there."""
-    seed_step, look, before_look = training._seed_step, training._look, set()
+    seed_step, look, before_look = training._seed_step, training._validate_and_track_best, set()
 
     def begin_step(seed: int, step: int, device: torch.device) -> None:
         running.begin(step)
@@ -274,7 +277,7 @@ def test_a_step_does_not_wait_for_the_device(kind: str, monkeypatch: pytest.Monk
         look(state, *arguments)
 
     monkeypatch.setattr(training, "_seed_step", begin_step)
-    monkeypatch.setattr(training, "_look", begin_look)
+    monkeypatch.setattr(training, "_validate_and_track_best", begin_look)
     with SimulatedDevice() as running:
         _, result = learn(kind, DEVICE)
     quick = [step for step in range(result.steps) if step % 50 and step not in before_look]
@@ -315,5 +318,5 @@ def test_without_places_of_the_targets_they_are_found() -> None:
     """The index of a batch is an optimization: losses are the same, bit by bit."""
     for kind in ("fast", "fast dense", "sasrec"):
         module, batch = example_batches(kind)
-        assert isinstance(module, GenerativeRecommender | SASRec)
+        assert isinstance(module, TigerModel | SASRec)
         assert torch.equal(module(*batch.inputs), module(*batch.inputs[:-1]))

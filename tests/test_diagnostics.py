@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import toy_histories
 
-from tiger import diagnostics as d
-from tiger.errors import HealthError
+from tiger.core.errors import HealthError
+from tiger.evaluation import health as d
 
 RNG = np.random.default_rng(0)
 PROFILE = {
@@ -114,13 +114,13 @@ def test_a_collapse_stops_the_stage(name: str) -> None:
 
 def test_code_figures_against_the_definition() -> None:
     codes = np.array([[0, 1], [0, 1], [1, 1], [2, 1]])
-    figures = d.code_figures(codes, 4)
+    figures = d.code_metrics(codes, 4)
     assert figures["unique_ratio"] == 0.75
     assert (figures["usage@1"], figures["usage@2"]) == (0.75, 0.25)
     shares = np.array([0.5, 0.25, 0.25])
     assert figures["perplexity@1"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
     assert figures["perplexity@2"] == pytest.approx(1)
-    sizes = d.code_figures(codes, (3, 2))
+    sizes = d.code_metrics(codes, (3, 2))
     assert (sizes["usage@1"], sizes["usage@2"]) == (1, 0.5)
 
 

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import pytest
 
-from tiger import download as module
-from tiger.download import download
-from tiger.errors import DataError
-from tiger.storage import StorageError
+from tiger.core.errors import DataError
+from tiger.core.storage import StorageError
+from tiger.data import download as module
+from tiger.data.download import download
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -245,7 +245,7 @@ def test_processes_download_one_url_at_once(server: str, tmp_path: Path) -> None
     """One transfers, the others wait and use what it left; all end with the whole file."""
     Handler.etag, Handler.seconds = '"1"', 0.5
     code = (
-        "import sys, pathlib; from tiger.download import download;"
+        "import sys, pathlib; from tiger.data.download import download;"
         f"data = download({server!r}, pathlib.Path({str(tmp_path)!r}), pause=0.01).read_bytes(); print(len(data))"
     )
     root = Path(__file__).parents[1]

@@ -13,35 +13,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jobs.embed
-import jobs.prepare
-from tiger import embedding
-from tiger.artifacts import Folder
-from tiger.catalog import Catalog
-from tiger.config import build
-from tiger.datasets import RawFile
-from tiger.embedding import (
-    EmbeddingConfig,
-    EncodeTexts,
-    TextEncoder,
-    VectorJoin,
-    count_vectors,
-    cut_by_tokens,
-    own_item_ids,
-    precision_figures,
-    read_vectors,
-    sample_vectors,
-    unusable,
-)
-from tiger.errors import ArtifactError, DataError, HealthError, ResourceError
-from tiger.precision import Choice
+import tiger.pipeline.embed
+import tiger.pipeline.prepare
+from tiger.core.config import build
+from tiger.core.errors import ArtifactError, DataError, HealthError, ResourceError
+from tiger.core.precision import Choice
+from tiger.core.storage import Folder
+from tiger.data.catalog import Catalog
+from tiger.data.sources.base import RawFile
+from tiger.embedding import encoder as embedding
+from tiger.embedding import external
+from tiger.embedding.encoder import EmbeddingConfig, EmbedShard, TextEncoder, batch_by_tokens
+from tiger.embedding.external import VectorJoin, own_item_ids
+from tiger.embedding.vectors import count_embeddings, load_embeddings, precision_figures, sample_embeddings, unusable
 from tiger.run import RunConfig
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=200), budget=st.integers(16, 2000))
 def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
     array = np.array(lengths, np.int64)
-    batches = list(cut_by_tokens(array, budget))
+    batches = list(batch_by_tokens(array, budget))
     assert sorted(np.concatenate([*batches, np.zeros(0, int)]).tolist()) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * array[batch].max() <= budget
@@ -71,7 +62,7 @@ def test_a_vector_depends_on_its_text_alone(encoder: TextEncoder) -> None:
 def test_the_order_of_the_texts_is_kept_over_many_batches(encoder: TextEncoder) -> None:
     """Batches are cut by length, and their vectors copied to the host at once."""
     texts = [f"{'word ' * (n % 17)}{n}" for n in range(60)]
-    batches = cut_by_tokens(np.minimum(encoder.encode(texts).tokens, encoder.max_tokens), encoder.batch_tokens)
+    batches = batch_by_tokens(np.minimum(encoder.encode(texts).tokens, encoder.max_tokens), encoder.batch_tokens)
     assert len(list(batches)) > 3
     alone = np.stack([encoder.encode([text]).vectors[0] for text in texts])
     np.testing.assert_allclose(encoder.encode(texts).vectors, alone, atol=1e-5)
@@ -83,7 +74,7 @@ def test_the_caller_chooses_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor without a GPU may see the GPUs of its node."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("cpu", torch.device("cpu")):
-        worker = EncodeTexts("float32", device=device, max_tokens=16, precision="float32")
+        worker = EmbedShard("float32", device=device, max_tokens=16, precision="float32")
         assert worker.encoder.device == torch.device("cpu")
         assert next(worker.encoder.model.parameters()).device.type == "cpu"
 
@@ -101,7 +92,7 @@ def test_auto_takes_the_faster_precision_and_every_shard_records_it(
         return Choice("bfloat16", 1.83)
 
     monkeypatch.setattr(embedding, "choose", choose)
-    worker = EncodeTexts("float16", device="cpu", max_tokens=16)
+    worker = EmbedShard("float16", device="cpu", max_tokens=16)
     assert next(worker.encoder.model.parameters()).dtype == torch.bfloat16
     ((precision, device, shapes),) = asked
     assert (precision, device) == ("auto", torch.device("cpu"))
@@ -146,7 +137,7 @@ def test_unusable_vectors() -> None:
 
 
 def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = EncodeTexts("float32", max_tokens=16)
+    worker = EmbedShard("float32", max_tokens=16)
     whole = worker.encoder.encode
 
     def with_nan(texts: list[str]) -> object:
@@ -171,12 +162,12 @@ def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Pa
         items = np.arange(10 * part, 10 * part + 10, dtype=np.int32)
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(items, 2).astype(np.float32)), 2)
         folder.write_table(f"vectors/part-{part:05d}.parquet", pa.table({"item_id": items, "vector": vectors}))
-    assert count_vectors(folder) == 100
-    assert torch.equal(sample_vectors(folder, 100), read_vectors(folder))
-    assert sample_vectors(folder, 20)[:, 0].tolist() == list(range(0, 100, 5))
-    assert sample_vectors(folder, 4)[:, 0].tolist() == [0, 25, 50, 75]
+    assert count_embeddings(folder) == 100
+    assert torch.equal(sample_embeddings(folder, 100), load_embeddings(folder))
+    assert sample_embeddings(folder, 20)[:, 0].tolist() == list(range(0, 100, 5))
+    assert sample_embeddings(folder, 4)[:, 0].tolist() == [0, 25, 50, 75]
     folder.write_table("vectors/part-00010.parquet", folder.read_table("vectors/part-00003.parquet"))
-    for read in (count_vectors, read_vectors):
+    for read in (count_embeddings, load_embeddings):
         with pytest.raises(ArtifactError, match="missing or doubled"):
             read(folder)
 
@@ -199,7 +190,7 @@ def own(folder: Path, *tables: dict[str, object], items: list[str] | None = None
 def test_own_vectors_are_joined_by_source_id_over_files_batches_and_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedding, "_JOINED_ROWS", 2)
+    monkeypatch.setattr(external, "_JOINED_ROWS", 2)
     first = {"sku": pa.array([17.0, 3.0]), "image": pa.array([[1, 2], [3, 4]], pa.large_list(pa.int64())), "x": [1, 2]}
     second = {"sku": [" 5 ", "017", "9", "17.0x"], "image": pa.array([[5.0, 6.0]] * 4, pa.list_(pa.float16(), 2))}
     rows = own(tmp_path, first, second, items=["017", "17", "3", "5"], vectors_id="sku", vectors_column="image")
@@ -291,17 +282,19 @@ def shop(folder: Path, vectors: int = 20, **embedding: str) -> RunConfig:
 
 def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     run = shop(tmp_path)
-    catalog = jobs.prepare.prepare(run)
-    made = jobs.embed.embed(run, catalog)
+    catalog = tiger.pipeline.prepare.prepare(run)
+    made = tiger.pipeline.embed.embed(run, catalog)
     assert (made.figures["items"], made.figures["dimension"]) == (20, 16)
     assert made.folder.read_bytes("items.parquet") == catalog.folder.read_bytes("items.parquet")
     given = pa.concat_tables([pq.read_table(tmp_path / f"vectors/{n}.parquet") for n in (0, 1)]).to_pylist()
     vector_of = {row["item_id"]: row["vector"] for row in given}
     expected = np.array([vector_of[name] for name in Catalog(catalog).source_ids], np.float32)
-    np.testing.assert_array_equal(read_vectors(made.folder).numpy(), expected)
-    assert jobs.embed.embeddings_of(run).fingerprint == made.fingerprint  # what jobs.semantic_ids and jobs.tune read
+    np.testing.assert_array_equal(load_embeddings(made.folder).numpy(), expected)
+    assert (
+        tiger.pipeline.embed.ensure_embeddings(run).fingerprint == made.fingerprint
+    )  # what jobs.semantic_ids and jobs.tune read
     alone = build(RunConfig, {"root": run.root, "embedding": {"vectors": str(tmp_path / "vectors")}})
-    adopted = jobs.embed.embeddings_of(alone)
+    adopted = tiger.pipeline.embed.ensure_embeddings(alone)
     assert adopted.fingerprint != made.fingerprint
     assert adopted.folder.read_table("items.parquet")["source_id"].to_pylist() == sorted(vector_of)
 

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.artifacts import Folder
-from tiger.catalog import make, read_histories
-from tiger.config import build, load, load_plugin
-from tiger.datasets import Ledger, tables
-from tiger.errors import ConfigError
+from tiger.core.config import build, load, load_plugin
+from tiger.core.errors import ConfigError
+from tiger.core.storage import Folder
+from tiger.data.catalog import make
+from tiger.data.histories import read_histories
+from tiger.data.sources import tables
+from tiger.data.sources.base import RowCounts
 from tiger.run import RunConfig
 
 RECIPES = Path(__file__).parents[1] / "docs/recipes"
@@ -211,9 +213,9 @@ def test_a_recipe_reads_what_plain_python_counts(name: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     counts = EXCERPTS[name]()
     run = load(RunConfig, str(RECIPES / f"{name}.toml"), ["catalog.k_core=0"], RECIPES)
-    source = load_plugin("tiger.datasets", run.data.kind)
+    source = load_plugin("tiger.data.sources", run.data.kind)
     files = source.locate(run.data, tmp_path / "cache")
-    item_ledger, event_ledger = Ledger("items"), Ledger("interactions")
+    item_ledger, event_ledger = RowCounts("items"), RowCounts("interactions")
     items = list(source.read_items(run.data, files, item_ledger))
     events = list(source.read_interactions(run.data, files, event_ledger))
     assert event_ledger.skipped.total() == 0
@@ -236,10 +238,10 @@ def test_a_mind_history_is_what_was_clicked_before_and_then_in_the_impressions(
     monkeypatch.chdir(tmp_path)
     mind()
     run = load(RunConfig, str(RECIPES / "mind.toml"), ["catalog.k_core=0"], RECIPES)
-    source = load_plugin("tiger.datasets", run.data.kind)
+    source = load_plugin("tiger.data.sources", run.data.kind)
     files = source.locate(run.data, tmp_path)
-    ledger = Ledger("interactions")
-    items = list(source.read_items(run.data, files, Ledger("items")))
+    ledger = RowCounts("interactions")
+    items = list(source.read_items(run.data, files, RowCounts("items")))
     make(run.catalog, items, source.read_interactions(run.data, files, ledger), Folder("catalog"))
     histories = read_histories(Folder("catalog"))
     names = Folder("catalog").read_table("items.parquet")["source_id"].to_pylist()
@@ -276,7 +278,7 @@ def test_entries_of_a_history_without_an_id_are_counted(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": list("abcde"), "title": list("abcde")}), tmp_path / "items.parquet")
     paths = {role: str(tmp_path / f"{name}.parquet") for role, name in (("items", "items"), ("interactions", "events"))}
     config = build(tables.Config, paths | {"history": ["history", "also"]})
-    ledger = Ledger("interactions")
+    ledger = RowCounts("interactions")
     files = tables.locate(config, tmp_path)
     events = pa.Table.from_batches(tables.read_interactions(config, files, ledger)).to_pylist()
     assert [(e["user"], e["item"]) for e in events] == [("u", "a"), ("u", "b"), ("u", "d"), ("v", "e"), ("w", "c")]

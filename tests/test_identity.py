@@ -14,26 +14,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import jobs.embed
-import jobs.evaluate
-import jobs.prepare
-import jobs.recommend
-import jobs.sasrec
-import jobs.semantic_ids
-import jobs.train
-import jobs.tune
-from tiger import artifacts
-from tiger.artifacts import Artifact, Folder, newest, open_artifact
-from tiger.catalog import Catalog
-from tiger.config import describe, load, load_plugin, shipped_plugins
-from tiger.datasets import DatasetConfig, Files
-from tiger.embedding import PACKAGED, TextEncoder, encoder_identity, model_path, read_vectors, split_revision
-from tiger.errors import ResourceError
+import tiger.pipeline.embed
+import tiger.pipeline.evaluate
+import tiger.pipeline.prepare
+import tiger.pipeline.recommend
+import tiger.pipeline.sasrec
+import tiger.pipeline.semantic_ids
+import tiger.pipeline.train
+import tiger.pipeline.tune
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, newest, open_artifact
+from tiger.core.config import describe, load, load_plugin, shipped_plugins
+from tiger.core.errors import ResourceError
+from tiger.core.storage import Folder
+from tiger.data.catalog import Catalog
+from tiger.data.sources.base import DatasetConfig, Files
+from tiger.embedding.encoder import BUNDLED, TextEncoder, encoder_identity, model_path, split_revision
+from tiger.embedding.vectors import load_embeddings
 from tiger.run import RunConfig
-from tiger.search import SearchConfig
-from tiger.tokenizers import TokenizerConfig
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tuning import TuningConfig
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 SMALL = ["data.items=200", "data.users=300"]
 
 # --- every key --------------------------------------------------------------------------------------------------
@@ -217,20 +219,20 @@ def _identities(run: RunConfig) -> dict[str, str]:
     model = _stand_in("model", {"catalog": catalog, "semantic_ids": ids})
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(artifacts, "build", build)
-        jobs.prepare.prepare(run)
-        jobs.embed.embed(run, catalog)
-        jobs.semantic_ids.train_tokenizer(run, embeddings)
-        jobs.semantic_ids.assign_ids(run, tokenizer, embeddings)
-        jobs.train.train_model(run, catalog, ids)
-        jobs.evaluate.evaluate(run, model)
-        jobs.recommend.recommend(run, model)
-        jobs.sasrec.sasrec(run, catalog)
-        jobs.tune.tune(run, _search(), embeddings)
+        tiger.pipeline.prepare.prepare(run)
+        tiger.pipeline.embed.embed(run, catalog)
+        tiger.pipeline.semantic_ids.train_tokenizer(run, embeddings)
+        tiger.pipeline.semantic_ids.assign_ids(run, tokenizer, embeddings)
+        tiger.pipeline.train.train_model(run, catalog, ids)
+        tiger.pipeline.evaluate.evaluate(run, model)
+        tiger.pipeline.recommend.recommend(run, model)
+        tiger.pipeline.sasrec.sasrec(run, catalog)
+        tiger.pipeline.tune.tune(run, _search(), embeddings)
     return found
 
 
-def _search() -> SearchConfig:
-    return SearchConfig.model_validate({"space": {"tokenizer.dropout": {"low": 0.0, "high": 0.5}}})
+def _search() -> TuningConfig:
+    return TuningConfig.model_validate({"space": {"tokenizer.dropout": {"low": 0.0, "high": 0.5}}})
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +256,9 @@ def test_a_key_changes_the_identity_of_exactly_its_stages(key: str, base: dict[s
 
 UNFINGERPRINTED: dict[str, set[str]] = {
     # of the other sources and tokenizers: keys that say where files are, or when to stop, or how fast to go
-    "tiger.datasets.synthetic": {"max_bad_rows"},
-    "tiger.datasets.tables": {"max_bad_rows", "items", "interactions"},
-    "tiger.datasets.amazon": {"max_bad_rows", "path", "items", "interactions", "category", "version"},
+    "tiger.data.sources.synthetic": {"max_bad_rows"},
+    "tiger.data.sources.tables": {"max_bad_rows", "items", "interactions"},
+    "tiger.data.sources.amazon": {"max_bad_rows", "path", "items", "interactions", "category", "version"},
     "tiger.tokenizers.rqvae": set(),
     "tiger.tokenizers.rkmeans": set(),
     "tiger.tokenizers.opq": set(),
@@ -304,7 +306,7 @@ def _prepared(root: Path, items: list[Path], events: list[Path], *more: str) -> 
         f"data.interactions={json.dumps([str(path) for path in events])}", 'catalog.text_fields=["title"]',
         "catalog.k_core=0", f"root={root}/runs",
     ]  # fmt: skip
-    return jobs.prepare.prepare(load(RunConfig, None, [*overrides, *more], CONFIGS))
+    return tiger.pipeline.prepare.prepare(load(RunConfig, None, [*overrides, *more], CONFIGS))
 
 
 def test_every_raw_file_counts_by_role_order_and_content_and_never_by_name(tmp_path: Path) -> None:
@@ -339,7 +341,10 @@ def test_the_role_of_a_file_counts(tmp_path: Path) -> None:
         rows = columns | {"title": columns["item_id"], "timestamp": [1_400_000_000 + shift + n for n in range(40)]}
         pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
     x, y = tmp_path / "x.parquet", tmp_path / "y.parquet"
-    described = [jobs.prepare.identify(jobs.prepare.describe_files(Files([a], [b]))) for a, b in ((x, y), (y, x))]
+    described = [
+        tiger.pipeline.prepare.identify(tiger.pipeline.prepare.describe_files(Files([a], [b])))
+        for a, b in ((x, y), (y, x))
+    ]
     assert described[0] != described[1]
     assert sorted(described[0].values()) == sorted(described[1].values())
 
@@ -361,7 +366,7 @@ def test_vectors_from_elsewhere_count_by_content(tmp_path: Path) -> None:
         pq.write_table(
             pa.table({"item_id": ids, "vector": vectors.tolist(), "sku": ids, "image": (vectors * 2).tolist()}), path
         )
-        return jobs.embed.adopt(_run(f"embedding.vectors={path}", f"root={tmp_path}/runs", *more)).fingerprint
+        return tiger.pipeline.embed.adopt(_run(f"embedding.vectors={path}", f"root={tmp_path}/runs", *more)).fingerprint
 
     one = adopted("a.parquet", 1)
     assert adopted("renamed.parquet", 1) == one
@@ -378,7 +383,7 @@ def test_joined_vectors_count_by_content_and_by_the_items_of_the_catalog(tmp_pat
         vectors = np.random.default_rng(seed).normal(size=(count, 8)).tolist()
         table = pa.table({"item_id": [f"i{n}" for n in range(count)], "vector": vectors, "other": vectors})
         pq.write_table(table, tmp_path / "v.parquet")
-        return jobs.embed.embed(
+        return tiger.pipeline.embed.embed(
             _run(f"embedding.vectors={tmp_path}/v.parquet", f"root={tmp_path}/runs", *more), catalog
         ).fingerprint
 
@@ -409,7 +414,7 @@ def test_a_filter_counts_by_content(tmp_path: Path) -> None:
 def encoder(tmp_path: Path) -> Path:
     """A folder of an encoder, of which every file is a link to the packaged one until a test writes to it."""
     folder = tmp_path / "my-encoder"
-    shutil.copytree(model_path(PACKAGED), folder, copy_function=os.symlink)
+    shutil.copytree(model_path(BUNDLED), folder, copy_function=os.symlink)
     return folder
 
 
@@ -422,7 +427,7 @@ def _alter(path: Path) -> None:
 
 def test_a_local_encoder_counts_by_the_content_of_its_folder(encoder: Path, tmp_path: Path) -> None:
     identity = encoder_identity(str(encoder))
-    assert identity["sha256"] == encoder_identity(PACKAGED)["sha256"]  # a copy is the same model
+    assert identity["sha256"] == encoder_identity(BUNDLED)["sha256"]  # a copy is the same model
     moved = encoder.rename(tmp_path / "moved@v2")
     assert encoder_identity(str(moved))["sha256"] == identity["sha256"]
     assert encoder_identity(str(moved))["model"] == str(moved)
@@ -486,7 +491,7 @@ def test_a_model_that_nobody_has_is_one_error(hub: dict[str, str]) -> None:
     [
         ("org/model@v1", ("org/model", "v1")),
         ("org/model", ("org/model", None)),
-        (PACKAGED, (PACKAGED, None)),
+        (BUNDLED, (BUNDLED, None)),
         ("@v1", ("@v1", None)),
     ],
 )
@@ -513,7 +518,7 @@ def test_the_revision_is_the_one_that_is_loaded(monkeypatch: pytest.MonkeyPatch)
 
 
 class _Counted:
-    """Stands for `map_table`: a shard per row group, those that are there are kept; vectors tell the encoder."""
+    """Stands for `map_shards`: a shard per row group, those that are there are kept; vectors tell the encoder."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -549,8 +554,8 @@ class _Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> _Counted:
     counted = _Counted()
-    monkeypatch.setattr(jobs.embed, "map_table", counted)
-    monkeypatch.setattr(jobs.embed, "require", lambda checks: [])
+    monkeypatch.setattr(tiger.pipeline.embed, "map_shards", counted)
+    monkeypatch.setattr(tiger.pipeline.embed, "require", lambda checks: [])
     return counted
 
 
@@ -560,7 +565,7 @@ def test_a_change_of_split_or_of_interactions_embeds_nothing_again(
     items, events = _items(tmp_path / "items.parquet"), [_events(tmp_path / "1.parquet", "a", 1)]
     run = _run(f"root={tmp_path}/runs")
     first = _prepared(tmp_path, [items], events)
-    embeddings = jobs.embed.embed(run, first)
+    embeddings = tiger.pipeline.embed.embed(run, first)
     made = counted.made
     assert made > 0
     by_time = _prepared(tmp_path, [items], events, "catalog.split=by-time", "catalog.valid_share=0.2")
@@ -568,12 +573,12 @@ def test_a_change_of_split_or_of_interactions_embeds_nothing_again(
     assert len({first.fingerprint, by_time.fingerprint, more.fingerprint}) == 3
     for catalog in (by_time, more):
         with caplog.at_level(logging.INFO):
-            assert jobs.embed.embed(run, catalog).folder.uri == embeddings.folder.uri
+            assert tiger.pipeline.embed.embed(run, catalog).folder.uri == embeddings.folder.uri
         assert f"embeddings: already there, skipped ({embeddings.folder.uri})" in caplog.text
         assert catalog.folder.read_bytes("items.parquet") == first.folder.read_bytes("items.parquet")
     assert counted.made == made
     other = _prepared(tmp_path, [_items(tmp_path / "items.parquet", shift=1)], events)
-    assert jobs.embed.embed(run, other).fingerprint != embeddings.fingerprint
+    assert tiger.pipeline.embed.embed(run, other).fingerprint != embeddings.fingerprint
     assert counted.made == 2 * made
 
 
@@ -581,7 +586,7 @@ def test_embeddings_outlive_the_catalog_that_they_were_made_from(tmp_path: Path,
     items, events = _items(tmp_path / "items.parquet"), [_events(tmp_path / "1.parquet", "a", 1)]
     run = _run(f"root={tmp_path}/runs")
     first = _prepared(tmp_path, [items], events)
-    made = jobs.embed.embed(run, first)
+    made = tiger.pipeline.embed.embed(run, first)
     assert [part.kind for part in made.lineage()] == ["catalog", "embeddings"]
     assert made.manifest["read_from"] == {"catalog": first.fingerprint}
     second = _prepared(tmp_path, [items], events, "catalog.split=by-time")
@@ -595,7 +600,7 @@ def test_embeddings_outlive_the_catalog_that_they_were_made_from(tmp_path: Path,
         ids = artifacts.build(run.root, "semantic_ids", run.semantic_ids, {"embeddings": embeddings}, make)
         return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
 
-    model = model_of(jobs.embed.embed(run, second), second)
+    model = model_of(tiger.pipeline.embed.embed(run, second), second)
     kinds = {part.kind: part.fingerprint for part in model.lineage()}
     assert kinds["catalog"] == second.fingerprint  # and not the one that the embeddings were made from
     assert [part.kind for part in model.lineage()] == ["catalog", "embeddings", "semantic_ids", "model"]
@@ -620,26 +625,24 @@ def test_shards_of_another_encoder_are_never_mixed_in(tmp_path: Path, counted: _
         RunConfig, "sample",
         [f"embedding.model={encoder}", "data.items=3000", "data.users=6000", f"root={tmp_path}/runs"], CONFIGS,
     )  # fmt: skip
-    catalog = jobs.prepare.prepare(run)
+    catalog = tiger.pipeline.prepare.prepare(run)
     counted.stop_after = 1
     with pytest.raises(KeyboardInterrupt):
-        jobs.embed.embed(run, catalog)
+        tiger.pipeline.embed.embed(run, catalog)
     counted.stop_after = None
     original = (encoder / "model.safetensors").resolve()
     _alter(encoder / "model.safetensors")
-    changed = jobs.embed.embed(run, catalog)
-    assert len(set(read_vectors(changed.folder)[:, 0].tolist())) == 1
+    changed = tiger.pipeline.embed.embed(run, catalog)
+    assert len(set(load_embeddings(changed.folder)[:, 0].tolist())) == 1
     (encoder / "model.safetensors").unlink()
     (encoder / "model.safetensors").symlink_to(original)
     before = counted.made
-    old = jobs.embed.embed(run, catalog)
+    old = tiger.pipeline.embed.embed(run, catalog)
     shards = len(list(Path(old.folder.uri, "vectors").iterdir()))
     assert counted.made == before + shards - 1  # the shard from before the kill is continued from
     assert old.fingerprint != changed.fingerprint
-    assert set(read_vectors(old.folder)[:, 0].tolist()) != set(read_vectors(changed.folder)[:, 0].tolist())
-    assert (
-        newest(f"{tmp_path}/runs", "embeddings").manifest["encoder"]["sha256"] == encoder_identity(PACKAGED)["sha256"]
-    )
+    assert set(load_embeddings(old.folder)[:, 0].tolist()) != set(load_embeddings(changed.folder)[:, 0].tolist())
+    assert newest(f"{tmp_path}/runs", "embeddings").manifest["encoder"]["sha256"] == encoder_identity(BUNDLED)["sha256"]
 
 
 def test_what_a_killed_driver_left_among_the_vectors_is_not_read(tmp_path: Path, counted: _Counted) -> None:
@@ -653,7 +656,7 @@ def test_what_a_killed_driver_left_among_the_vectors_is_not_read(tmp_path: Path,
         real(source, name, columns, target, *rest, **more)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(jobs.embed, "map_table", leave)
-        made = jobs.embed.embed(run, catalog)
-    assert len(read_vectors(made.folder)) == catalog.figures["items"]
+        monkeypatch.setattr(tiger.pipeline.embed, "map_shards", leave)
+        made = tiger.pipeline.embed.embed(run, catalog)
+    assert len(load_embeddings(made.folder)) == catalog.figures["items"]
     assert not list(Path(made.folder.uri).rglob(".reachable-*"))

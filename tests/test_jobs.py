@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiger import diagnostics
-from tiger.artifacts import Artifact, newest, open_artifact
-from tiger.catalog import Catalog
-from tiger.config import load
-from tiger.errors import DataError, HealthError
-from tiger.recommender import Recommender
+from tiger.core.artifacts import Artifact, newest, open_artifact
+from tiger.core.config import load
+from tiger.core.errors import DataError, HealthError
+from tiger.data.catalog import Catalog
+from tiger.evaluation import health as diagnostics
+from tiger.models.recommender import Recommender
 from tiger.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -43,9 +43,9 @@ TINY = [
 
 
 def run_pipeline(root: Path, *overrides: str) -> Artifact:
-    from jobs.pipeline import pipeline
+    from tiger.pipeline.pipeline import pipeline
 
-    return pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "jobs/configs"))
+    return pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "tiger/configs"))
 
 
 def digests(artifact: Artifact) -> dict[str, dict[str, str]]:
@@ -114,7 +114,7 @@ def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pyt
 def test_recommendations_come_back_as_items_titles_and_scores(
     finished: Artifact, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from jobs.recommend import show_some
+    from tiger.pipeline.recommend import print_examples
 
     recommendations = newest(str(Path(finished.folder.uri).parent), "recommendations")
     catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
@@ -126,7 +126,7 @@ def test_recommendations_come_back_as_items_titles_and_scores(
     assert [row["user"] for row in readable] == catalog.histories.source_ids[:20]
     assert readable[3]["items"][0]["title"] == catalog.titles[table["items"][3][0].as_py()]
     with caplog.at_level("INFO"):
-        show_some(recommendations)
+        print_examples(recommendations)
     shown = [record.message for record in caplog.records if record.message.startswith("user ")]
     assert len(shown) == 5
     assert catalog.titles[table["items"][0][0].as_py()][:60] in shown[0]
@@ -140,7 +140,7 @@ def test_a_run_is_loaded_by_its_model(finished: Artifact) -> None:
 
 def test_diagnostics_print_the_whole_table(finished: Artifact) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tiger.diagnostics", finished.folder.uri], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "tiger.evaluation.health", finished.folder.uri], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     for words in ("share of distinct titles", "mean pairwise distance", "usage of level 3", "invalid items"):
@@ -177,7 +177,7 @@ def test_a_filter_that_cannot_be_is_refused(content: bytes, message: str, finish
 
 def test_a_split_by_time_without_validation_users_stops_before_the_training(tmp_path: Path) -> None:
     """A nightly export: all events of a day at midnight, so that both moments of the split are the same."""
-    from jobs.prepare import prepare
+    from tiger.pipeline.prepare import prepare
 
     items = [f"i{n:02d},title {n}" for n in range(30)]
     (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *items]))
@@ -185,7 +185,7 @@ def test_a_split_by_time_without_validation_users_stops_before_the_training(tmp_
     (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]))
     files = [f'data.items=["{tmp_path}/items.csv"]', f'data.interactions=["{tmp_path}/events.csv"]']
     rules = ['catalog.text_fields=["title"]', "catalog.k_core=0", "catalog.split=by-time", f"root={tmp_path}/runs"]
-    run = load(RunConfig, None, ["data.kind=tables", *files, *rules], ROOT / "jobs/configs")
+    run = load(RunConfig, None, ["data.kind=tables", *files, *rules], ROOT / "tiger/configs")
     with pytest.raises((DataError, HealthError), match="validation users.*finer times.*leave-one-out"):
         prepare(run)
 

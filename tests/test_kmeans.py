@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tiger.kmeans import cluster_sums, kmeans, lloyd, nearest
+from tiger.tokenizers.kmeans import cluster_sums, kmeans, lloyd, nearest
 
 
 def test_nearest_equals_the_difference_tensor() -> None:

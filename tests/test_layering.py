@@ -1,4 +1,4 @@
-"""The two rules of the layout: files import only from files above them, and Ray stays in tiger/scale and jobs."""
+"""The rules of the layout: layers import downward only, Ray stays in tiger/on_ray, and README's tree is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,23 @@ import pytest
 from faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("tiger/**/*.py"), *ROOT.glob("jobs/*.py")])
+SOURCES = sorted(ROOT.glob("tiger/**/*.py"))
+
+LAYERS = (
+    {"core"},
+    {"data", "embedding", "semantic_ids", "training"},
+    {"metrics"},
+    {"tokenizers", "models"},
+    {"evaluation"},
+    {"report"},
+    {"run"},
+    {"tuning"},
+    {"on_ray"},
+    {"pipeline"},
+    {"cli"},
+    {"__main__"},
+)
+"""Folders and modules of tiger/, lowest layer first. A layer imports from layers below it, and from itself."""
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -22,36 +38,48 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def order() -> list[str]:
-    """Modules of tiger/ in the order of the README's tree; a folder stands for all its files."""
+def component(path: Path) -> str:
+    return path.relative_to(ROOT / "tiger").parts[0].removesuffix(".py")
+
+
+def test_layers_name_every_component() -> None:
+    assert {component(path) for path in SOURCES} - {"__init__"} == set().union(*LAYERS)
+
+
+def test_readme_tree_names_every_component() -> None:
     tree = re.search(r"```\n(tiger/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tree, "the README has no tree of the layout"
-    names = re.findall(r"^  (\w+)(?:\.py|/) ", tree[1].split("jobs/")[0], re.MULTILINE)
-    return [name for name in names if name != "__init__"]
+    named = set(re.findall(r"^  (\w+)(?:\.py|/) ", tree[1], re.MULTILINE))
+    assert named == {component(path) for path in SOURCES} - {"__init__", "__main__"} | {"configs"}
+    for folder in re.findall(r"^(\w+)/ ", tree[1], re.MULTILINE):
+        assert (ROOT / folder).is_dir(), f"README names {folder}/, which does not exist"
 
 
-def test_the_readme_names_every_module() -> None:
-    found = {path.stem for path in ROOT.glob("tiger/*.py")} | {path.parent.name for path in ROOT.glob("tiger/*/*.py")}
-    assert set(order()) == found - {"__init__"}
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[-2] != "jobs"], ids=str)
-def test_imports_point_upwards(path: Path) -> None:
-    own = path.relative_to(ROOT / "tiger").parts[0].removesuffix(".py")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    own = component(path)
     if own == "__init__":
         assert not list(imports(path))
         return
-    allowed = set(order()[: order().index(own) + 1])
+    level = next(level for level, layer in enumerate(LAYERS) if own in layer)
+    allowed = {own}.union(*LAYERS[: level + 1])
     for name in imports(path):
         if name.startswith("tiger."):
-            module = name.split(".")[1]
-            assert module in allowed, f"{path.name} imports {name}, which stands below it"
+            assert name.split(".")[1] in allowed, f"{path.relative_to(ROOT)} imports {name} from a higher layer"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_ray_is_imported_in_scale_and_jobs_only(path: Path) -> None:
-    if "scale" not in path.parts and "jobs" not in path.parts:
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_on_ray_imports_ray(path: Path) -> None:
+    if component(path) not in ("on_ray", "cli"):
         assert not [name for name in imports(path) if name.split(".")[0] == "ray"]
+
+
+def test_jobs_hold_no_logic() -> None:
+    jobs = {path.stem: path.read_text() for path in ROOT.glob("jobs/*.py") if path.stem != "__init__"}
+    assert jobs.keys() == {path.stem for path in ROOT.glob("tiger/pipeline/*.py")} - {"__init__"}
+    for name, text in jobs.items():
+        assert len(text.splitlines()) < 12
+        assert f'main(["{name}", *sys.argv[1:]])' in text
 
 
 def test_every_fault_of_the_catalogue_has_its_test() -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import random_ids, toy_histories
 
-from tiger import baselines, metrics
-from tiger.catalog import Histories
-from tiger.config import build
-from tiger.errors import HealthError
-from tiger.examples import Examples, Sequences
-from tiger.learning import learn_model
-from tiger.model import ModelConfig
+from tiger.core.config import build
+from tiger.core.errors import HealthError
+from tiger.data.histories import Histories
+from tiger.metrics import ranking as metrics
+from tiger.models import baselines
+from tiger.models.tiger.batches import SequenceExamples, TargetExamples
+from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.train import fit_model
 
 CPU = torch.device("cpu")
 MODEL = {
@@ -38,7 +39,7 @@ def with_other(histories: Histories, positions: np.ndarray) -> Histories:
 
 def learn(histories: Histories, mode: str) -> tuple[dict[str, torch.Tensor], Any]:
     ids = random_ids(np.random.default_rng(1), 40, (4, 4, 4))
-    model, result = learn_model(build(ModelConfig, MODEL | {"mode": mode}), histories, ids, device=CPU)
+    model, result = fit_model(build(ModelConfig, MODEL | {"mode": mode}), histories, ids, device=CPU)
     return model.state_dict(), result
 
 
@@ -64,7 +65,7 @@ def test_validation_items_change_the_choice_but_no_loss(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["faithful", "fast"])
 def test_training_on_the_validation_item_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = Examples if mode == "faithful" else Sequences
+    kind = TargetExamples if mode == "faithful" else SequenceExamples
     original = kind.__init__
 
     def leaking(self: Any, histories: Histories, *rest: Any) -> None:
@@ -81,7 +82,7 @@ def test_baselines_do_not_see_what_comes_later() -> None:
     changed = with_other(histories, later)
     taken = [histories.of(user)[:-2] for user in range(150)]
     assert np.array_equal(baselines.popularity(histories, 40, 40), baselines.popularity(changed, 40, 40))
-    first, second = (baselines.co_occurrence(h, 40, taken, 40) for h in (histories, changed))
+    first, second = (baselines.markov_chain(h, 40, taken, 40) for h in (histories, changed))
     assert np.array_equal(first, second)
 
 

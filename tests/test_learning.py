@@ -9,16 +9,20 @@ import pytest
 import torch
 from conftest import random_ids
 
-from tiger import baselines, metrics
-from tiger.artifacts import Folder
-from tiger.catalog import CatalogConfig, make, read_histories
-from tiger.config import build
-from tiger.datasets import Ledger, synthetic
-from tiger.learning import _leave, learn_model
-from tiger.model import ModelConfig
-from tiger.precision import Choice
-from tiger.recommender import Recommender
-from tiger.training import FitResult
+from tiger.core.config import build
+from tiger.core.precision import Choice
+from tiger.core.storage import Folder
+from tiger.data.catalog import CatalogConfig, make
+from tiger.data.histories import read_histories
+from tiger.data.sources import synthetic
+from tiger.data.sources.base import RowCounts
+from tiger.metrics import ranking as metrics
+from tiger.models import baselines
+from tiger.models.recommender import Recommender
+from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.train import fit_model
+from tiger.training.loop import FitResult
+from tiger.training.weights import save_training_result
 
 TRAINING = {"epochs": 8, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "validate_every": 4}
 
@@ -31,7 +35,7 @@ def test_figures_of_a_training_record_its_precision(
     choice: Choice, recorded: dict[str, object], tmp_path: Path
 ) -> None:
     result = FitResult({"ndcg@10": 0.1}, 20, 30, False, [{"step": 0, "ndcg@10": 0.1}], choice)
-    figures = _leave(torch.nn.Linear(2, 2), result, Folder(str(tmp_path)))
+    figures = save_training_result(torch.nn.Linear(2, 2), result, Folder(str(tmp_path)))
     assert figures == {"ndcg@10": 0.1, "best_step": 20, "steps": 30, "stopped_early": False} | recorded
 
 
@@ -40,13 +44,13 @@ def test_figures_of_a_training_record_its_precision(
 def test_recall_against_popularity(noise: float, tmp_path: Path) -> None:
     """Predictable: at least three times popularity's Recall@10. Pure noise: 95 % intervals overlap."""
     config = build(synthetic.Config, {"items": 300, "users": 1000, "noise": noise})
-    files, ledger, folder = synthetic.locate(config, tmp_path), Ledger("rows"), Folder(str(tmp_path))
+    files, ledger, folder = synthetic.locate(config, tmp_path), RowCounts("rows"), Folder(str(tmp_path))
     raw = synthetic.read_items(config, files, ledger), synthetic.read_interactions(config, files, ledger)
     n_items = make(CatalogConfig(), *raw, folder)["items"]
     histories = read_histories(folder)
     ids = random_ids(np.random.default_rng(0), n_items, (32, 32, 2))
     model_config = build(ModelConfig, {"d_model": 32, "validation_users": 1000, "training": TRAINING})
-    model, _ = learn_model(model_config, histories, ids, device=torch.device("cpu"))
+    model, _ = fit_model(model_config, histories, ids, device=torch.device("cpu"))
     users = histories.evaluation("test")
     found = Recommender(model, ids, device="cpu").recommend(users.histories(), k=50).items
     popular = np.tile(baselines.popularity(histories, n_items, 50), (len(users), 1))

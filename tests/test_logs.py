@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tiger.logs import JsonLines, redact
+from tiger.core.logs import JsonLinesHandler, redact
 
 
 def test_secrets_are_in_no_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary/of+the+mine")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
-    handler = JsonLines(str(tmp_path), "embed")
+    handler = JsonLinesHandler(str(tmp_path), "embed")
     logger = logging.getLogger("tiger.test_logs")
     logger.addHandler(handler)
     logger.warning("reading s3://AKIACANARY:hush@bucket/x with canary/of+the+mine, %s", "token=0123456789abcdef")

@@ -26,8 +26,8 @@ import torch
 from test_jobs import ROOT, TINY
 from test_submit import RAY, free_ports
 
-from tiger.artifacts import newest
-from tiger.training import Hooks
+from tiger.core.artifacts import newest
+from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.slow
 
@@ -61,13 +61,10 @@ def run_script(script: str, folder: str, seconds: int = 600, **environment: str)
 
 
 PIPELINE = """
-import sys
-import tiger.scale, ray
-sys.argv = ["pipeline", *{arguments!r}]
+import tiger.on_ray, ray
 ray.init(num_cpus=6, num_gpus={gpus}, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-from jobs.command import command
-from jobs.pipeline import pipeline
-command("", pipeline, default="sample")
+from tiger.cli import main
+main(["pipeline", *{arguments!r}])
 """
 
 
@@ -116,11 +113,11 @@ class NotesGpu:
         return pa.table({"x": shard["x"], "gpus": gpus, "node": [ray.get_runtime_context().get_node_id()] * len(shard)})
 
 
-def notes_gpu(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+def notes_gpu(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
     """A training that notes the GPUs of every rank; all ranks meet in a collective of the process group."""
     import ray
 
-    from tiger.training import all_sum, rank, world_size
+    from tiger.training.loop import all_reduce_sum, rank, world_size
 
     Path(arguments["folder"], f"rank-{rank()}").write_text(
         json.dumps(
@@ -128,20 +125,20 @@ def notes_gpu(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> 
         )
     )
     assert device == torch.device("cpu")
-    return {"sum": float(all_sum(torch.ones(1))), "world": world_size()}
+    return {"sum": float(all_reduce_sum(torch.ones(1))), "world": world_size()}
 
 
 GPUS = """
-import tiger.scale, ray, json
+import tiger.on_ray, ray, json
 ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
 import pyarrow as pa
 from pathlib import Path
 from test_machines import NotesGpu, notes_gpu
-from tiger.artifacts import Folder
-from tiger.errors import ConfigError
-from tiger.run import ScaleConfig
-from tiger.scale.map import Actors, map_table
-from tiger.scale.train import train
+from tiger.core.storage import Folder
+from tiger.core.errors import ConfigError
+from tiger.run import ResourcesConfig
+from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.train import train
 folder = Folder({folder!r})
 import pyarrow.parquet as pq
 sizes, rows = (10, 5, 10, 10, 3, 10, 10, 10), 0  # shards of unequal lengths are neither joined nor split
@@ -150,12 +147,12 @@ with pq.ParquetWriter({folder!r} + "/source.parquet", schema) as writer:
     for size in sizes:
         writer.write_table(pa.table({{"x": list(range(rows, rows + size))}}), row_group_size=size)
         rows += size
-for name, actors in {{"halves": Actors(minimum=4), "whole": Actors(minimum=2, gpus=1.0), "none": Actors(gpus=0.0)}}.items():
-    map_table(folder, "source.parquet", ["x"], folder.child(name), NotesGpu, {{"slow": 0.5}}, actors=actors, what=name)
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ScaleConfig(), "two")
+for name, actors in {{"halves": ActorPool(minimum=4), "whole": ActorPool(minimum=2, gpus=1.0), "none": ActorPool(gpus=0.0)}}.items():
+    map_shards(folder, "source.parquet", ["x"], folder.child(name), NotesGpu, {{"slow": 0.5}}, actors=actors, what=name)
+found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(), "two")
 assert found == {{"sum": 2.0, "world": 2}}, found
 try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("three"), ScaleConfig(train_workers=3), "three")
+    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("three"), ResourcesConfig(train_workers=3), "three")
 except ConfigError as error:
     print(error)
 """
@@ -177,31 +174,31 @@ def test_gpus_are_assigned_to_actors_and_workers(ray_folder: str, tmp_path: Path
 
 
 NODES = """
-import json, os, tiger.scale, ray
+import json, os, tiger.on_ray, ray
 from ray.cluster_utils import Cluster
 small = dict(object_store_memory=100_000_000)
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
 ray.init(address=cluster.address, log_to_driver=False)
-from tiger import logs
-logs.to_console()
+from tiger.core import logs
+logs.configure_console()
 from test_machines import notes_gpu
-from tiger.artifacts import Folder
-from tiger.errors import ResourceError
-from tiger.run import ScaleConfig
-from tiger.scale import placement, cluster as ours
-from tiger.scale.train import train
+from tiger.core.storage import Folder
+from tiger.core.errors import ResourceError
+from tiger.run import ResourcesConfig
+from tiger.on_ray import placement, cluster as ours
+from tiger.on_ray.train import train
 folder = Folder({folder!r})
 try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("none"), ScaleConfig(), "none")
+    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("none"), ResourcesConfig(), "none")
 except ResourceError as error:
     print(error)
 for _ in range(2):
     cluster.add_node(num_cpus=4, **small)
 cluster.wait_for_nodes()
 assert not ours.shape().autoscaling
-assert train(notes_gpu, {{"folder": {folder!r}}}, folder.child("one"), ScaleConfig(), "one") == {{"sum": 1.0, "world": 1}}
+assert train(notes_gpu, {{"folder": {folder!r}}}, folder.child("one"), ResourcesConfig(), "one") == {{"sum": 1.0, "world": 1}}
 one = json.loads(open({folder!r} + "/rank-0").read())
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ScaleConfig(train_workers=2), "two")
+found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(train_workers=2), "two")
 assert found == {{"sum": 2.0, "world": 2}}
 ranks = [json.loads(open({folder!r} + f"/rank-{{rank}}").read()) for rank in range(2)]
 print(json.dumps([one, ranks]))
@@ -220,15 +217,15 @@ def test_training_on_a_head_without_cpus_and_two_nodes(ray_folder: str, tmp_path
 
 
 GROWS = """
-import json, os, threading, time, tiger.scale, ray
+import json, os, threading, time, tiger.on_ray, ray
 ray.init(log_to_driver=False)
-from tiger import logs
-logs.to_console()
+from tiger.core import logs
+logs.configure_console()
 import pyarrow as pa
 from test_machines import NotesGpu
-from tiger.artifacts import Folder
-from tiger.scale import cluster
-from tiger.scale.map import Actors, map_table
+from tiger.core.storage import Folder
+from tiger.on_ray import cluster
+from tiger.on_ray.map import ActorPool, map_shards
 folder = Folder({folder!r})
 folder.write_table("source.parquet", pa.table({{"x": list(range(40))}}), row_group_size=1)
 before = cluster.shape()
@@ -240,7 +237,7 @@ def watch():
         most = max(most, len(cluster.shape().nodes))
         time.sleep(1)
 threading.Thread(target=watch, daemon=True).start()
-map_table(folder, "source.parquet", ["x"], folder.child("out"), NotesGpu, {{"slow": 3.0}}, actors=Actors(), what="embed")
+map_shards(folder, "source.parquet", ["x"], folder.child("out"), NotesGpu, {{"slow": 3.0}}, actors=ActorPool(), what="embed")
 deadline = time.monotonic() + 180
 while cluster.shape().nodes and time.monotonic() < deadline:
     time.sleep(1)
@@ -291,11 +288,11 @@ def test_pool_grows_with_an_autoscaling_cluster_and_lets_it_shrink(ray_folder: s
 
 
 JOIN = """
-import tiger.scale
-from tiger import logs
-from tiger.errors import ResourceError
-from tiger.scale import cluster
-logs.to_console()
+import tiger.on_ray
+from tiger.core import logs
+from tiger.core.errors import ResourceError
+from tiger.on_ray import cluster
+logs.configure_console()
 try:
     cluster.connect()
     print(cluster.shape())

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from tiger.metrics import (
+from tiger.metrics.ranking import (
     by_group,
     confidence,
     coverage,
     paired_difference,
-    popular_share,
+    popular_item_fraction,
     ranking,
     target_ranks,
 )
@@ -94,5 +94,5 @@ def test_groups_of_users() -> None:
 
 def test_the_share_of_popular_items() -> None:
     counts = np.array([5, 1, 9, 1, 1, 1, 1, 1, 1, 1])
-    assert popular_share(np.array([[2, 0], [2, -1]]), counts) == pytest.approx(2 / 3)
-    assert popular_share(np.array([[2, 0], [2, -1]]), counts, share=0.2) == 1
+    assert popular_item_fraction(np.array([[2, 0], [2, -1]]), counts) == pytest.approx(2 / 3)
+    assert popular_item_fraction(np.array([[2, 0], [2, -1]]), counts, share=0.2) == 1

@@ -6,15 +6,15 @@ import torch
 from conftest import random_ids
 from test_decoding import SIZES, histories, small_model
 
-from tiger.config import build
-from tiger.errors import ConfigError
-from tiger.examples import PAD, columns, hash_users
-from tiger.model import PRESETS, GenerativeRecommender, ModelConfig
+from tiger.core.config import build
+from tiger.core.errors import ConfigError
+from tiger.models.tiger.batches import PAD, columns, user_token_ids
+from tiger.models.tiger.model import PRESETS, ModelConfig, TigerModel
 
 KINDS = [{}, {"item_tokens": True}, {"item_tokens": True, "dense": 0.5}]
 
 
-def model_and_items(kind: dict[str, object], **changes: object) -> tuple[GenerativeRecommender, np.ndarray]:
+def model_and_items(kind: dict[str, object], **changes: object) -> tuple[TigerModel, np.ndarray]:
     """A model of 20 items, and what it reads of each."""
     model = small_model(SIZES, items=20, **kind, **changes)
     return model, columns(random_ids(np.random.default_rng(0), 20, SIZES), bool(model.dense))
@@ -106,7 +106,7 @@ def test_presets_build(preset: str) -> None:
     config = build(ModelConfig, {"preset": preset, "dropout": 0.3})
     assert config.dropout == 0.3
     assert config.layers == PRESETS[preset]["layers"]
-    model = GenerativeRecommender(config, (4, 4, 4))
+    model = TigerModel(config, (4, 4, 4))
     assert model(torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)).shape == (2,)
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_preset_is_refused() -> None:
 
 
 def test_user_tokens_are_stable() -> None:
-    assert hash_users(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]
+    assert user_token_ids(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]
 
 
 def test_an_item_token_is_the_sum_of_its_codes() -> None:
@@ -136,7 +136,7 @@ def test_the_dense_loss_is_the_cross_entropy_over_all_items() -> None:
     torch.nn.init.normal_(model.repeats)
     of_codes, of_items = model.losses(history, target)
     query = model.encode(history).query
-    scores = query @ model.item_keys().T
+    scores = query @ model.item_embeddings().T
     scores[:, :3] += query @ model.repeats  # the history is items 0, 1 and 2
     torch.testing.assert_close(of_items, -scores.log_softmax(-1)[:, 7])
     torch.testing.assert_close(model(history, target), of_codes + 0.5 * of_items)
@@ -147,7 +147,7 @@ def test_repeats_count_and_both_ways_to_score_agree() -> None:
     torch.nn.init.normal_(model.repeats)
     history = torch.from_numpy(items[[[4, 2, 4], [1, 5, 3]]])
     history[1, 0] = -1
-    memory, keys = model.encode(history), model.item_keys()
+    memory, keys = model.encode(history), model.item_embeddings()
     scores = model.dense_logits(memory.query, keys, memory.last)
     worth, plain = memory.query @ model.repeats, memory.query @ keys.T
     torch.testing.assert_close((scores - plain)[0, [4, 2, 1]], worth[0] * torch.tensor([2.0, 1.0, 0.0]))
@@ -163,7 +163,7 @@ def test_a_dense_head_needs_item_tokens_and_texts() -> None:
     with pytest.raises(ConfigError, match="item_tokens"):
         build(ModelConfig, {"dense": 0.5})
     with pytest.raises(ValueError, match="pass vectors"):
-        GenerativeRecommender(build(ModelConfig, {"dense": 0.5, "item_tokens": True}), SIZES)
+        TigerModel(build(ModelConfig, {"dense": 0.5, "item_tokens": True}), SIZES)
 
 
 def test_a_sampled_softmax_stands_for_the_whole_one() -> None:

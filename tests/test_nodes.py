@@ -20,7 +20,7 @@ import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})
 os.environ |= {{"PYTHONPATH": {tests!r}, "RAY_health_check_initial_delay_ms": "1000",
                "RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}}
-import tiger.scale
+import tiger.on_ray
 import ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
@@ -48,11 +48,11 @@ def watch(happened):
 EMBED = """
 from test_nodes import slow_double
 from test_scale import source
-from tiger.scale.map import Actors, map_table
+from tiger.on_ray.map import ActorPool, map_shards
 folder = source(Path({folder!r}, "table"))
 watch(lambda: len(list(Path({folder!r}, "table", "out").glob("*.parquet"))) >= 2)
-map_table(folder, "source.parquet", ["x"], folder.child("out"), slow_double, {{"notes": {folder!r} + "/table/notes"}},
-          actors=Actors(minimum=2, maximum=2), what="test")
+map_shards(folder, "source.parquet", ["x"], folder.child("out"), slow_double, {{"notes": {folder!r} + "/table/notes"}},
+          actors=ActorPool(minimum=2, maximum=2), what="test")
 table = folder.read_table("out")
 deadline = time.monotonic() + 60  # the head notices by heartbeats that do not come
 while (dead := sum(not node["Alive"] for node in ray.nodes())) == 0 and time.monotonic() < deadline:
@@ -61,9 +61,9 @@ end([table["x"].to_pylist(), table["y"].to_pylist(), dead])
 """
 TRAIN = """
 from test_nodes import watched
-from tiger.artifacts import Folder
-from tiger.run import ScaleConfig
-from tiger.scale.train import train
+from tiger.core.storage import Folder
+from tiger.run import ResourcesConfig
+from tiger.on_ray.train import train
 
 def ready():
     if not Path({folder!r}, "second-save").exists():
@@ -76,7 +76,7 @@ def ready():
 
 watch(ready)
 found = train(watched, {{"folder": {folder!r}}}, Folder({folder!r} + "/artifact"),
-              ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=5), "test")
+              ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=5), "test")
 end(found)
 """
 
@@ -107,7 +107,7 @@ def watched(arguments: dict[str, Any], device: Any, hooks: Any) -> dict[str, Any
     import torch
     from test_training import learn, losses
 
-    from tiger.training import Hooks
+    from tiger.training.loop import Callbacks
 
     folder, saves = Path(arguments["folder"]), 0
 
@@ -122,7 +122,7 @@ def watched(arguments: dict[str, Any], device: Any, hooks: Any) -> dict[str, Any
                 time.sleep(0.1)
 
     torch.set_num_threads(1)
-    module, result = learn("tokenizer", Hooks(report=hooks.report, save=save, load=hooks.load), **CHANGES)
+    module, result = learn("tokenizer", Callbacks(report=hooks.report, save=save, load=hooks.load), **CHANGES)
     state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
     return {"losses": losses(result), "best": result.best, "state": state}
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from tiger.errors import ConfigError, ResourceError
-from tiger.scale import placement
-from tiger.scale.placement import Bundle, Cluster, Fit, Node
+from tiger.core.errors import ConfigError, ResourceError
+from tiger.on_ray import placement
+from tiger.on_ray.placement import Bundle, Cluster, Fit, Node
 
 CPU_NODE, GPU_NODE = Node(8), Node(8, 1)
 LAPTOP = Cluster((Node(10),))

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from tiger import precision
-from tiger.config import load
-from tiger.precision import Choice, Shapes, allow_tf32, choose, measure, node_speedup
+from tiger.core import precision
+from tiger.core.config import load
+from tiger.core.precision import Choice, Shapes, allow_tf32, choose, measure, node_speedup
 from tiger.run import RunConfig
 
 CPU = torch.device("cpu")
 SMALL = Shapes(rows=512, width=32, hidden=64, heads=2, head_dim=16, length=8)
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 
 
 @pytest.fixture(autouse=True)

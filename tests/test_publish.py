@@ -22,12 +22,12 @@ import pytest
 import torch
 from memory_store import MemoryStore, Schedule, use_for_tests
 
-from tiger import artifacts, publishing, storage
-from tiger.artifacts import Draft, build, open_artifact
-from tiger.config import Config
-from tiger.errors import ArtifactError, ConfigError, ResourceError, SecurityError
-from tiger.snapshots import Snapshots
-from tiger.storage import MANIFEST, SCRATCH, Folder
+from tiger.core import artifacts, publishing, storage
+from tiger.core.artifacts import Draft, build, open_artifact
+from tiger.core.config import Config
+from tiger.core.errors import ArtifactError, ConfigError, ResourceError, SecurityError
+from tiger.core.storage import MANIFEST, SCRATCH, Folder
+from tiger.training.checkpoints import CheckpointStore
 
 Property = Callable[[str, object], None]
 
@@ -41,7 +41,7 @@ class Knobs(Config):
 
 
 class _Injected:
-    """Stands for `os` and `open` in tiger.storage and tiger.publishing.
+    """Stands for `os` and `open` in tiger.core.storage and tiger.core.publishing.
 
     Counts operations that change a disk, and ends at one of them.
     """
@@ -127,8 +127,8 @@ def _state(step: int) -> dict[str, Any]:
     }
 
 
-def _snapshots(root: str, **given: Any) -> Snapshots:
-    return Snapshots(Folder(root), {"config": {"lr": 0.1}, "workers": 2} | given)
+def _snapshots(root: str, **given: Any) -> CheckpointStore:
+    return CheckpointStore(Folder(root), {"config": {"lr": 0.1}, "workers": 2} | given)
 
 
 def _strike(work: str, root: Path, at: int, how: str) -> bool:

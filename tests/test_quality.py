@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.quality import CodedItems, figures, gini, largest_groups, main, of_parquet, page, purity, telling_words
+from tiger.metrics.codes import category_agreement, gini
+from tiger.report.semantic_ids import CodedItems, distinctive_words, figures, largest_groups, main, of_parquet, page
 
 
 def test_gini_against_the_definition() -> None:
@@ -34,7 +35,9 @@ def test_purity_against_all_pairs() -> None:
             if categories[a] is not None and categories[b] is not None
         ]
         within = np.mean([same for same, prefix in pairs if prefix])
-        assert purity(codes, categories, depth) == pytest.approx((within, np.mean([same for same, _ in pairs])))
+        assert category_agreement(codes, categories, depth) == pytest.approx(
+            (within, np.mean([same for same, _ in pairs]))
+        )
 
 
 def shop() -> CodedItems:
@@ -51,8 +54,8 @@ def shop() -> CodedItems:
 
 def test_figures_of_a_shop() -> None:
     found = figures(shop())
-    assert found["purity@1"] == 1
-    assert found["purity of any two items"] == pytest.approx(19 / 39)
+    assert found["category_agreement@1"] == 1
+    assert found["category_agreement of any two items"] == pytest.approx(19 / 39)
     assert found["largest_group"] == 4
     assert found["unique_ratio"] == 37 / 40
     assert found["reconstruction_error"] == 0.25
@@ -65,8 +68,8 @@ def test_figures_of_a_shop() -> None:
 def test_telling_words_are_those_that_set_a_group_apart() -> None:
     names = shop().names
     among = Counter({"rose": 20, "lipstick": 20, "argan": 20, "shampoo": 20})
-    assert telling_words(names[:20], among, 40) == ["lipstick", "rose"]
-    assert telling_words(["rose lipstick 1", "rose shampoo 2", "rose"], among, 40) == ["rose"]
+    assert distinctive_words(names[:20], among, 40) == ["lipstick", "rose"]
+    assert distinctive_words(["rose lipstick 1", "rose shampoo 2", "rose"], among, 40) == ["rose"]
 
 
 class Tree(HTMLParser):

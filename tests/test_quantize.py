@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.embed import embeddings_of
-from jobs.semantic_ids import make_ids
-from tiger.artifacts import Folder
-from tiger.config import build
-from tiger.errors import ConfigError
-from tiger.kmeans import cluster_sums, nearest
+from tiger.core.config import build
+from tiger.core.errors import ConfigError
+from tiger.core.storage import Folder
+from tiger.on_ray import kmeans as quantize
+from tiger.pipeline.embed import ensure_embeddings
+from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.run import RunConfig
-from tiger.scale import quantize
-from tiger.semantic_ids import SemanticIds
-from tiger.tokenizers import TokenizerConfig
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.kmeans import cluster_sums, nearest
 from tiger.tokenizers.rkmeans import Config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -93,7 +93,7 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
         {"root": str(tmp_path / "runs"), "embedding": {"vectors": str(path)}, "tokenizer": tokenizer}
         | {"semantic_ids": {"collisions": "level" if streamed else "nearest"}},
     )
-    artifact = make_ids(run, embeddings_of(run))
+    artifact = build_semantic_ids(run, ensure_embeddings(run))
     table = artifact.folder.read_table("ids.parquet")
     assert table["source_id"].to_pylist() == sorted(names)
     ids = SemanticIds.read(artifact.folder)

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.config import load_plugin
-from tiger.datasets import DatasetConfig, Ledger
+from tiger.core.config import load_plugin
+from tiger.data.sources.base import DatasetConfig, RowCounts
 
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 LOW, HIGH = 631_152_000 * 10**6, 4_102_444_800 * 10**6
@@ -371,14 +371,14 @@ def check(seed: int, folder: Path) -> int:
         events += found
         bad += skipped
     values = {"kind": "tables", "items": files, "interactions": files, "time_unit": tables.unit}
-    config, source = DatasetConfig.resolve(values), load_plugin("tiger.datasets", "tables")
-    ledger = Ledger("interactions")
+    config, source = DatasetConfig.resolve(values), load_plugin("tiger.data.sources", "tables")
+    ledger = RowCounts("interactions")
     batches = source.read_interactions(config, source.locate(config, folder), ledger)
     read = [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
     assert read == events, f"seed {seed}: {files}"
     assert (ledger.kept, ledger.skipped.total()) == (len(events), bad), f"seed {seed}: {ledger}"
     if not any(file.endswith(".csv") for file in files):  # in CSV, a line break in a user's id is none of the items'
-        batches = source.read_items(config, source.locate(config, folder), Ledger("items"))
+        batches = source.read_items(config, source.locate(config, folder), RowCounts("items"))
         items = {name for batch in batches for name in batch["source_id"].to_pylist()}
         assert {event[1] for event in events} <= items, f"seed {seed}"
     return len(events) + bad

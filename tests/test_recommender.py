@@ -7,9 +7,9 @@ import torch
 from conftest import random_ids
 from test_decoding import SIZES, small_model
 
-from tiger.decoding import score_all
-from tiger.errors import ArtifactError, DataError
-from tiger.recommender import Recommender
+from tiger.core.errors import ArtifactError, DataError
+from tiger.models.recommender import Recommender
+from tiger.models.tiger.beam_search import score_all_items
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_against_exact_scores_for_histories_of_all_lengths(recommender: Recommen
     codes = torch.from_numpy(recommender.columns)
     for row, history in enumerate(histories):
         recent = codes[history[-recommender.model.max_items :]]
-        truth = score_all(recommender.model, codes, recent[None])[0].sort(descending=True)
+        truth = score_all_items(recommender.model, codes, recent[None])[0].sort(descending=True)
         np.testing.assert_allclose(found.scores[row], truth.values[:10], atol=1e-5)
         assert set(found.items[row]) <= set(range(40))
         assert len(set(found.items[row])) == 10
@@ -65,7 +65,7 @@ def test_ids_of_another_tokenizer_are_refused() -> None:
 def test_one_search_gives_lists_with_and_without_the_history(recommender: Recommender) -> None:
     rng = np.random.default_rng(4)
     histories = [rng.integers(0, 40, rng.integers(1, 30)) for _ in range(50)]
-    both, masked = recommender.recommend_both(histories, k=7, beam=12)
+    both, masked = recommender.recommend_with_and_without_seen(histories, k=7, beam=12)
     alone = recommender.recommend(histories, k=7, beam=12)
     excluded = recommender.recommend(histories, k=7, beam=12, exclude_history=True)
     assert np.array_equal(both.items, alone.items)

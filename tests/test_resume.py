@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_training import group, learn, losses
 
-from tiger.training import Hooks, rank
+from tiger.training.loop import Callbacks, rank
 
 pytestmark = pytest.mark.slow
 CHANGES: dict[str, dict[str, Any]] = {
@@ -31,22 +31,22 @@ KILLS = [(1, "before", 0), (2, "after", 1), (4, "before", 0)]
 DRIVER = """
 import json, sys
 sys.path.insert(0, {tests!r})
-import tiger.scale
+import tiger.on_ray
 from test_resume import killed_now_and_then
-from tiger.artifacts import Folder
-from tiger.run import ScaleConfig
-from tiger.scale.train import train
+from tiger.core.storage import Folder
+from tiger.run import ResourcesConfig
+from tiger.on_ray.train import train
 import os, ray
 os.environ["PYTHONPATH"] = {tests!r}
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
 arguments = {{"which": {which!r}, "marks": {marks!r}}}
 open({marks!r} + "/driver", "w").write(str(os.getpid()))
-scale = ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=5)
+scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=5)
 print(json.dumps(train(killed_now_and_then, arguments, Folder({target!r}), scale, "test")))
 """
 
 
-def killed_now_and_then(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+def killed_now_and_then(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
     """Trains; a worker is killed around three saves, and then the driver around one."""
     marks, saves = Path(arguments["marks"]), 0
     steps_seen: list[int] = []
@@ -73,7 +73,7 @@ def killed_now_and_then(arguments: dict[str, Any], device: torch.device, hooks: 
     if found is not None:
         (marks / f"from-{found['state']['step']}-{rank()}-{os.getpid()}").touch()
     torch.set_num_threads(1)
-    watched = Hooks(report=hooks.report, save=save, load=hooks.load)
+    watched = Callbacks(report=hooks.report, save=save, load=hooks.load)
     module, result = learn(arguments["which"], watched, **CHANGES[arguments["which"]])
     state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
     return {"losses": losses(result), "best": result.best, "state": state}

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from conftest import toy_histories
 
-from tiger.catalog import Histories
-from tiger.config import build
-from tiger.sasrec import SASRec, SASRecConfig, learn
+from tiger.core.config import build
+from tiger.data.histories import Histories
+from tiger.models.sasrec import SASRec, SASRecConfig, learn
 
 CPU = torch.device("cpu")
 SMALL = {

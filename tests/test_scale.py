@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tiger.artifacts import Folder
-from tiger.errors import HealthError, ResourceError
-from tiger.run import ScaleConfig
-from tiger.scale.map import MAX_ATTEMPTS, Actors, map_table
-from tiger.scale.train import train
-from tiger.training import Hooks
+from tiger.core.errors import HealthError, ResourceError
+from tiger.core.storage import Folder
+from tiger.on_ray.map import MAX_ATTEMPTS, ActorPool, map_shards
+from tiger.on_ray.train import train
+from tiger.run import ResourcesConfig
+from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -61,8 +61,8 @@ def source(folder: Path) -> Folder:
 def run(folder: Folder, maximum: int = 2, **worker: Any) -> int:
     arguments = {"notes": f"{folder.path}/notes", **worker}
     target = folder.child("out")
-    return map_table(
-        folder, "source.parquet", ["x"], target, Double, arguments, actors=Actors(maximum=maximum), what="test"
+    return map_shards(
+        folder, "source.parquet", ["x"], target, Double, arguments, actors=ActorPool(maximum=maximum), what="test"
     )
 
 
@@ -111,18 +111,18 @@ def test_map_table_names_a_shard_that_kills_its_actor(tmp_path: Path) -> None:
 def test_work_that_never_fits_is_refused(tmp_path: Path) -> None:
     folder = source(tmp_path / "a")
     with pytest.raises(ResourceError, match=r"of 9 actors needs 9 x 1 CPU, .* the cluster has 1 node with 4 CPUs"):
-        map_table(
-            folder, "source.parquet", ["x"], folder.child("out"), Double, {}, actors=Actors(minimum=9), what="test"
+        map_shards(
+            folder, "source.parquet", ["x"], folder.child("out"), Double, {}, actors=ActorPool(minimum=9), what="test"
         )
     with pytest.raises(ResourceError, match="training with 8 workers needs 8 x 2 CPUs"):
-        train(count, {}, Folder(str(tmp_path)), ScaleConfig(train_workers=8, cpus_per_worker=2), "test")
+        train(count, {}, Folder(str(tmp_path)), ResourcesConfig(train_workers=8, cpus_per_worker=2), "test")
     with pytest.raises(ResourceError, match=r"2 GPUs are asked for \(scale.gpus\), and CUDA sees 0"):
-        train(count, {}, Folder(str(tmp_path)), ScaleConfig(gpus=2), "test")
+        train(count, {}, Folder(str(tmp_path)), ResourcesConfig(gpus=2), "test")
 
 
-def count(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+def count(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
     """Counts to five, saves every step, and is killed once at three."""
-    from tiger.training import all_sum, rank, world_size
+    from tiger.training.loop import all_reduce_sum, rank, world_size
 
     state = hooks.load() or {"step": 0, "starts": 0}
     state["starts"] += 1
@@ -135,33 +135,33 @@ def count(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict
             os.kill(os.getpid(), signal.SIGKILL)
     if "fail" in arguments:
         raise HealthError("planted")
-    ranks = all_sum(torch.tensor(float(rank() + 1)))
+    ranks = all_reduce_sum(torch.tensor(float(rank() + 1)))
     return {"steps": state["step"], "starts": state["starts"], "world": world_size(), "ranks": ranks.item()}
 
 
 @pytest.mark.slow
 def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
-    scale = ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
+    scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
     found = train(count, {"died": str(tmp_path / "died")}, Folder(str(tmp_path / "out")), scale, "test")
     assert (tmp_path / "died").exists()
     assert found == {"steps": 5, "starts": 2, "world": 2, "ranks": 3.0}
 
 
-def fail_on_one_rank(arguments: dict[str, Any], device: torch.device, hooks: Hooks) -> dict[str, Any]:
+def fail_on_one_rank(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
     """Rank 1 fails while rank 0 waits for it in a collective."""
-    from tiger.training import all_sum, rank
+    from tiger.training.loop import all_reduce_sum, rank
 
     if rank() == arguments["rank"]:
         Path(arguments["folder"], f"failed-{os.getpid()}").write_text(str(time.time()))
         raise HealthError("planted")
-    all_sum(torch.ones(1))
+    all_reduce_sum(torch.ones(1))
     return {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tiger_error_on_any_rank_stops_training_within_seconds(tmp_path: Path, rank: int) -> None:
-    scale = ScaleConfig(train_workers=2, cpus_per_worker=1, max_failures=3)
+    scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=3)
     with pytest.raises(HealthError, match="^planted$"):
         train(fail_on_one_rank, {"folder": str(tmp_path), "rank": rank}, Folder(str(tmp_path / "out")), scale, "test")
     (failed,) = tmp_path.glob("failed-*")  # once: it was not tried again

@@ -15,21 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tiger.artifacts import Artifact, Folder
-from tiger.config import build, dump_toml, load, with_override
-from tiger.diagnostics import code_figures, nearest_neighbours, neighbour_overlap
-from tiger.errors import ConfigError
+from tiger.core.artifacts import Artifact
+from tiger.core.config import build, dump_toml, load, with_override
+from tiger.core.errors import ConfigError
+from tiger.core.storage import Folder
+from tiger.metrics.codes import code_metrics, nearest_neighbors, neighbor_prefix_agreement
+from tiger.on_ray import tune
 from tiger.run import RunConfig
-from tiger.scale import tune
-from tiger.search import SearchConfig, SweepConfig, Weights, apply, judge, picture, require_possible, table
+from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, picture, require_possible, table
 
-CONFIGS = Path(__file__).parents[1] / "jobs/configs"
+CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
-    search = load(SearchConfig, str(path), [], CONFIGS)
+    search = load(TuningConfig, str(path), [], CONFIGS)
     run = load(RunConfig, path.stem.removesuffix(".search"), [], CONFIGS)
     for key, space in search.space.items():
         for value in space.choices or [space.low, space.high]:
@@ -48,7 +49,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_impossible_spaces_are_refused(message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(SearchConfig, REFUSED[message])
+        build(TuningConfig, REFUSED[message])
 
 
 def test_a_key_that_does_not_exist_is_refused() -> None:
@@ -68,11 +69,11 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_a_space_that_no_trial_could_use_is_refused_before_the_first(message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        require_possible(RunConfig(), build(SearchConfig, {"space": IMPOSSIBLE[message]}))
+        require_possible(RunConfig(), build(TuningConfig, {"space": IMPOSSIBLE[message]}))
 
 
 def test_a_search_may_be_over_kinds() -> None:
-    search = build(SearchConfig, {"space": {"tokenizer.kind": {"choices": ["rqvae", "rkmeans", "opq"]}}})
+    search = build(TuningConfig, {"space": {"tokenizer.kind": {"choices": ["rqvae", "rkmeans", "opq"]}}})
     require_possible(load(RunConfig, "beauty", [], CONFIGS), search)
 
 
@@ -101,7 +102,7 @@ FIRST = {
 def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) -> None:
     """Also after a kill with another trial in the journal; and once only."""
     space, standing = FIRST[name]
-    run, search = load(RunConfig, None, [], CONFIGS), build(SearchConfig, {"space": space, "sampler": sampler})
+    run, search = load(RunConfig, None, [], CONFIGS), build(TuningConfig, {"space": space, "sampler": sampler})
     require_possible(run, search)
     (key,) = space
     others = [json.dumps(choice) for choice in space[key].get("choices", []) if choice != standing[key]]
@@ -121,9 +122,9 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
 
 
 def test_resources_do_not_make_another_sweep() -> None:
-    def sweep(**changes: Any) -> SweepConfig:
-        search = build(SearchConfig, {"space": {"tokenizer.latent": {"choices": [8, 16]}}} | changes)
-        return SweepConfig(tokenizer=RunConfig().tokenizer, search=search)
+    def sweep(**changes: Any) -> TuningStageConfig:
+        search = build(TuningConfig, {"space": {"tokenizer.latent": {"choices": [8, 16]}}} | changes)
+        return TuningStageConfig(tokenizer=RunConfig().tokenizer, search=search)
 
     for resource in ("concurrent", "workers_per_trial", "cpus_per_trial"):
         assert sweep(**{resource: 3}).identity() == sweep().identity()
@@ -171,16 +172,16 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
 
 def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Residual k-means has no epochs."""
-    from jobs import tune as job
+    from tiger.pipeline import tune as job
 
     row = {"unique_ratio": 0.9, "reconstruction_error": 0.3, "objective": 1.0, "overlap@1": 0.5, "looks": 1}
     row |= {"epochs": 0.0, "seconds": 1.0, "status": "finished", "failure": None}
     rows = [row | {"trial": n, "tokenizer.distance": value} for n, value in enumerate(["cosine", "mixed"])]
-    monkeypatch.setattr(job, "search_tokenizer", lambda *_: pa.Table.from_pylist(rows))
-    monkeypatch.setattr(job, "read_vectors", lambda _: None)
+    monkeypatch.setattr(job, "tune_tokenizer", lambda *_: pa.Table.from_pylist(rows))
+    monkeypatch.setattr(job, "load_embeddings", lambda _: None)
     monkeypatch.setattr(Artifact, "verify", lambda self: None)
     run = load(RunConfig, None, ["tokenizer.kind=rkmeans", f"root={tmp_path}"], CONFIGS)
-    search = build(SearchConfig, {"trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
+    search = build(TuningConfig, {"trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
     embeddings = Artifact(Folder(str(tmp_path)), {"fingerprint": "00000000", "kind": "embeddings"})
     artifacts_read: list[Any] = []
     monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
@@ -204,16 +205,16 @@ def clusters() -> np.ndarray:
     return (rng.normal(size=(20, 8)).repeat(20, axis=0) + 0.2 * rng.normal(size=(400, 8))).astype(np.float32)
 
 
-def test_neighbours_against_the_definition() -> None:
+def test_neighbors_against_the_definition() -> None:
     vectors = clusters()
-    items, nearest = nearest_neighbours(vectors, k=5, sample=30)
+    items, nearest = nearest_neighbors(vectors, k=5, sample=30)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for item, found in zip(items, nearest, strict=True):
         others = np.delete(np.arange(400), item)
         expected = others[np.argsort(-(unit[others] @ unit[item]))[:5]]
         assert set(found) == set(expected)
     codes = np.random.default_rng(0).integers(0, 3, (400, 2))
-    overlap = neighbour_overlap(codes, (items, nearest))
+    overlap = neighbor_prefix_agreement(codes, (items, nearest))
     first = np.mean([[codes[n, 0] == codes[i, 0] for n in row] for i, row in zip(items, nearest, strict=True)])
     both = np.mean([[(codes[n] == codes[i]).all() for n in row] for i, row in zip(items, nearest, strict=True)])
     assert (overlap["overlap@1"], overlap["overlap@2"]) == pytest.approx((first, both))
@@ -222,13 +223,13 @@ def test_neighbours_against_the_definition() -> None:
 def test_uniqueness_bought_with_noise_does_not_win() -> None:
     """Random codes are all unique, codes of the clusters are not; overlap and error tell which ones are good."""
     vectors, rng = clusters(), np.random.default_rng(1)
-    neighbours = nearest_neighbours(vectors)
+    neighbors = nearest_neighbors(vectors)
     noise = np.stack(np.unravel_index(rng.permutation(8**3)[:400], (8, 8, 8)), axis=1)
     honest = np.stack([np.arange(400) // 20 % 8, np.arange(400) // 20 // 8, rng.integers(0, 8, 400)], axis=1)
     scores = {}
     for name, codes, error in (("noise", noise, 1.0), ("honest", honest, 0.1)):
-        figures = code_figures(codes, 8) | {"reconstruction_error": error}
-        scores[name] = judge(Weights(), neighbours)(codes, figures)["objective"], figures["unique_ratio"]
+        figures = code_metrics(codes, 8) | {"reconstruction_error": error}
+        scores[name] = judge(Weights(), neighbors)(codes, figures)["objective"], figures["unique_ratio"]
     assert scores["noise"][1] > scores["honest"][1]
     assert scores["honest"][0] > scores["noise"][0]
 

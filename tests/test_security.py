@@ -20,17 +20,19 @@ import pytest
 import ray.data  # noqa: F401  registers Arrow extension types, whose readers meet the files, too
 import torch
 
-from tiger.artifacts import MANIFEST, Draft, build, open_artifact
-from tiger.config import load
-from tiger.embedding import TextEncoder, read_vectors
-from tiger.errors import ArtifactError, ConfigError, SecurityError, TigerError
-from tiger.learning import load_tokenizer
+from tiger.core.artifacts import Draft, build, open_artifact
+from tiger.core.config import load
+from tiger.core.errors import ArtifactError, ConfigError, SecurityError, TigerError
+from tiger.core.storage import MANIFEST
+from tiger.embedding.encoder import TextEncoder
+from tiger.embedding.vectors import load_embeddings
+from tiger.on_ray import cluster
 from tiger.run import RunConfig
-from tiger.scale import cluster
-from tiger.search import SearchConfig
-from tiger.semantic_ids import SemanticIds
-from tiger.snapshots import Snapshots
-from tiger.tokenizers import TokenizerConfig
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import load_tokenizer
+from tiger.training.checkpoints import CheckpointStore
+from tiger.tuning import TuningConfig
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("tiger/**/*.py"), *ROOT.glob("jobs/*.py")])
@@ -120,7 +122,7 @@ def holding(root: Path, kind: str, name: str, content: bytes) -> str:
     def make(draft: Draft) -> None:
         draft.folder.write_bytes(name, content)
 
-    return build(str(root), kind, SearchConfig(), {}, make).folder.uri
+    return build(str(root), kind, TuningConfig(), {}, make).folder.uri
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -129,7 +131,7 @@ def test_hostile_files_run_nothing(payload: str, marker: Path, tmp_path: Path) -
     tokenizer = open_artifact(holding(tmp_path, "tokenizer", "model.safetensors", content)).folder
     with pytest.raises(ArtifactError, match="no safetensors file"):
         load_tokenizer(TokenizerConfig.resolve({"levels": 2, "codebook_size": 4}), tokenizer, 8)
-    readers = {"ids.parquet": SemanticIds.read, "vectors/part-00000.parquet": read_vectors}
+    readers = {"ids.parquet": SemanticIds.read, "vectors/part-00000.parquet": load_embeddings}
     for name, read in readers.items():
         with pytest.raises(TigerError):  # a Parquet file of other columns is read, and refused for them
             read(open_artifact(holding(tmp_path, name.partition(".")[0].replace("/", "_")[:7], name, content)).folder)
@@ -141,7 +143,9 @@ def test_hostile_files_run_nothing(payload: str, marker: Path, tmp_path: Path) -
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_hostile_snapshots_run_nothing(payload: str, marker: Path, tmp_path: Path) -> None:
     content = payloads(marker)[payload]
-    snapshots = Snapshots(open_folder := open_artifact(holding(tmp_path, "model", "x", b"")).folder.child("s"), {})
+    snapshots = CheckpointStore(
+        open_folder := open_artifact(holding(tmp_path, "model", "x", b"")).folder.child("s"), {}
+    )
     snapshots.save({"weight": torch.ones(2)}, {"step": 1})
     for name in ("tensors.safetensors", "state.json"):  # with a record that vouches for it
         own = open_folder.child("step-00000001")
@@ -186,9 +190,9 @@ def test_a_category_is_a_name_and_no_path(category: str) -> None:
 
 @pytest.mark.parametrize("name", cluster._UNSAFE)
 def test_switches_that_let_data_run_code_are_refused(name: str) -> None:
-    cluster.require_safe({name: "0"})
+    cluster.check_environment({name: "0"})
     with pytest.raises(SecurityError, match=name) as refusal:
-        cluster.require_safe({name: "1"})
+        cluster.check_environment({name: "1"})
     assert refusal.value.exit_code == 8
 
 
@@ -203,4 +207,4 @@ def test_no_source_loads_code_from_data(path: Path) -> None:
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "compile", "os.system", "torch.load", "np.load"), ast.unparse(node)
             assert not {argument.arg for argument in node.keywords} & {"shell", "trust_remote_code", "allow_pickle"}
-            assert called != "ast.literal_eval" or path.parent.name == "datasets"
+            assert called != "ast.literal_eval" or path.parent.name == "readers"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiger.artifacts import Folder
-from tiger.errors import ArtifactError, DataError
-from tiger.semantic_ids import SemanticIds, SemanticIdsConfig, assign, separate
+from tiger.core.errors import ArtifactError, DataError
+from tiger.core.storage import Folder
+from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign, separate
 
 
 @settings(max_examples=200, deadline=None)
@@ -133,7 +133,7 @@ def test_ids_do_not_depend_on_how_the_codes_were_cut(collisions: str, monkeypatc
     table, codes = rng.random((3000, 8)), rng.integers(0, 8, (3000, 3))
     whole = assign(codes, 8, SemanticIdsConfig(collisions=collisions), costs_of(table))
     for size in (1, 7, 1000):
-        monkeypatch.setattr("tiger.semantic_ids._COSTS_AT_ONCE", size)
+        monkeypatch.setattr("tiger.semantic_ids.assignment._COSTS_AT_ONCE", size)
         assert np.array_equal(
             assign(codes, 8, SemanticIdsConfig(collisions=collisions), costs_of(table)).codes, whole.codes
         )

@@ -25,14 +25,15 @@ from fastapi import FastAPI
 from test_jobs import ROOT, TINY
 from test_submit import free_ports
 
-from tiger.artifacts import Artifact, Folder, newest
-from tiger.catalog import Catalog
-from tiger.config import load
-from tiger.errors import ConfigError, ResourceError, SecurityError
-from tiger.recommender import Recommender
-from tiger.run import RunConfig, ScaleConfig, ServeConfig
-from tiger.scale import serve as tiger_serve
-from tiger.scale.serve import MAX_BODY, TOKEN_FILE, Gate, Request, api, application, read_token, serve_until_stopped
+from tiger.core.artifacts import Artifact, newest
+from tiger.core.config import load
+from tiger.core.errors import ConfigError, ResourceError, SecurityError
+from tiger.core.storage import Folder
+from tiger.data.catalog import Catalog
+from tiger.models.recommender import Recommender
+from tiger.on_ray import serve as tiger_serve
+from tiger.on_ray.serve import MAX_BODY, TOKEN_FILE, Request, RequestGuard, api, application, read_token, serve_forever
+from tiger.run import ResourcesConfig, RunConfig, ServeConfig
 
 TOKEN = "a-token-of-the-test"
 
@@ -44,7 +45,9 @@ def token_file(folder: Path, content: str = TOKEN, mode: int = 0o600) -> str:
     return str(path)
 
 
-def through(gate: Gate, path: str = "/recommend", token: str = "", parts: tuple[int, ...] = (10,)) -> tuple[int, int]:
+def through(
+    gate: RequestGuard, path: str = "/recommend", token: str = "", parts: tuple[int, ...] = (10,)
+) -> tuple[int, int]:
     """Status of one request through the gate, and how many bytes of its body were read."""
     sizes, read, sent = list(parts), 0, []
 
@@ -72,7 +75,7 @@ def test_who_brings_no_token_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TOKEN_FILE, token_file(tmp_path))
-    gate = Gate(reads_all)
+    gate = RequestGuard(reads_all)
     for wrong in ("", "another", TOKEN + "x", TOKEN[:-1]):
         assert through(gate, token=wrong) == (401, 0)
     assert through(gate, token=TOKEN) == (200, 10)
@@ -81,7 +84,7 @@ def test_who_brings_no_token_is_refused_before_anything_is_read(
 
 def test_a_body_is_read_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN_FILE, raising=False)
-    gate = Gate(reads_all)
+    gate = RequestGuard(reads_all)
     assert through(gate, parts=(MAX_BODY // 2, MAX_BODY // 2)) == (200, MAX_BODY)
     assert through(gate, parts=(MAX_BODY, 1, 50_000, 50_000)) == (413, MAX_BODY + 1)
     assert through(gate, path="/healthz", parts=(MAX_BODY + 1,)) == (413, MAX_BODY + 1)
@@ -105,7 +108,7 @@ def test_a_half_sent_body_times_out(path: str, monkeypatch: pytest.MonkeyPatch) 
         sent.append(message)
 
     begin = time.monotonic()
-    asyncio.run(Gate(reads_all)({"type": "http", "path": path, "headers": []}, receive, send))
+    asyncio.run(RequestGuard(reads_all)({"type": "http", "path": path, "headers": []}, receive, send))
     assert time.monotonic() - begin < 5
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] == 408
@@ -133,7 +136,7 @@ def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Gate(computes)({"type": "http", "path": "/recommend", "headers": []}, receive, send))
+    asyncio.run(RequestGuard(computes)({"type": "http", "path": "/recommend", "headers": []}, receive, send))
     assert sent[0]["status"] == 200
 
 
@@ -229,9 +232,9 @@ def test_a_serve_that_runs_already_is_left_alone(
         serve.run(Other.bind(), name="other", route_prefix="/other")
         assert answers()
         with pytest.raises(SecurityError, match=rf"on 127.0.0.1:{port}, and .* ask for 127.0.0.1:{wanted}"):
-            serve_until_stopped(model, ServeConfig(port=wanted), ScaleConfig())
+            serve_forever(model, ServeConfig(port=wanted), ResourcesConfig())
         with pytest.raises(SecurityError, match="Ray Serve runs other on this cluster already"):
-            serve_until_stopped(model, ServeConfig(port=port), ScaleConfig())
+            serve_forever(model, ServeConfig(port=port), ResourcesConfig())
         assert answers()
         assert set(serve.status().applications) == {"other"}
 
@@ -247,7 +250,7 @@ def test_a_serve_that_runs_already_is_left_alone(
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is not None
         serve.run(Other.bind(), name="tiger", route_prefix="/tiger")
         with pytest.raises(SecurityError, match="Ray Serve runs tiger on this cluster already"):
-            serve_until_stopped(model, ServeConfig(port=port), ScaleConfig())
+            serve_forever(model, ServeConfig(port=port), ResourcesConfig())
         assert answers("/tiger")
         tiger_serve._stop(was_running=False)
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
@@ -255,7 +258,7 @@ def test_a_serve_that_runs_already_is_left_alone(
         with socket.create_server(("127.0.0.1", 0)) as taken:
             number = taken.getsockname()[1]
             with pytest.raises(ResourceError, match=f"^127.0.0.1:{number} cannot be served: Failed to bind .*; set"):
-                serve_until_stopped(model, ServeConfig(port=number), ScaleConfig())
+                serve_forever(model, ServeConfig(port=number), ResourcesConfig())
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
     finally:
         serve.shutdown()
@@ -276,13 +279,13 @@ def test_a_token_is_a_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "tiger.example.org"])
 def test_an_open_port_needs_a_token(host: str) -> None:
     with pytest.raises(SecurityError, match="is open to others: set serve.token_file"):
-        serve_until_stopped(None, ServeConfig(host=host), ScaleConfig())  # type: ignore[arg-type]
+        serve_forever(None, ServeConfig(host=host), ResourcesConfig())  # type: ignore[arg-type]
 
 
 def test_ray_s_other_proxy_ignores_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(SecurityError, match="set serve.token_file"):
-        serve_until_stopped(None, ServeConfig(), ScaleConfig())  # type: ignore[arg-type]
+        serve_forever(None, ServeConfig(), ResourcesConfig())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"beam": "5"}, {"model": "m", "modle": "m"}])
@@ -458,5 +461,5 @@ def _a_killed_copy_costs_no_wrong_answer(server: Running, model: Artifact) -> No
 
 
 def test_the_configuration_knows_the_server() -> None:
-    run = load(RunConfig, None, ["serve.port=9000", "serve.replicas=2"], ROOT / "jobs/configs")
+    run = load(RunConfig, None, ["serve.port=9000", "serve.replicas=2"], ROOT / "tiger/configs")
     assert (run.serve.host, run.serve.port, run.serve.replicas, run.serve.beam) == ("127.0.0.1", 9000, 2, 50)

@@ -25,13 +25,13 @@ from test_jobs import ROOT, TINY, digests
 from test_publish import Property, _require_whole, _writer
 from test_submit import free_ports
 
-from tiger import publishing
-from tiger.artifacts import Artifact, Draft, build, newest, open_artifact
-from tiger.config import Config
-from tiger.datasets import expand
-from tiger.errors import ArtifactError, DataError
-from tiger.snapshots import Snapshots
-from tiger.storage import MANIFEST, Folder, StorageError
+from tiger.core import publishing
+from tiger.core.artifacts import Artifact, Draft, build, newest, open_artifact
+from tiger.core.config import Config
+from tiger.core.errors import ArtifactError, DataError
+from tiger.core.storage import MANIFEST, Folder, StorageError
+from tiger.data.sources.base import expand
+from tiger.training.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.slow
 GOOGLE = "gcp-storage-emulator==2026.7.19"
@@ -309,7 +309,7 @@ def test_a_killed_attempt_is_continued(root: str, monkeypatch: pytest.MonkeyPatc
     """By a driver that really is killed: its last sign of life is fresh, so the next run watches it first."""
     code = (
         "import os, sys; sys.path.insert(0, 'tests')\n"
-        "from test_publish import _writer; from tiger.storage import Folder; real = Folder.write_json\n"
+        "from test_publish import _writer; from tiger.core.storage import Folder; real = Folder.write_json\n"
         "def write(folder, name, value):\n"
         "    if name == 'notes.json': os.kill(os.getpid(), 9)\n"
         "    real(folder, name, value)\n"
@@ -326,7 +326,7 @@ def test_a_killed_attempt_is_continued(root: str, monkeypatch: pytest.MonkeyPatc
 def test_snapshots_go_on_from_a_store(root: str, proxy: Proxy) -> None:
     from test_publish import _equal, _state
 
-    snapshots = Snapshots(Folder(root), {"a": 1})
+    snapshots = CheckpointStore(Folder(root), {"a": 1})
     assert snapshots.load() is None
     for step in (1, 2, 3):
         proxy.faults[:] = ["", "503", "", "reset"]
@@ -520,7 +520,7 @@ def test_google_uris(google: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_snapshots_on_googles_store(google: str) -> None:
     from test_publish import _equal, _state
 
-    snapshots = Snapshots(Folder(f"{google}/snapshots"), {"a": 1})
+    snapshots = CheckpointStore(Folder(f"{google}/snapshots"), {"a": 1})
     for step in (1, 2, 3):
         snapshots.save(_state(step), {"step": step})
     assert _equal(snapshots.load(), _state(3))

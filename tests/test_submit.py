@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from test_jobs import ROOT, TINY
 
-from tiger.artifacts import open_artifact
+from tiger.core.artifacts import open_artifact
 
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).parent / "ray")

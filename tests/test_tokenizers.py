@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from tiger.config import shipped_plugins
-from tiger.diagnostics import check_tokenizer, code_figures, require
-from tiger.errors import ConfigError, DataError, HealthError
-from tiger.kmeans import balancing_prices, kmeans, nearest
-from tiger.learning import encode_all, learn_tokenizer
-from tiger.semantic_ids import SemanticIdsConfig, assign
-from tiger.tokenizers import TokenizerConfig
-from tiger.tokenizers._residual import Level, Quantization, rotated
+from tiger.core.config import shipped_plugins
+from tiger.core.errors import ConfigError, DataError, HealthError
+from tiger.evaluation.health import check_tokenizer, require
+from tiger.metrics.codes import code_metrics
+from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
+from tiger.tokenizers._residual import Level, QuantizeWithCommitment, rotation_trick
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.kmeans import kmeans, nearest, sinkhorn_potentials
 from tiger.tokenizers.rqvae import RQVAE
+from tiger.tokenizers.train import encode_dataset, fit_tokenizer
 
 KINDS = shipped_plugins("tiger.tokenizers")
 CPU = torch.device("cpu")
@@ -38,11 +39,11 @@ def test_the_shipped_kinds() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_have_the_contracts_form_and_are_used(kind: str) -> None:
     vectors = clusters()
-    tokenizer, result = learn_tokenizer(config(kind), vectors, device=CPU)
-    codes = encode_all(tokenizer, vectors, CPU)
+    tokenizer, result = fit_tokenizer(config(kind), vectors, device=CPU)
+    codes = encode_dataset(tokenizer, vectors, CPU)
     assert codes.dtype == torch.int64
     assert codes.shape == (800, 3)
-    figures = code_figures(codes.numpy(), 16)
+    figures = code_metrics(codes.numpy(), 16)
     assert all(figures[f"usage@{level}"] == 1 for level in (1, 2, 3))
     assert figures["unique_ratio"] > 0.4
     assert result.best["reconstruction_error"] < 0.75  # half of the variance is noise that no code can hold
@@ -53,7 +54,7 @@ def test_codes_have_the_contracts_form_and_are_used(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_seeds_give_equal_tokenizers_and_other_seeds_others(kind: str) -> None:
     vectors = clusters()
-    first, again, other = (learn_tokenizer(config(kind, seed=s), vectors, device=CPU)[0] for s in (1, 1, 2))
+    first, again, other = (fit_tokenizer(config(kind, seed=s), vectors, device=CPU)[0] for s in (1, 1, 2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert not torch.equal(first.encode(vectors), other.encode(vectors))
@@ -64,7 +65,7 @@ def test_each_level_brings_the_reconstruction_closer(kind: str) -> None:
     vectors = clusters()
     errors = []
     for levels in (1, 2, 3):
-        _, result = learn_tokenizer(config(kind, levels=levels), vectors, device=CPU)
+        _, result = fit_tokenizer(config(kind, levels=levels), vectors, device=CPU)
         errors.append(result.best["reconstruction_error"])
     assert errors[0] > errors[1] > errors[2]
 
@@ -72,7 +73,7 @@ def test_each_level_brings_the_reconstruction_closer(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_gives_one_loss_per_row(kind: str) -> None:
     vectors = clusters()
-    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
+    tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
     losses = tokenizer(vectors[:7])
     assert losses.shape == (7,)
     assert (losses >= 0).all()
@@ -83,13 +84,13 @@ def test_forward_gives_one_loss_per_row(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_codebook_larger_than_the_catalog_is_refused(kind: str, items: int) -> None:
     with pytest.raises(ConfigError, match=rf"codebook_size = 16 .* {items} items .* at most {items}"):
-        learn_tokenizer(config(kind), clusters()[:items], device=CPU)
+        fit_tokenizer(config(kind), clusters()[:items], device=CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_codebook_as_large_as_the_catalog_has_a_code_for_every_item(kind: str) -> None:
     vectors = clusters()[:16]
-    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
+    tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
     assert len(tokenizer.encode(vectors).unique(dim=0)) == 16
 
 
@@ -98,14 +99,14 @@ def test_a_row_that_is_not_finite_is_named(kind: str) -> None:
     vectors = clusters()
     vectors[[7, 70], 2] = torch.nan
     with pytest.raises(HealthError, match=r"embeddings of 2 items are not finite, of \[7, 70\]"):
-        learn_tokenizer(config(kind), vectors, device=CPU)
+        fit_tokenizer(config(kind), vectors, device=CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_identical_items_end_in_a_verdict_and_not_in_silence(kind: str) -> None:
     vectors = clusters()[:1].repeat(800, 1)
-    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
-    codes = encode_all(tokenizer, vectors, CPU).numpy()
+    tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
+    codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     latents = tokenizer.latent(tokenizer.standardize(vectors)).detach().numpy()
     with pytest.raises(HealthError, match="maps all items to one point"):
         require(check_tokenizer(latents, codes, 16))
@@ -116,11 +117,11 @@ def test_identical_items_end_in_a_verdict_and_not_in_silence(kind: str) -> None:
 def test_three_hundred_identical_items(kind: str, collisions: str) -> None:
     """With 800 others and a last level of 16 codes: unique IDs, or one clear error if they do not fit."""
     vectors = torch.cat([clusters(), clusters()[:1].repeat(300, 1)])
-    tokenizer, _ = learn_tokenizer(config(kind), vectors, device=CPU)
-    codes = encode_all(tokenizer, vectors, CPU).numpy()
+    tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
+    codes = encode_dataset(tokenizer, vectors, CPU).numpy()
 
     def costs(items: np.ndarray) -> np.ndarray:
-        return tokenizer.last_costs(vectors[items]).numpy()
+        return tokenizer.last_level_costs(vectors[items]).numpy()
 
     settings = {"collisions": collisions, "collision_codes": 400}
     ids = assign(codes, 16, SemanticIdsConfig(**settings), costs)
@@ -134,7 +135,7 @@ def test_three_hundred_identical_items(kind: str, collisions: str) -> None:
 def test_a_constant_dimension_is_harmless(kind: str) -> None:
     vectors = clusters()
     vectors[:, 3] = 5.0
-    tokenizer, result = learn_tokenizer(config(kind), vectors, device=CPU)
+    tokenizer, result = fit_tokenizer(config(kind), vectors, device=CPU)
     assert np.isfinite(result.best["reconstruction_error"])
     assert torch.isfinite(tokenizer.decode(tokenizer.encode(vectors))).all()
 
@@ -144,9 +145,9 @@ def test_last_costs_against_decoding_every_last_code(kind: str) -> None:
     """The order of the costs is that of the errors, for tokenizers whose decoder is linear."""
     changes = {"hidden": (), "training": {"epochs": 0}} if kind == "rqvae" else {}
     vectors = clusters()
-    tokenizer, _ = learn_tokenizer(config(kind, **changes), vectors, device=CPU)
+    tokenizer, _ = fit_tokenizer(config(kind, **changes), vectors, device=CPU)
     some = vectors[:20]
-    codes, costs = tokenizer.encode(some), tokenizer.last_costs(some)
+    codes, costs = tokenizer.encode(some), tokenizer.last_level_costs(some)
     assert costs.shape == (20, 16)
     errors = []
     for code in range(16):
@@ -165,7 +166,7 @@ def test_wide_latents_and_many_rows_of_one_code_train_the_same_twice() -> None:
     torch.set_num_threads(2)
     try:
         settings = config("rqvae", training={"epochs": 4, "batch_size": 256})
-        first, again = (learn_tokenizer(settings, vectors, device=CPU)[0].state_dict() for _ in range(2))
+        first, again = (fit_tokenizer(settings, vectors, device=CPU)[0].state_dict() for _ in range(2))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
@@ -190,19 +191,19 @@ VARIANTS: list[dict[str, object]] = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_option_trains_and_keeps_its_codes(variant: dict[str, object]) -> None:
     vectors = clusters()
-    tokenizer, result = learn_tokenizer(config("rqvae", **variant), vectors, device=CPU)
-    figures = code_figures(encode_all(tokenizer, vectors, CPU).numpy(), 16)
+    tokenizer, result = fit_tokenizer(config("rqvae", **variant), vectors, device=CPU)
+    figures = code_metrics(encode_dataset(tokenizer, vectors, CPU).numpy(), 16)
     assert all(figures[f"usage@{level}"] > 0.8 for level in (1, 2, 3))
     assert result.best["reconstruction_error"] < 0.85
-    assert torch.isfinite(tokenizer.last_costs(vectors[:9])).all()
+    assert torch.isfinite(tokenizer.last_level_costs(vectors[:9])).all()
 
 
 def test_training_goes_on_from_where_k_means_ends() -> None:
     vectors = clusters()
     plain = config("rqvae", hidden=(), training={"epochs": 0})
-    _, start = learn_tokenizer(plain, vectors, device=CPU)
-    _, kmeans = learn_tokenizer(config("rkmeans"), vectors, device=CPU)
-    _, trained = learn_tokenizer(config("rqvae"), vectors, device=CPU)
+    _, start = fit_tokenizer(plain, vectors, device=CPU)
+    _, kmeans = fit_tokenizer(config("rkmeans"), vectors, device=CPU)
+    _, trained = fit_tokenizer(config("rqvae"), vectors, device=CPU)
     assert start.best["reconstruction_error"] == pytest.approx(kmeans.best["reconstruction_error"], abs=1e-5)
     assert trained.best["reconstruction_error"] < kmeans.best["reconstruction_error"]
 
@@ -213,7 +214,7 @@ def test_without_linear_path_gradients_alone_lose_codes_and_refits_or_resets_kee
     for update, reset in (("lloyd", True), ("gradient", True), ("gradient", False)):
         variant = {"codebook_update": update, "reset_dead": reset, "linear_path": False, "codebook_size": 64}
         variant |= {"distance": "euclidean", "hidden": (256, 128), "latent": 64, "dropout": 0.1}
-        _, result = learn_tokenizer(config("rqvae", **variant), vectors, device=CPU)
+        _, result = fit_tokenizer(config("rqvae", **variant), vectors, device=CPU)
         usage[update, reset] = result.log[-1]["usage@1"]
     assert usage["lloyd", True] > 0.95
     assert usage["gradient", True] > usage["gradient", False]
@@ -224,7 +225,7 @@ def test_balancing_prices_even_out_the_last_level() -> None:
     points = torch.randn(2000, 4, generator=generator) ** 3
     centroids = kmeans(points, 16, iterations=20, generator=generator)
     before = nearest(points, centroids)[0].bincount(minlength=16)
-    after = nearest(points, centroids, balancing_prices(points, centroids))[0].bincount(minlength=16)
+    after = nearest(points, centroids, sinkhorn_potentials(points, centroids))[0].bincount(minlength=16)
     assert after.max() * 3 < before.max()
 
 
@@ -232,7 +233,7 @@ def test_the_rotation_trick_turns_gradients_and_keeps_values() -> None:
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(6, 5, generator=generator, requires_grad=True)
     quantized = torch.randn(6, 5, generator=generator)
-    passed = rotated(latent, quantized)
+    passed = rotation_trick(latent, quantized)
     torch.testing.assert_close(passed, quantized)
     passed.sum().backward()
     stretch = quantized.norm(dim=1) / latent.detach().norm(dim=1)
@@ -243,13 +244,13 @@ def test_the_rotation_trick_turns_gradients_and_keeps_values() -> None:
 def test_an_exploding_learning_rate_stops_before_the_step() -> None:
     exploding = {"epochs": 5, "batch_size": 128, "learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0}
     with pytest.raises(HealthError, match="not finite at step"):
-        learn_tokenizer(config("rqvae", training=exploding), clusters(), device=CPU)
+        fit_tokenizer(config("rqvae", training=exploding), clusters(), device=CPU)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "mixed", "cosine"])
 def test_written_out_gradients_are_those_of_autograd(distance: str) -> None:
     """The loss as TIGER states it, differentiated by autograd, against the gradients that training uses."""
-    tokenizer, _ = learn_tokenizer(config("rqvae", distance=distance), clusters(), device=CPU)
+    tokenizer, _ = fit_tokenizer(config("rqvae", distance=distance), clusters(), device=CPU)
     assert isinstance(tokenizer, RQVAE)
     latent = tokenizer.latent(tokenizer.standardize(clusters()[:50])).detach().double().requires_grad_()
     codebooks = tokenizer.codebooks.detach().double().requires_grad_()
@@ -268,7 +269,7 @@ def test_written_out_gradients_are_those_of_autograd(distance: str) -> None:
     toward = torch.randn(50, latent.shape[1], generator=torch.Generator().manual_seed(3)).double()
     passed = latent + (total - latent).detach()
     truth = torch.autograd.grad((expected * torch.arange(50)).sum() + (passed * toward).sum(), [latent, codebooks])
-    loss, quantized = Quantization.apply(latent, codebooks, levels, 0.25)
+    loss, quantized = QuantizeWithCommitment.apply(latent, codebooks, levels, 0.25)
     found = torch.autograd.grad((loss * torch.arange(50)).sum() + (quantized * toward).sum(), [latent, codebooks])
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(quantized, passed, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tiger import tracking
-from tiger.config import flat
-from tiger.errors import ResourceError
+from tiger.core import tracking
+from tiger.core.config import flat
+from tiger.core.errors import ResourceError
 from tiger.run import RunConfig
 
 
@@ -108,7 +108,7 @@ def test_a_sink_that_fails_is_switched_off_aloud(caplog: pytest.LogCaptureFixtur
 def test_prometheus_reads_figures_from_the_node(local_ray: None) -> None:
     import ray
 
-    from tiger.scale.metrics import Gauges
+    from tiger.on_ray.metrics import Gauges
 
     with tracking.recording(Gauges("pipeline")):
         record()

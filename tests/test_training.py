@@ -20,18 +20,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import random_ids, toy_histories
 
-from tiger import sasrec, training
-from tiger.artifacts import Folder
-from tiger.config import build
-from tiger.errors import ConfigError, HealthError
-from tiger.examples import Examples, Sequences
-from tiger.learning import learn_model, learn_tokenizer
-from tiger.model import ModelConfig
-from tiger.precision import Choice
-from tiger.sasrec import SASRecConfig
-from tiger.snapshots import Snapshots
-from tiger.tokenizers import TokenizerConfig
-from tiger.training import Hooks, prefetch
+from tiger.core.config import build
+from tiger.core.errors import ConfigError, HealthError
+from tiger.core.precision import Choice
+from tiger.core.storage import Folder
+from tiger.models import sasrec
+from tiger.models.sasrec import SASRecConfig
+from tiger.models.tiger.batches import SequenceExamples, TargetExamples
+from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.train import fit_model
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import fit_tokenizer
+from tiger.training import loop as training
+from tiger.training.checkpoints import CheckpointStore
+from tiger.training.loop import Callbacks, prefetch
 
 CPU = torch.device("cpu")
 TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
@@ -54,19 +56,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def learn(which: str, hooks: Hooks | None = None, **changes: Any) -> tuple[torch.nn.Module, Any]:
+def learn(which: str, hooks: Callbacks | None = None, **changes: Any) -> tuple[torch.nn.Module, Any]:
     rng = np.random.default_rng(0)
     if which == "tokenizer":
         vectors = torch.from_numpy(rng.normal(size=(551, 12)).astype(np.float32))  # odd: shares are uneven
         config = TokenizerConfig.resolve(TOKENIZER | changes)
-        return learn_tokenizer(config, vectors, device=CPU, hooks=hooks)
+        return fit_tokenizer(config, vectors, device=CPU, hooks=hooks)
     if which == "sasrec":
         config = build(SASRecConfig, SASREC | changes)
         return sasrec.learn(config, toy_histories(rng, 201, 60), 60, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
     kind = {"mode": "fast", "item_tokens": True, "dense": 0.5} if which == "dense" else {"mode": which}
     config, vectors = build(ModelConfig, MODEL | kind | changes), torch.from_numpy(rng.normal(size=(60, 7))).float()
-    return learn_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
+    return fit_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
 
 
 def losses(result: Any) -> list[float]:
@@ -107,9 +109,11 @@ class Killed(Exception):
     pass
 
 
-def kept_in(folder: str, workers: int, saves: int) -> Hooks:
-    """Snapshots of a training whose workers are lost after `saves` of them."""
-    snapshots = Snapshots(Folder(folder), {"scale": {"train_workers": workers}}, may_differ={"scale.train_workers"})
+def kept_in(folder: str, workers: int, saves: int) -> Callbacks:
+    """Checkpoints of a training whose workers are lost after `saves` of them."""
+    snapshots = CheckpointStore(
+        Folder(folder), {"scale": {"train_workers": workers}}, may_differ={"scale.train_workers"}
+    )
     made = 0
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -119,7 +123,7 @@ def kept_in(folder: str, workers: int, saves: int) -> Hooks:
         if made == saves:
             raise Killed
 
-    return Hooks(save=save, load=snapshots.load)
+    return Callbacks(save=save, load=snapshots.load)
 
 
 def _diverge(rank: int) -> None:
@@ -130,7 +134,7 @@ def _diverge(rank: int) -> None:
     module.register_buffer("codebook", torch.ones(4))
     if rank == 1:
         module.codebook[2] += 1e-6
-    training.require_equal(module, "tokenizer")
+    training.check_replicas_identical(module, "tokenizer")
 
 
 def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
@@ -188,8 +192,8 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
 
     undisturbed, expected = learn(which, dropout=0.2)
     with pytest.raises(Killed):
-        learn(which, Hooks(save=save, load=load), dropout=0.2)
-    module, result = learn(which, Hooks(save=save, load=load), dropout=0.2)
+        learn(which, Callbacks(save=save, load=load), dropout=0.2)
+    module, result = learn(which, Callbacks(save=save, load=load), dropout=0.2)
     assert losses(result) == losses(expected)
     assert result.best == expected.best
     for name, tensor in undisturbed.state_dict().items():
@@ -205,7 +209,7 @@ def test_another_number_of_workers_resumes_with_a_warning(
     _, undisturbed = learn(which)
     group(2, which, tmp_path, snapshots=folder, saves=1)
     with pytest.raises(ConfigError, match="scale.train_workers was 2, is 1"):
-        Snapshots(Folder(folder), {"scale": {"train_workers": 1}}).load()
+        CheckpointStore(Folder(folder), {"scale": {"train_workers": 1}}).load()
     _, result = learn(which, kept_in(folder, 1, saves=0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("scale.train_workers was 2, is 1 since the last snapshot: ")
@@ -215,8 +219,8 @@ def test_another_number_of_workers_resumes_with_a_warning(
 
 def test_what_else_differs_is_refused_still(tmp_path: Path) -> None:
     given = {"lr": 0.1, "scale": {"train_workers": 2}}
-    Snapshots(Folder(str(tmp_path)), given).save({"state": {"step": 1}}, {"step": 1})
-    changed = Snapshots(
+    CheckpointStore(Folder(str(tmp_path)), given).save({"state": {"step": 1}}, {"step": 1})
+    changed = CheckpointStore(
         Folder(str(tmp_path)), {"lr": 0.2, "scale": {"train_workers": 1}}, may_differ=["scale.train_workers"]
     )
     with pytest.raises(ConfigError, match=r"something else: lr was 0.1, is 0.2; set"):
@@ -374,9 +378,9 @@ def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
 # --- examples ---------------------------------------------------------------------------------------------------
 
 
-def toy_examples(**changes: int) -> Examples:
+def toy_examples(**changes: int) -> TargetExamples:
     rng = np.random.default_rng(3)
-    return Examples(
+    return TargetExamples(
         toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4)), **{"max_items": 5, "user_tokens": 0} | changes
     )
 
@@ -384,7 +388,7 @@ def toy_examples(**changes: int) -> Examples:
 def test_all_prefixes_of_the_training_part_and_nothing_else() -> None:
     rng = np.random.default_rng(3)
     histories, ids = toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4))
-    examples = Examples(histories, ids, 5, 0)
+    examples = TargetExamples(histories, ids, 5, 0)
     expected = []
     for user in range(40):
         training = histories.of(user)[:-2]  # leave-one-out: the last two are targets of test and validation
@@ -400,7 +404,7 @@ def test_all_prefixes_of_the_training_part_and_nothing_else() -> None:
 def test_sequences_have_the_same_targets_and_histories() -> None:
     rng = np.random.default_rng(3)
     histories, ids = toy_histories(rng, 40, 30, longest=25), random_ids(rng, 30, (4, 4, 4))
-    examples, sequences = Examples(histories, ids, 5, 0), Sequences(histories, ids, 5)
+    examples, sequences = TargetExamples(histories, ids, 5, 0), SequenceExamples(histories, ids, 5)
     assert len(sequences) == len(examples)
     found = []
     for row in range(len(sequences.length)):

@@ -6,8 +6,8 @@ from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiger.semantic_ids import SemanticIds
-from tiger.trie import Trie
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.semantic_ids.trie import Trie
 
 
 @settings(max_examples=100, deadline=None)

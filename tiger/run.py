@@ -10,15 +10,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from tiger.catalog import CatalogConfig
-from tiger.config import Config
-from tiger.datasets import DatasetConfig, synthetic
-from tiger.embedding import EmbeddingConfig
-from tiger.model import ModelConfig
-from tiger.sasrec import SASRecConfig
-from tiger.semantic_ids import SemanticIdsConfig
-from tiger.tokenizers import TokenizerConfig, rkmeans, rqvae
-from tiger.tracking import TrackingConfig
+from tiger.core.config import Config
+from tiger.core.tracking import TrackingConfig
+from tiger.data.catalog import CatalogConfig
+from tiger.data.sources import synthetic
+from tiger.data.sources.base import DatasetConfig
+from tiger.embedding.encoder import EmbeddingConfig
+from tiger.models.sasrec import SASRecConfig
+from tiger.models.tiger.model import ModelConfig
+from tiger.semantic_ids.assignment import SemanticIdsConfig
+from tiger.tokenizers import rkmeans, rqvae
+from tiger.tokenizers.base import TokenizerConfig
 
 
 class EvaluationConfig(Config):
@@ -69,7 +71,7 @@ class ServeConfig(Config):
     )
 
 
-class ScaleConfig(Config):
+class ResourcesConfig(Config):
     """What Ray may use. None of it changes what comes out, except for rounding."""
 
     gpus: int | None = Field(
@@ -104,7 +106,7 @@ class RunConfig(Config):
     recommend: RecommendConfig = RecommendConfig()
     sasrec: SASRecConfig = SASRecConfig()
     serve: ServeConfig = ServeConfig()
-    scale: ScaleConfig = ScaleConfig()
+    scale: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiger.kmeans import balancing_prices, cluster_sums, kmeans, lloyd, nearest_index, row_sums
-from tiger.tokenizers import Tokenizer, TokenizerConfig
+from tiger.tokenizers.base import Tokenizer, TokenizerConfig
+from tiger.tokenizers.kmeans import cluster_sums, kmeans, lloyd, nearest_centroid, row_sums, sinkhorn_potentials
 
 Refit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -54,7 +54,7 @@ class Level:
 
 
 class ResidualTokenizer(Tokenizer):
-    """Subclasses say what is quantized (`latent`) and how it becomes an embedding again (`from_latent`).
+    """Subclasses say what is quantized (`latent`) and how it becomes an embedding again (`decode_latent`).
 
     A latent is quantized as the sum over levels of length x codebook[code], with length 1 at the first level and at
     every further one the product of lengths[level, code of the level before].
@@ -74,8 +74,8 @@ class ResidualTokenizer(Tokenizer):
         self.register_buffer("lengths", torch.ones(config.levels, config.codebook_size))
         self.register_buffer("prices", torch.zeros(config.codebook_size))
 
-    def from_latent(self, latent: Tensor) -> Tensor:
-        """Standardised embeddings [B, d] of latents [B, Z]; here they are the same."""
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Standardized embeddings [B, d] of latents [B, Z]; here they are the same."""
         return latent
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class ResidualTokenizer(Tokenizer):
         """Level by level: (points that the level compares, its codebook) -> its new codebook; then its lengths.
 
         Args:
-            sample: float32 [N, d] standardised embeddings.
+            sample: float32 [N, d] standardized embeddings.
             centroids: returns the codes of the points, too, where it knows them: k-means does, from before the
                 centroids moved, and asking again would take as long as the iteration itself.
         """
@@ -109,7 +109,7 @@ class ResidualTokenizer(Tokenizer):
             if self.balanced and level == self.levels - 1:
                 self._balance(points)
                 known = None
-            code = nearest_index(points, self.codebooks[level], self._prices(level)) if known is None else known
+            code = nearest_centroid(points, self.codebooks[level], self._prices(level)) if known is None else known
             rest = rest - self.codebooks[level][code]
             if level + 1 < self.levels:
                 if self.distance != "euclidean":
@@ -119,9 +119,9 @@ class ResidualTokenizer(Tokenizer):
 
     def _balance(self, points: Tensor) -> None:
         for _ in range(5):
-            prices = balancing_prices(points, self.codebooks[-1])
+            prices = sinkhorn_potentials(points, self.codebooks[-1])
             self.codebooks[-1] = lloyd(points, self.codebooks[-1], prices)[0]
-        self.prices.copy_(balancing_prices(points, self.codebooks[-1]))
+        self.prices.copy_(sinkhorn_potentials(points, self.codebooks[-1]))
 
     def _prices(self, level: int) -> Tensor | None:
         return self.prices if self.balanced and level == self.levels - 1 else None
@@ -143,32 +143,32 @@ class ResidualTokenizer(Tokenizer):
             rest = (rest if chosen is None else rest - chosen) / relative
             length = length * relative
             point, size = self._compared(rest, level)
-            code = nearest_index(point, codebook, self._prices(level))
+            code = nearest_centroid(point, codebook, self._prices(level))
             chosen = codebook[code]
             yield Level(rest, point, size, code, chosen, length)
 
     @torch.no_grad()
-    def encode_standardized(self, batch: Tensor) -> Tensor:
+    def encode_normalized(self, batch: Tensor) -> Tensor:
         return torch.stack([level.code for level in self.quantize(self.latent(batch))], dim=1)
 
     @torch.no_grad()
-    def last_costs(self, batch: Tensor) -> Tensor:
+    def last_level_costs(self, batch: Tensor) -> Tensor:
         latent = self.latent(self.standardize(batch))
         *_, last = self.quantize(latent)
         return torch.cdist(last.rest, self.codebooks[-1]).square() * last.length.square()
 
     @torch.no_grad()
-    def decode_standardized(self, codes: Tensor) -> Tensor:
+    def decode_normalized(self, codes: Tensor) -> Tensor:
         length = self.lengths[0, :1].expand(len(codes))
         total = torch.zeros_like(self.codebooks[0, codes[:, 0]])
         for level, codebook in enumerate(self.codebooks):
             total = total + length[:, None] * codebook[codes[:, level]]
             if level + 1 < self.levels:
                 length = length * self.lengths[level + 1, codes[:, level]]
-        return self.from_latent(total)
+        return self.decode_latent(total)
 
 
-class Quantization(torch.autograd.Function):
+class QuantizeWithCommitment(torch.autograd.Function):
     """(latents, codebooks, levels, beta) -> the loss that draws both to each other [B], the quantized latents [B, Z].
 
     The loss is the sum over levels of length^2 x (|sg[point] - code|^2 + beta |point - sg[code]|^2), sg stopping the
@@ -212,7 +212,7 @@ class Quantization(torch.autograd.Function):
         return torch.addcmul(quantized, loss[:, None], to_latent), to_codebooks, None, None
 
 
-def rotated(latent: Tensor, quantized: Tensor) -> Tensor:
+def rotation_trick(latent: Tensor, quantized: Tensor) -> Tensor:
     """`quantized`, with the gradient that a rotation and stretch of the latent onto it gives (Fifty et al. 2024)."""
     start, end = F.normalize(latent, dim=1).detach(), F.normalize(quantized, dim=1).detach()
     middle = F.normalize(start + end, dim=1)

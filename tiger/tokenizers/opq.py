@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiger.kmeans import kmeans, lloyd, nearest_index
-from tiger.tokenizers import NoTraining, Tokenizer, TokenizerConfig
+from tiger.tokenizers.base import NoTrainingConfig, Tokenizer, TokenizerConfig
+from tiger.tokenizers.kmeans import kmeans, lloyd, nearest_centroid
 
 
 class Config(TokenizerConfig):
@@ -20,7 +20,7 @@ class Config(TokenizerConfig):
 
     kind: str = Field("opq", description="quantizer: optimized product quantization")
     rotations: int = Field(30, ge=0, description="times that codebooks and rotation are brought up to date in turn")
-    training: NoTraining = NoTraining()
+    training: NoTrainingConfig = NoTrainingConfig()
 
 
 class OptimizedProductQuantizer(Tokenizer):
@@ -49,20 +49,20 @@ class OptimizedProductQuantizer(Tokenizer):
             self.rotation.copy_(left @ right)
 
     @torch.no_grad()
-    def encode_standardized(self, batch: Tensor) -> Tensor:
+    def encode_normalized(self, batch: Tensor) -> Tensor:
         return self._nearest(self._padded(batch))
 
     def _nearest(self, points: Tensor) -> Tensor:
         parts = self._parts(points)
-        return torch.stack([nearest_index(p, c) for p, c in zip(parts, self.codebooks, strict=True)], dim=1)
+        return torch.stack([nearest_centroid(p, c) for p, c in zip(parts, self.codebooks, strict=True)], dim=1)
 
     @torch.no_grad()
-    def last_costs(self, batch: Tensor) -> Tensor:
+    def last_level_costs(self, batch: Tensor) -> Tensor:
         parts = self._parts(self._padded(self.standardize(batch)))
         return torch.cdist(parts[-1], self.codebooks[-1]).square()
 
     @torch.no_grad()
-    def decode_standardized(self, codes: Tensor) -> Tensor:
+    def decode_normalized(self, codes: Tensor) -> Tensor:
         return (self._vectors(codes) @ self.rotation.T)[:, : self.dim]
 
     def _padded(self, points: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Residual k-means: level by level, k-means on what the levels before have left over.
 
 No gradient, seconds on a CPU, no dead codes: the baseline that a learned tokenizer has to beat (OneRec's RQ-KMeans,
-arXiv 2502.18965, section 3). For catalogs larger than memory `scale/quantize.py` fits the same over a Ray Dataset.
+arXiv 2502.18965, section 3). For catalogs larger than memory `on_ray/kmeans.py` fits the same over a Ray Dataset.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from tiger.tokenizers import NoTraining
 from tiger.tokenizers._residual import ResidualConfig, ResidualTokenizer
+from tiger.tokenizers.base import NoTrainingConfig
 
 
 class Config(ResidualConfig):
@@ -19,7 +19,7 @@ class Config(ResidualConfig):
     kind: str = Field("rkmeans", description="quantizer: residual k-means")
     streamed: bool = Field(False, description="read the vectors part by part, on all nodes: for catalogs beyond memory")
     passes: int = Field(10, ge=1, description="passes over all vectors per level, with streamed = true")
-    training: NoTraining = NoTraining()
+    training: NoTrainingConfig = NoTrainingConfig()
 
 
 class ResidualKMeans(ResidualTokenizer):

@@ -4,7 +4,7 @@ Zeghidour et al. 2021 for the residual quantizer).
 Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
 identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
 ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
-measured in LOG.md: standardised inputs, a k-means start, one Lloyd iteration per level every other epoch until the
+measured in LOG.md: standardized inputs, a k-means start, one Lloyd iteration per level every other epoch until the
 learning rate is small, directions instead of vectors at the later levels, a reconstruction loss summed over
 dimensions, AdamW.
 
@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiger.kmeans import cluster_sums, lloyd, nearest, revive
-from tiger.tokenizers._residual import Level, Quantization, ResidualConfig, ResidualTokenizer, rotated
-from tiger.training import TrainingConfig, all_sum
+from tiger.tokenizers._residual import Level, QuantizeWithCommitment, ResidualConfig, ResidualTokenizer, rotation_trick
+from tiger.tokenizers.kmeans import cluster_sums, lloyd, nearest, revive
+from tiger.training.loop import TrainingConfig, all_reduce_sum
 
 
 class RQVAETraining(TrainingConfig):
@@ -78,7 +78,7 @@ def _mlp(widths: list[int], dropout: float, last_is_zero: bool) -> nn.Sequential
     return nn.Sequential(*layers)
 
 
-class _Coder(nn.Module):
+class _MLPWithSkip(nn.Module):
     """Encoder or decoder: layers, and a linear path beside them."""
 
     def __init__(self, widths: list[int], dropout: float, linear_path: bool) -> None:
@@ -99,8 +99,8 @@ class RQVAE(ResidualTokenizer):
         super().__init__(config, dim)
         latent = config.latent or dim
         widths = [dim, *config.hidden, latent]
-        self.encoder = _Coder(widths, config.dropout, config.linear_path)
-        self.decoder = _Coder(widths[::-1], config.dropout, config.linear_path)
+        self.encoder = _MLPWithSkip(widths, config.dropout, config.linear_path)
+        self.decoder = _MLPWithSkip(widths[::-1], config.dropout, config.linear_path)
         self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
         self.config, self.refresh_every, self.refresh_until = config, config.refresh_every, config.refresh_until
         if config.codebook_update == "ema":
@@ -118,9 +118,9 @@ class RQVAE(ResidualTokenizer):
                 nn.init.zeros_(linear.bias)
         super().initialize(sample, generator)
         if self.config.codebook_update == "ema":
-            self._restart_averages()
+            self._reset_ema()
 
-    def _restart_averages(self) -> None:
+    def _reset_ema(self) -> None:
         """The averages start as if every code had been chosen once a step, where it stands."""
         self.ema_counts.fill_(1.0)
         self.ema_sums.copy_(self.codebooks)
@@ -136,7 +136,9 @@ class RQVAE(ResidualTokenizer):
             self.refit(sample, lloyd)
         else:
             before = self.codebooks.clone()
-            self.refit(sample, _with_life if self.config.reset_dead else lambda points, codebook: (codebook, None))
+            self.refit(
+                sample, _reset_dead_codes if self.config.reset_dead else lambda points, codebook: (codebook, None)
+            )
             if self.config.codebook_update == "ema":
                 moved = (self.codebooks != before).any(dim=2)
                 self.ema_counts[moved] = 1.0
@@ -146,33 +148,35 @@ class RQVAE(ResidualTokenizer):
         latent: Tensor = self.encoder(standardized)
         return latent
 
-    def from_latent(self, latent: Tensor) -> Tensor:
+    def decode_latent(self, latent: Tensor) -> Tensor:
         embedding: Tensor = self.decoder(latent)
         return embedding
 
     def forward(self, batch: Tensor) -> Tensor:
         latent_BZ = self.encoder(batch)
         levels = list(self.quantize(latent_BZ))
-        quantization_B, passed_BZ = Quantization.apply(latent_BZ, self.codebooks, levels, self.config.commitment)
+        quantization_B, passed_BZ = QuantizeWithCommitment.apply(
+            latent_BZ, self.codebooks, levels, self.config.commitment
+        )
         if self.config.gradient == "rotation":
-            passed_BZ = rotated(latent_BZ, passed_BZ.detach())
+            passed_BZ = rotation_trick(latent_BZ, passed_BZ.detach())
         error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
-            self._move_codebooks(levels)
+            self._ema_update(levels)
         return quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
 
     @torch.no_grad()
-    def _move_codebooks(self, levels: list[Level]) -> None:
+    def _ema_update(self, levels: list[Level]) -> None:
         """Moving averages of the points of each code, over the batches of all workers (van den Oord et al. 2017)."""
         decay = self.config.ema_decay
         for index, level in enumerate(levels):
             sums, counts = cluster_sums(level.point, level.code, self.codebook_size)
-            self.ema_sums[index].mul_(decay).add_(all_sum(sums), alpha=1 - decay)
-            self.ema_counts[index].mul_(decay).add_(all_sum(counts), alpha=1 - decay)
+            self.ema_sums[index].mul_(decay).add_(all_reduce_sum(sums), alpha=1 - decay)
+            self.ema_counts[index].mul_(decay).add_(all_reduce_sum(counts), alpha=1 - decay)
         self.codebooks.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, :, None])
 
 
-def _with_life(points: Tensor, codebook: Tensor) -> tuple[Tensor, None]:
+def _reset_dead_codes(points: Tensor, codebook: Tensor) -> tuple[Tensor, None]:
     code, distance = nearest(points, codebook)
     return revive(codebook, torch.bincount(code, minlength=len(codebook)), points, distance), None
 

@@ -1,0 +1,5 @@
+"""`python -m tiger` is `tiger`."""
+
+from tiger.cli import main
+
+main()

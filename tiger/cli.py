@@ -1,0 +1,203 @@
+"""The command line: `tiger VERB`, and the jobs (`python -m jobs.NAME`) that are entry points of `ray job submit`.
+
+A verb is a module of `tiger.pipeline` with a function `job(run, **sections)`, or one of the tools in `TOOLS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ray.exceptions
+
+import tiger.pipeline
+from tiger.core import logs, tracking
+from tiger.core.config import Config, PluginConfig, describe, load, shipped_plugins
+from tiger.core.errors import ConfigError, ResourceError, TigerError, last_line
+from tiger.data.sources.base import DatasetConfig, expand
+from tiger.on_ray import cluster
+from tiger.on_ray.metrics import Gauges
+from tiger.run import RunConfig
+from tiger.tokenizers.base import TokenizerConfig
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+
+DEFAULT_CONFIG = "sample"
+
+TOOLS = {"check": "tiger.evaluation.health", "report": "tiger.report.semantic_ids"}
+"""Verbs that read finished artifacts and take no configuration: the module's `main(arguments)` runs them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the verb that the first argument names, and exit with its code.
+
+    Args:
+        arguments: without the name of the program; None: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    verb = given.pop(0).replace("-", "_")
+    if verb in TOOLS:
+        sys.exit(importlib.import_module(TOOLS[verb]).main(given))
+    if verb not in jobs():
+        verbs = [*jobs(), *TOOLS]
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(verbs)}"
+        print(f"error: unknown verb {verb!r}; {hint}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    run_job(verb, given)
+
+
+def jobs() -> list[str]:
+    """Return the verbs that run a stage, sorted: the modules of `tiger.pipeline`."""
+    return sorted(module.name for module in pkgutil.iter_modules(tiger.pipeline.__path__))
+
+
+def run_job(verb: str, arguments: Sequence[str]) -> None:
+    """Read the configuration, run one job, and print one JSON object as the last line of stdout.
+
+    Args:
+        verb: a module of `tiger.pipeline`. Its `SECTIONS` are sections with a file of their own next to the
+            configuration: that of `search` and NAME.toml is NAME.search.toml. Overrides of its keys begin with
+            `search.`.
+        arguments: the configuration's name or file, overrides `key=value`, `--debug`, `--help`.
+
+    Progress and logs go to stderr, and as JSON lines to `ROOT/logs`. An error is one line that says how to fix it, and
+    the exit code says its kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health, 8 security. With
+    `--debug` the traceback comes first.
+    """
+    debug = "--debug" in arguments
+    if debug:
+        os.environ[cluster.DEBUG] = "1"
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logs.configure_console(debug)
+    module = importlib.import_module(f"tiger.pipeline.{verb}")
+    sections: Mapping[str, type[Config]] = getattr(module, "SECTIONS", {})
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(verb, module, sections)
+        return
+    log_file: logs.JsonLinesHandler | None = None
+    try:
+        name = arguments.pop(0) if arguments and "=" not in arguments[0] else DEFAULT_CONFIG
+        cluster.check_environment(os.environ)
+        overrides: dict[str, list[str]] = {section: [] for section in ("", *sections)}
+        for argument in arguments:
+            head = argument.partition(".")[0]
+            overrides[head if head in sections else ""].append(argument)
+        run = load(RunConfig, name, overrides[""], CONFIGS)
+        if run.embedding.vectors is not None:
+            expand([run.embedding.vectors], "embedding.vectors")  # before the first stage, which may take hours
+        further = {section: _section(name, section, sections[section], overrides[section]) for section in sections}
+        log_file = logs.JsonLinesHandler(run.root, verb)
+        logging.getLogger("tiger").addHandler(log_file)
+        with contextlib.ExitStack() as stack:
+            _add_sinks(run, verb, log_file.run, stack)
+            artifact = module.job(run, **further)
+    except (TigerError, ray.exceptions.RayError) as failure:
+        error = failure if isinstance(failure, TigerError) else _of_ray(failure)
+        if debug:
+            traceback.print_exc()
+        if log_file is not None:
+            logging.getLogger("tiger").propagate = False  # it is on the console already, in the next line
+            log.error("the job ended with exit code %d", error.exit_code, extra={"error": str(error)})
+        print(logs.redact(f"error: {error}"), file=sys.stderr)
+        sys.exit(error.exit_code)
+    finally:
+        if log_file is not None:
+            log_file.flush()
+    print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+
+
+def _section(name: str, section: str, model: type[Config], overrides: list[str]) -> Config:
+    """Return a further section of a configuration, from the file next to it and from its overrides."""
+    file = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+    own = [text.removeprefix(f"{section}.") for text in overrides]
+    return load(model, str(file.with_suffix(f".{section}.toml")), own, CONFIGS, prefix=f"{section}.")
+
+
+def _of_ray(error: Exception) -> TigerError:
+    """Return an error of Ray's as one line that says where more is to be found."""
+    return ResourceError(
+        f"Ray: {last_line(error)} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)"
+    )
+
+
+def _add_sinks(run: RunConfig, verb: str, run_name: str, stack: contextlib.ExitStack) -> None:
+    """Send metrics to Ray's metrics, and to TensorBoard and MLflow if the configuration asks for them."""
+    sinks: list[tracking.Sink] = [Gauges(verb)]
+    if run.tracking.tensorboard:
+        sinks.append(stack.enter_context(tracking.tensorboard(run.tracking.tensorboard, run_name)))
+    if run.tracking.mlflow:
+        parameters = run.model_dump(mode="json", serialize_as_any=True)
+        given = run.tracking.mlflow, run.tracking.experiment
+        sinks.append(stack.enter_context(tracking.mlflow(*given, run_name, parameters)))
+    stack.enter_context(tracking.recording(*sinks))
+
+
+# --- help -------------------------------------------------------------------------------------------------------
+
+
+def _overview() -> str:
+    rows = [(name, f"tiger.pipeline.{name}") for name in jobs()] + list(TOOLS.items())
+    lines = [f"  {name:<14}{(importlib.import_module(module).__doc__ or '').strip().splitlines()[0]}"
+             for name, module in rows]  # fmt: skip
+    return "\n".join(
+        [
+            "usage: tiger VERB [config] [key=value ...] [--debug]; tiger VERB --help explains one verb\n",
+            *lines,
+            f"\nconfig is a TOML file or one of: {', '.join(_shipped_configs())} (default: {DEFAULT_CONFIG})",
+        ]
+    )
+
+
+def _shipped_configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.toml") if "." not in path.stem)
+
+
+def _print_help(verb: str, module: ModuleType, sections: Mapping[str, type[Config]]) -> None:
+    print(f"{(module.__doc__ or '').strip()}\n\nusage: tiger {verb} [config] [key=value ...] [--debug]\n")
+    configs = ", ".join(_shipped_configs())
+    print(f"config is a TOML file or one of: {configs} (default: {DEFAULT_CONFIG}). Keys, defaults, meanings:")
+    section = ""
+    for key, kind, value, meaning in describe(RunConfig):
+        head = key.partition(".")[0]
+        print(("" if head == section else "\n") + _line(key, kind, value, meaning))
+        section = head
+    plugins: list[tuple[str, type[PluginConfig]]] = [("data", DatasetConfig), ("tokenizer", TokenizerConfig)]
+    for prefix, plugin in plugins:
+        for name in shipped_plugins(plugin.plugin_package):
+            if name != plugin.default_kind:
+                print(f"\nwith {prefix}.kind = {_toml(name)}:")
+                for key, kind, value, meaning in describe(plugin.of_kind(name)):
+                    print(_line(f"{prefix}.{key}", kind, value, meaning))
+    for prefix, config in sections.items():
+        print(f"\nin NAME.{prefix}.toml next to NAME.toml, where keys are written without {prefix}.:")
+        for key, kind, value, meaning in describe(config):
+            print(_line(f"{prefix}.{key}", kind, value, meaning))
+
+
+def _line(key: str, kind: str, value: Any, meaning: str) -> str:
+    return f"  {key} = {_toml(value)}  ({kind})\n      {meaning}"
+
+
+def _toml(value: Any) -> str:
+    return "none" if value is None else json.dumps(value, default=lambda _: "to be given")
+
+
+if __name__ == "__main__":
+    main()

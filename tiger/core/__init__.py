@@ -1,0 +1,1 @@
+"""What every part uses: errors, configuration, storage, artifacts, logging, progress, devices, precision."""

@@ -1,0 +1,312 @@
+"""What a stage leaves behind: a folder `<kind>-<fingerprint>` whose `manifest.json` is written last.
+
+The manifest is the commit point, because object stores have no atomic rename: a folder without one does not exist to
+a reader. It records what the stage was given (configuration, fingerprints of its inputs), what it found (rows, health)
+and the size and sha256 of every file, so that a truncated or altered artifact is refused by name.
+Tables are Parquet, weights are safetensors, everything else is JSON; nothing is ever unpickled.
+Two runs of one stage never write to each other's files: see `tiger.core.publishing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import tiger
+from tiger.core.config import Config, fingerprint
+from tiger.core.errors import ArtifactError, SecurityError
+from tiger.core.publishing import ATTEMPT, publish, tidy
+from tiger.core.storage import MANIFEST, PARTIAL, SCRATCH, Folder, in_one_line
+
+log = logging.getLogger(__name__)
+
+__all__ = [  # Folder and its constants are in tiger.core.storage
+    "MANIFEST",
+    "PARTIAL",
+    "SCRATCH",
+    "Artifact",
+    "Draft",
+    "Folder",
+    "build",
+    "newest",
+    "open_artifact",
+    "stage_fingerprint",
+]
+
+SCHEMA_VERSION = 3  # part of every fingerprint
+_RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact, open for reading."""
+
+    folder: Folder
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def health(self) -> list[dict[str, Any]]:
+        return self.manifest["health"]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return self.manifest["figures"]
+
+    @property
+    def home(self) -> Folder:
+        """The folder `<kind>-<fingerprint>`; on an object store `folder` is the attempt in it that is read."""
+        attempt = self.manifest.get("attempt")
+        return self.folder.parent if attempt and self.folder.uri.endswith(f"/{attempt}") else self.folder
+
+    @cached_property
+    def inputs(self) -> dict[str, Artifact]:
+        """The artifacts that this one was made from, by kind; they are sibling folders.
+
+        Of those that it was made from by content (see `build`), which may be older than what is used today, only those
+        that are still there.
+        """
+        root = self.home.parent
+        found = {
+            kind: open_artifact(root.child(f"{kind}-{given}"), expected_kind=kind)
+            for kind, given in self.manifest["inputs"].items()
+        }
+        for kind, given in self.manifest.get("read_from", {}).items():
+            with contextlib.suppress(ArtifactError):  # it is not needed
+                found[kind] = open_artifact(root.child(f"{kind}-{given}"), expected_kind=kind)
+        return found
+
+    def lineage(self) -> Iterator[Artifact]:
+        """This artifact and all that it was made from, inputs before what they went into, each once.
+
+        What was read by content only is left out if another artifact of its kind is an input in the full sense.
+        """
+        seen: dict[str, Artifact] = {}
+        certain: dict[str, str] = {}  # folder -> kind
+
+        def walk(artifact: Artifact, is_certain: bool) -> None:
+            by_content = artifact.manifest.get("read_from", {})
+            for kind, parent in artifact.inputs.items():
+                walk(parent, is_certain and kind not in by_content)
+            seen.setdefault(artifact.folder.uri, artifact)
+            if is_certain:
+                certain[artifact.folder.uri] = artifact.kind
+
+        walk(self, True)
+        kinds = set(certain.values())
+        yield from (artifact for uri, artifact in seen.items() if uri in certain or artifact.kind not in kinds)
+
+    def verify(self) -> None:
+        """Compares every file with the manifest's sha256.
+
+        Raises:
+            ArtifactError: a file is missing, altered, or not of this artifact; names it.
+        """
+        found = self.folder.files()
+        for name, expected in self.manifest["files"].items():
+            if name not in found:
+                raise ArtifactError(f"{self.folder.uri}: {name} is missing; delete the folder and run the stage again")
+            if self.folder.digest(name) != expected["sha256"]:
+                raise ArtifactError(f"{self.folder.uri}: {name} was altered; delete the folder and run the stage again")
+        _require_no_others(self.folder, found, self.manifest["files"])
+
+
+@dataclass
+class Draft:
+    """An artifact being made: `folder` to write into; `figures` and `health` to fill for the manifest."""
+
+    folder: Folder
+    fingerprint: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
+
+
+def stage_fingerprint(
+    kind: str, config: Config, inputs: Mapping[str, Artifact], source: Mapping[str, str] | None = None
+) -> str:
+    """Return the identity of a stage's outcome: its name, its configuration, its inputs and `source`, not the root."""
+    given = {name: artifact.fingerprint for name, artifact in inputs.items()}
+    return fingerprint(SCHEMA_VERSION, kind, config.identity(), given, dict(source or {}))
+
+
+def build(
+    root: str,
+    kind: str,
+    config: Config,
+    inputs: dict[str, Artifact],
+    make: Callable[[Draft], None],
+    *,
+    source: dict[str, str] | None = None,
+    read_from: dict[str, Artifact] | None = None,
+    record: dict[str, Any] | None = None,
+) -> Artifact:
+    """Opens the artifact of this configuration and these inputs, or has `make` fill it and publishes it.
+
+    The fingerprint covers what `stage_fingerprint` is given. See the top of this file for two runs at once.
+
+    Args:
+        make: fills the draft. It may find files of an earlier attempt that was killed.
+        source: {role: sha256} of what the stage reads that is not a whole artifact: raw files, a file of an artifact, a
+            model's weights. Roles do not name files, so that a renamed file is the same source.
+        read_from: artifacts of which the stage reads only what `source` covers: recorded, and verified before they are
+            read, but not part of the fingerprint.
+        record: further entries of the manifest, for people; not part of the fingerprint.
+
+    Raises:
+        ArtifactError: a finished artifact of the same fingerprint has a file missing or of another size.
+        ResourceError: another run is making the same artifact, on a local disk.
+        TigerError: whatever `make` raises; nothing is published then.
+    """
+    own = stage_fingerprint(kind, config, inputs, source)
+    home = Folder(root).child(f"{kind}-{own}")
+    if home.exists(MANIFEST):
+        log.info("%s: already there, skipped (%s)", kind, home.uri)
+        tidy(home)
+        return open_artifact(home, expected_kind=kind)
+    for artifact in [*inputs.values(), *(read_from or {}).values()]:
+        artifact.verify()
+    manifest = {
+        "kind": kind,
+        "fingerprint": own,
+        "schema_version": SCHEMA_VERSION,
+        "config": config.model_dump(mode="json", serialize_as_any=True),
+        "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
+        "read_from": {name: artifact.fingerprint for name, artifact in (read_from or {}).items()},
+        "source": source or {},
+        **(record or {}),
+    }
+    publish(home, kind, lambda folder, attempt: _fill(folder, manifest, attempt, make))
+    return open_artifact(home, expected_kind=kind)
+
+
+def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Callable[[Draft], None]) -> dict[str, Any]:
+    """Have a draft filled; return its manifest, which is not written yet."""
+    if attempt:
+        given = given | {"attempt": attempt}
+    begin = time.monotonic()
+    log.info("%s: started (%s)", given["kind"], folder.uri)
+    draft = Draft(folder, given["fingerprint"])
+    make(draft)
+    folder.delete_partials()
+    manifest = given | {
+        "figures": draft.figures,
+        "health": draft.health,
+        "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
+        "versions": {"tiger": tiger.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    return manifest | {"digest": _digest(manifest)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's own content, so that it cannot be altered unnoticed either."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+_MADE_BY = {
+    "raw": "prepare",
+    "catalog": "prepare",
+    "embeddings": "embed",
+    "tokenizer": "semantic_ids",
+    "semantic_ids": "semantic_ids",
+    "model": "train",
+    "metrics": "evaluate",
+    "recommendations": "recommend",
+    "sasrec": "sasrec",
+    "sweep": "tune",
+}
+
+
+def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Artifact:
+    """Opens a published artifact; refuses one that is incomplete.
+
+    Raises:
+        ArtifactError: no manifest (names the job that makes it), another schema, another kind, or a file that is
+            missing or not of the recorded size. `Artifact.verify` compares contents, too.
+        SecurityError: the manifest names inputs that are not artifacts beside it.
+    """
+    folder = where if isinstance(where, Folder) else Folder(where)
+    if not folder.exists(MANIFEST):
+        job = _MADE_BY.get(expected_kind or folder.uri.rpartition("/")[2].partition("-")[0], "pipeline")
+        raise ArtifactError(f"{folder.uri} holds no finished artifact; `python -m jobs.{job}` makes it")
+    try:
+        manifest = folder.read_json(MANIFEST)
+        version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
+        beside = [*manifest["inputs"].items(), *manifest.get("read_from", {}).items()]
+        strange = [f"{key}-{given}" for key, given in beside if not _is_name(key, given)]
+        attempt = manifest.get("attempt")
+        recorded = {name: int(file["bytes"]) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{folder.uri} was written by another version of this project (schema {version}, here {SCHEMA_VERSION}); "
+            "run its stage again"
+        )
+    if expected_kind and kind != expected_kind:
+        raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
+    if manifest.get("digest") != _digest(manifest):
+        raise ArtifactError(f"{folder.uri}/{MANIFEST} was altered; delete the folder and run the stage again")
+    if strange:
+        raise SecurityError(f"{folder.uri}/{MANIFEST} names {strange[0]!r} as an input, which is no artifact beside it")
+    if attempt is not None:
+        if not re.fullmatch(rf"{ATTEMPT}[0-9a-f]{{12}}", str(attempt)):
+            raise SecurityError(f"{folder.uri}/{MANIFEST} names {attempt!r} as its attempt, which is not one")
+        if folder.uri.rpartition("/")[2] != attempt:
+            folder = folder.child(attempt)
+    found = folder.files()
+    for name, size in recorded.items():
+        if found.get(name) != size:
+            raise ArtifactError(
+                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, recorded were {size}; "
+                "delete the folder and run the stage again"
+            )
+    _require_no_others(folder, found, recorded)
+    return Artifact(folder, manifest)
+
+
+def _require_no_others(folder: Folder, found: Mapping[str, int], recorded: Mapping[str, Any]) -> None:
+    if extra := sorted(found.keys() - recorded.keys()):
+        raise ArtifactError(f"{folder.uri}: {extra[0]} is not part of the artifact; remove it")
+
+
+def _is_name(kind: str, given: str) -> bool:
+    """Whether a manifest's input is a folder beside the artifact: it becomes part of a path."""
+    return re.fullmatch(r"[a-z_]{1,32}-[0-9a-f]{8}", f"{kind}-{given}") is not None
+
+
+def newest(root: str, kind: str | None = None) -> Artifact:
+    """The artifact of this kind (of any, if None) under `root` that was published last.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    base = Folder(root)
+    found = base.entries(recursive=False)
+    names = [info.base_name for info in found if kind is None or info.base_name.startswith(f"{kind}-")]
+    with in_one_line(base.uri):
+        manifests = base.filesystem.get_file_info([base.join(f"{name}/{MANIFEST}") for name in names])
+    done = [(info.mtime_ns, name) for info, name in zip(manifests, names, strict=True) if info.mtime_ns]
+    if not done:
+        job = _MADE_BY.get(kind or "", "pipeline")
+        raise ArtifactError(f"{root} holds no finished {kind or 'stage'}; `python -m jobs.{job}` makes one")
+    return open_artifact(base.child(max(done)[1]))

@@ -1,0 +1,347 @@
+"""Files on any file system that pyarrow knows: a local or mounted disk, `s3://`, `gs://`, ...
+
+A write is seen as a whole or not at all, also after a power cut. An error of the storage is one line that names the
+path, the reason, and how to fix it: a `StorageError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from tiger.core.errors import ArtifactError, ConfigError, ResourceError, TigerError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes seconds to import, and most stages hold none
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"  # files being written, or left by a killed writer: they do not exist to readers
+SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
+_REQUEST_ATTEMPTS = 10  # at a request to S3
+_REQUEST_TIME = timedelta(seconds=60)  # for a request to Google's, with all attempts
+
+
+class StorageError(ResourceError, OSError):
+    """A file system that refuses or fails; names the path, the reason, and how to fix it."""
+
+
+class MissingError(StorageError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+@contextlib.contextmanager
+def in_one_line(where: str) -> Iterator[None]:
+    """Turn what the operating system and Arrow raise into a `StorageError` about `where`."""
+    try:
+        yield
+    except TigerError:
+        raise
+    except FileNotFoundError as error:
+        check = "the bucket" if "://" in where else "symbolic links in it"
+        raise MissingError(f"{where} does not exist, or not any more; check the path and {check}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"{where}: {explain(error, '://' in where)}") from error
+
+
+def explain(error: Exception, is_remote: bool) -> str:
+    """Return the reason of an error of a file system and how to fix it, without line breaks."""
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some of it, or set root to another disk"
+    if code is not None and not is_remote:
+        return f"{os.strerror(code)}; {_FIXES.get(code, 'correct that, or name another folder')}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{reason.partition(' Detail: ')[0][:300]}; check the address, the credentials, and the server"
+
+
+_FIXES = {
+    errno.EACCES: "give this user the right to it, or name another folder",
+    errno.EPERM: "give this user the right to it, or name another folder",
+    errno.EROFS: "name a folder on another disk",
+    errno.ENOTDIR: "a part of this path is a file; remove it, or name another folder",
+    errno.EEXIST: "a part of this path is a file; remove it, or name another folder",
+    errno.EISDIR: "remove that folder, or name another one",
+    errno.ELOOP: "correct the symbolic links",
+}
+
+
+class Folder:
+    """A folder on any filesystem that pyarrow knows: a local path, `s3://`, `gs://`, ..."""
+
+    def __init__(self, uri: str) -> None:
+        """
+        Args:
+            uri: a local path (made absolute, because Ray's workers have other working folders) or a filesystem URI.
+
+        Raises:
+            ConfigError: the URI has a query, or pyarrow cannot open it.
+        """
+        if "://" in uri:
+            if "?" in uri:  # nothing could be joined to it, and a query may hold secrets, which end up in logs
+                raise ConfigError(
+                    f"{uri.partition('?')[0]}?...: a folder is named without a query; set the region with AWS_REGION "
+                    "and the server with AWS_ENDPOINT_URL (http://host:port)"
+                )
+            try:
+                self.filesystem, self.path = _connect(uri)
+            except (OSError, ValueError, pa.ArrowException) as error:  # no such scheme, no bucket, no credentials
+                raise ConfigError(f"{uri} cannot be opened: {explain(error, True)}") from error
+            if not self.path.strip("/") and not self.is_local:
+                raise ConfigError(f"{uri} cannot be opened: it does not name a bucket")
+            self.uri = uri.rstrip("/")
+        else:
+            self.filesystem, self.path = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+            self.uri = self.path
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def child(self, name: str) -> Folder:
+        child = copy.copy(self)  # with the connection, which an object store takes a request or two to make
+        child.uri, child.path = f"{self.uri}/{name}", self.join(name)
+        return child
+
+    @property
+    def parent(self) -> Folder:
+        parent = copy.copy(self)
+        parent.uri, parent.path = self.uri.rpartition("/")[0], self.path.rpartition("/")[0]
+        return parent
+
+    def join(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str) -> bool:
+        with in_one_line(f"{self.uri}/{name}"):
+            return self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.File
+
+    def files(self) -> dict[str, int]:
+        """{relative name: bytes} of all files below, the manifest and the scratch folder left out, sorted."""
+        names = {
+            info.path[len(self.path) + 1 :]: info.size for info in self.entries() if info.type == pafs.FileType.File
+        }
+        return {
+            name: size
+            for name, size in sorted(names.items())
+            if name != MANIFEST and not name.startswith(f"{SCRATCH}/") and not name.endswith(PARTIAL)
+        }
+
+    def entries(self, recursive: bool = True) -> Any:
+        """Return pyarrow's information on every file and folder below, or directly in it; none if it does not exist."""
+        flat = not recursive and isinstance(self.filesystem, pafs.GcsFileSystem)
+        with in_one_line(self.uri):
+            selector = pafs.FileSelector(self.path, recursive=recursive or flat, allow_not_found=True)
+            found = self.filesystem.get_file_info(selector)
+        if not flat:
+            return found
+        # Without `recursive`, pyarrow's of Google leaves out folders that only exist as parts of names, as ours do.
+        direct: dict[str, Any] = {}
+        for info in found:
+            name, _, below = info.path[len(self.path) + 1 :].partition("/")
+            direct[name] = pafs.FileInfo(self.join(name), pafs.FileType.Directory) if below else info
+        return list(direct.values())
+
+    def read_bytes(self, name: str) -> bytes:
+        path = self.join(name)
+        with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file as a whole: a reader sees the old content or the new, nothing between, also after a power cut.
+
+        An object store does that by itself.
+
+        Raises:
+            StorageError: the disk is full, or the storage refuses or fails.
+        """
+        path = self.join(name)
+        with in_one_line(f"{self.uri}/{name}"):
+            if self.is_local:
+                _write_local(path, data)
+                return
+            for again in (True, False):
+                try:
+                    with self._open_output(path) as stream:
+                        stream.write(data)
+                    return
+                except OSError as error:  # a store that was restarted may have forgotten an upload of several parts
+                    if not again:
+                        raise
+                    log.warning("%s/%s is written once more: %s", self.uri, name, error)
+
+    def _open_output(self, path: str) -> Any:
+        """Open a file for writing; without `compression`, pyarrow would compress what is called `.gz` once more."""
+        try:
+            return self.filesystem.open_output_stream(path, compression=None)
+        except FileNotFoundError:  # some filesystems have real folders
+            if isinstance(self.filesystem, pafs.GcsFileSystem):
+                raise  # there is no such bucket, and none is made
+            self.filesystem.create_dir(path.rpartition("/")[0])
+            return self.filesystem.open_output_stream(path, compression=None)
+
+    def copy_from(self, other: Folder, name: str) -> None:
+        """Copy a file of another folder on the same filesystem; an object store does that without sending it here."""
+        path = self.join(name)
+        with in_one_line(f"{other.uri}/{name}"):
+            try:
+                self.filesystem.copy_file(other.join(name), path)
+            except FileNotFoundError:  # some filesystems have real folders
+                if isinstance(self.filesystem, pafs.GcsFileSystem):
+                    raise
+                self.filesystem.create_dir(path.rpartition("/")[0])
+                self.filesystem.copy_file(other.join(name), path)
+
+    def append_bytes(self, name: str, data: bytes) -> None:
+        """Add to a file on a local disk; object stores cannot."""
+        with in_one_line(f"{self.uri}/{name}"):
+            os.makedirs(self.path, exist_ok=True)
+            with open(self.join(name), "ab") as file:
+                file.write(data)
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read one Parquet file, or all files of a folder in the order of their names.
+
+        Raises:
+            ArtifactError: not a Parquet file, or a folder without any.
+            StorageError: the storage refuses or fails.
+        """
+        with in_one_line(f"{self.uri}/{name}"):
+            kind = self.filesystem.get_file_info(self.join(name)).type
+        if kind == pafs.FileType.Directory:
+            parts = [part for part in self.files() if part.startswith(f"{name}/") and part.endswith(".parquet")]
+            if not parts:
+                raise ArtifactError(f"{self.uri}/{name} holds no Parquet file")
+            return pa.concat_tables([self.read_table(part, columns) for part in parts])
+        try:
+            return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
+        except OSError as failure:  # of the storage
+            with in_one_line(f"{self.uri}/{name}"):
+                raise failure from None
+            raise AssertionError("unreachable") from None
+        except Exception as error:  # of Arrow, or of the readers of Ray's extension types, which believe files
+            raise ArtifactError(f"{self.uri}/{name} is no table: {str(error).partition(chr(10))[0]}") from None
+
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        self.write_bytes(name, sink.getvalue())
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """Read named tensors, on the CPU.
+
+        Raises:
+            ArtifactError: the file is not a safetensors file. No other format is ever tried: pickles run code.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(self.read_bytes(name))
+        except SafetensorError as error:
+            raise ArtifactError(f"{self.uri}/{name} is no safetensors file: {error}") from None
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        self.write_bytes(name, save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}))
+
+    def delete(self, name: str = "") -> None:
+        """Remove the folder `name` in this one, or this one, if it is there."""
+        path = self.join(name) if name else self.path
+        with in_one_line(f"{self.uri}/{name}" if name else self.uri):
+            if self.filesystem.get_file_info(path).type != pafs.FileType.Directory:
+                return
+            try:
+                self.filesystem.delete_dir(path)
+            except FileNotFoundError:  # pyarrow's of Google also removes an object for the folder itself; there is none
+                if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
+                    raise
+
+    def delete_partials(self) -> None:
+        """Remove what killed writers have left."""
+        for info in self.entries():
+            if info.path.endswith(PARTIAL):
+                with in_one_line(info.path):
+                    self.filesystem.delete_file(info.path)
+
+    def digest(self, name: str) -> str:
+        """Return the sha256 of a file, read in pieces."""
+        sha = hashlib.sha256()
+        path = self.join(name)
+        with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(1 << 22):
+                sha.update(chunk)
+        return sha.hexdigest()
+
+
+def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    if isinstance(filesystem, pafs.S3FileSystem) and "@" not in uri:
+        # By default it gives up after three attempts, about a second: a store that restarts takes longer. The waits
+        # double, up to 20 s.
+        patient = pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        filesystem = pafs.S3FileSystem(
+            region=filesystem.region,
+            endpoint_override=endpoint,
+            retry_strategy=patient,
+            allow_delayed_open=True,  # small files in one request
+        )
+    if isinstance(filesystem, pafs.GcsFileSystem):
+        # By default it tries a request again for 15 minutes, in silence, also if there are no credentials.
+        server = os.environ.get("STORAGE_EMULATOR_HOST", "")  # as Google's own libraries name it
+        scheme, _, host = server.rpartition("://")
+        filesystem = pafs.GcsFileSystem(
+            anonymous="anonymous@" in uri or bool(server),
+            scheme=(scheme or "http") if server else "https",
+            endpoint_override=host or None,
+            retry_time_limit=_REQUEST_TIME,
+        )
+    return filesystem, path
+
+
+def _write_local(path: str, data: bytes) -> None:
+    """The content is on the disk before the name is, and the name before this returns."""
+    parent = os.path.dirname(path)
+    partial = f"{path}.{os.getpid()}{PARTIAL}"
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            os.unlink(partial)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{path}: the disk is full, {len(data):,} bytes do not fit; free some, or set root to another disk"
+            ) from None
+        raise

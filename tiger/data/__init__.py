@@ -1,0 +1,1 @@
+"""Raw files -> the catalog: data sources, readers of file formats, histories and splits."""

@@ -1,0 +1,116 @@
+"""Users' histories, and the users and targets of a split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiger.core.storage import Folder
+
+CHUNK_EVENTS = 1 << 30
+"""Events in one chunk of histories.parquet's lists, which have room for 2^31 of them."""
+
+Split = Literal["valid", "test"]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """All users' items in time order, back to back; user u owns positions offsets[u] to offsets[u + 1].
+
+    Attributes:
+        source_ids: names of the users in the raw data, [U].
+        offsets: int64 [U + 1].
+        items: int32, item ids.
+        train_end, valid_end: int64 [U], absolute positions: training items lie in [offsets[u], train_end[u]),
+            validation targets in [train_end[u], valid_end[u]), test targets in [valid_end[u], offsets[u + 1]).
+    """
+
+    source_ids: list[str]
+    offsets: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int32]
+    train_end: npt.NDArray[np.int64]
+    valid_end: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, user: int) -> npt.NDArray[np.int32]:
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def training_examples(self) -> int:
+        """Number of (prefix, next item) pairs inside the training part."""
+        return int(np.maximum(self.train_end - self.offsets[:-1] - 1, 0).sum())
+
+    def evaluation(self, split: Split) -> EvalSplit:
+        """The users with a target in `split`; a target is the first item of the split, its history all before it."""
+        begin = self.train_end if split == "valid" else self.valid_end
+        end = self.valid_end if split == "valid" else self.offsets[1:]
+        users = np.flatnonzero((end > begin) & (begin > self.offsets[:-1]))
+        return EvalSplit(users, self.offsets[users], begin[users], self.items[begin[users]], self.items)
+
+
+@dataclass(frozen=True)
+class EvalSplit:
+    """Users to evaluate: `users` int64 [E], `targets` int32 [E]; history of row e is items[begin[e] : end[e]]."""
+
+    users: npt.NDArray[np.int64]
+    begin: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int32]
+    items: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def histories(self) -> list[npt.NDArray[np.int32]]:
+        return [self.items[b:e] for b, e in zip(self.begin, self.end, strict=True)]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> EvalSplit:
+        return EvalSplit(self.users[rows], self.begin[rows], self.end[rows], self.targets[rows], self.items)
+
+
+def read_histories(folder: Folder) -> Histories:
+    table = folder.read_table("histories.parquet")
+    lists = table["items"]
+    lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return Histories(
+        table["source_id"].to_pylist(),
+        offsets,
+        np.concatenate([np.empty(0, np.int32), *(np.asarray(chunk.flatten()) for chunk in lists.chunks)]),
+        offsets[:-1] + np.asarray(table["train_end"]),
+        offsets[:-1] + np.asarray(table["valid_end"]),
+    )
+
+
+def history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table:
+    begin = histories.offsets[:-1]
+    return pa.table(
+        {
+            "user_id": np.arange(len(histories), dtype=np.int32),
+            "source_id": pa.array(histories.source_ids, pa.string()),
+            "items": _lists(histories.offsets, histories.items),
+            "times": _lists(histories.offsets, time),
+            "train_end": (histories.train_end - begin).astype(np.int32),
+            "valid_end": (histories.valid_end - begin).astype(np.int32),
+        }
+    )
+
+
+def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.ChunkedArray:
+    """Return values[offsets[u] : offsets[u + 1]] for every user u, in chunks whose offsets have 32 bits."""
+    chunks: list[pa.Array] = []
+    first, users = 0, len(offsets) - 1
+    while first < users or not chunks:
+        last = int(np.searchsorted(offsets, offsets[first] + CHUNK_EVENTS, "right")) - 1
+        last = min(max(last, first + 1), users)
+        own = offsets[first : last + 1]
+        inner = pa.array(values[own[0] : own[-1]])
+        chunks.append(pa.ListArray.from_arrays(pa.array((own - own[0]).astype(np.int32)), inner))
+        first = last
+    return pa.chunked_array(chunks)

@@ -1,0 +1,389 @@
+"""Text tables: CSV, TSV and their kin. One bad line is one bad row, wherever it stands and whatever it holds.
+
+The text is cut into records first; well-formed ones are parsed by Arrow, a block at a time. A field that begins with
+the quote ends with it and may hold line breaks. A quote that is never closed, or whose "field" swallows lines that are
+rows themselves, spoils its own line only: the next line is read again. Lines are reconciled with rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv as pcsv
+
+from tiger.core.errors import DataError
+from tiger.data.readers.lines import text_blocks
+from tiger.data.readers.raw_files import RawFile
+from tiger.data.readers.row_counts import RowCounts, listed
+from tiger.data.readers.table import Block, Wanted
+from tiger.data.readers.values import short
+
+log = logging.getLogger(__name__)
+
+RECORD_CAP = 8 << 20
+_SEPARATORS = (",", "\t", ";", "|", "::")
+_INNER = "\x1f"  # stands for a separator of several bytes
+_TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's atomic files
+_NUMERIC = re.compile(rb"[+-]?[0-9][0-9.:/ T-]*")
+_OPEN, _BESIDE = "a quote opens here and is not closed", "text beside a quoted field"
+_SWALLOWED = "a quote opens here and closes in a later row"
+_QUOTE_HINT = 'data.quote = "" takes quotes as text'
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Patterns of fields and records for one separator and quote."""
+
+    separator: bytes
+    quote: bytes
+    field: re.Pattern[bytes]
+    run: re.Pattern[bytes]
+    record: re.Pattern[bytes]
+    open: re.Pattern[bytes]
+
+    @classmethod
+    def of(cls, separator: str, quote: str) -> Grammar:
+        s, q = re.escape(separator.encode()), re.escape(quote.encode())
+        if not quote:
+            field, record = rb"[^%b\n]*+" % s, rb"[^\n]*+\n"
+            never = re.compile(rb"(?!)")
+            return cls(separator.encode(), b"", re.compile(field), re.compile(rb"(?:%b)++" % record), never, never)
+        plain = rb"[^%b%b\n][^%b\n]*+" % (q, s, s)
+        one_line = rb"(?:%b[^%b\n]*+(?:%b%b[^%b\n]*+)*+%b|%b|)" % (q, q, q, q, q, q, plain)
+        many = rb"(?:%b[^%b]*+(?:%b%b[^%b]*+)*+%b|%b|)" % (q, q, q, q, q, q, plain)
+        return cls(
+            separator.encode(),
+            quote.encode(),
+            re.compile(many),
+            re.compile(rb"(?:[^%b\n]*+\n|%b(?:%b%b)*+\n)++" % (q, one_line, s, one_line)),
+            re.compile(rb"%b(?:%b%b)*+\n" % (many, s, many)),
+            re.compile(rb"(?:%b%b)*+%b[^%b]*+(?:%b%b[^%b]*+)*+%b?\Z" % (many, s, q, q, q, q, q, q)),
+        )
+
+    def split(self, record: bytes) -> list[bytes]:
+        """Return the fields of one well-formed record, without its line end."""
+        fields, at = [], 0
+        while True:
+            match = self.field.match(record, at)
+            value = match.group() if match else b""
+            at += len(value)
+            if self.quote and value[:1] == self.quote:
+                value = value[1:-1].replace(self.quote * 2, self.quote)
+            fields.append(value)
+            if record[at : at + len(self.separator)] != self.separator:
+                return fields
+            at += len(self.separator)
+
+    def first_record(self, text: bytes) -> bytes | None:
+        """Return the first record that is not blank, None if the text has none."""
+        text = text.lstrip(b"\n")
+        if not text:
+            return None
+        match = self.record.match(text + b"\n")
+        return (match.group() if match else text.partition(b"\n")[0]).rstrip(b"\n")
+
+
+class DelimitedTable:
+    """One text table: its column names, and its rows as text."""
+
+    def __init__(self, file: RawFile, wanted: Wanted) -> None:
+        """
+        Raises:
+            DataError: the needed columns are not there; says how the first line looks.
+        """
+        self.file, self.wanted = file, wanted
+        self.lines = self.rows = self.bad = self.extra = 0
+        self.numeric: list[bool] = []  # of the first row: which fields look like numbers
+        head = self._head()
+        self.names: list[str] = []
+        self.header, self.separator = False, wanted.separator or ","
+        self.first_line = 1 + len(head) - len(head.lstrip(b"\n"))
+        if head.strip():
+            self._find_layout(head)
+        self.grammar, text = self._in_grammar(self.separator, head)
+        self._look(text)
+        self.columns = {name: pa.string() for name in self.names}
+        self.selected = wanted.selected(self.names)
+        self.keys = [self.names.index(name) for name in wanted.keys if name in self.names]
+
+    # --- the first line -----------------------------------------------------------------------------------------
+
+    def _head(self) -> bytes:
+        head = b""
+        for block in text_blocks(self.file, self.wanted.encoding):
+            head += block
+            if len(head.lstrip(b"\n")) >= 1 << 16 or len(head) > RECORD_CAP:
+                break
+        if b"\0" in head[:4096]:
+            raise DataError(f"{self.file}: a binary file, or text in an encoding that data.encoding has to name")
+        return head
+
+    def _in_grammar(self, separator: str, text: bytes) -> tuple[Grammar, bytes]:
+        """Return the grammar of a separator, and the text with that separator as one byte."""
+        if len(separator.encode()) == 1:
+            return Grammar.of(separator, self.wanted.quote), text
+        return Grammar.of(_INNER, self.wanted.quote), text.replace(separator.encode(), _INNER.encode())
+
+    def _look(self, text: bytes) -> None:
+        """Note which fields of the first row look like numbers."""
+        for number in range(10):
+            record = self.grammar.first_record(text) or b""
+            text = text.lstrip(b"\n")[len(record) + 1 :]
+            fields = self.grammar.split(record)
+            if len(fields) == len(self.names) and not (self.header and number == 0):
+                self.numeric = [_NUMERIC.fullmatch(field) is not None for field in fields]
+                return
+
+    def _find_layout(self, head: bytes) -> None:
+        wanted = self.wanted
+        found: dict[str, list[str]] = {}
+        for separator in (wanted.separator,) if wanted.separator else _SEPARATORS:
+            grammar, text = self._in_grammar(separator, head)
+            record = grammar.first_record(text)
+            names = [field.decode("utf-8", "replace").strip() for field in grammar.split(record or b"")]
+            found[separator] = names
+            typed = [match[1] if (match := _TYPED.fullmatch(name)) else "" for name in names]
+            for candidate in (names, typed if all(typed) else []):
+                if candidate and all(name in candidate for name in wanted.needed):
+                    self.header = True
+                    self._settle(separator, [name or f"column_{n}" for n, name in enumerate(candidate, 1)])
+                    return
+        best = max(found, key=lambda each: len(found[each]))
+        if not wanted.columns:
+            raise self._no_columns(head, found, best)
+        fits = [s for s in found if len(found[s]) == len(wanted.columns)]
+        if wanted.columns[-1] in wanted.history and not fits:
+            fits = [s for s in found if len(found[s]) > 1] or [wanted.separator or " "]
+        if not fits:
+            raise DataError(
+                f"{self.file}: the first line has {len(found[best])} fields separated by {best!r}, data.columns names "
+                f"{len(wanted.columns)}: {listed(wanted.columns)}; set data.columns, or data.separator"
+            )
+        wanted.check(self.file, list(wanted.columns), " in data.columns")
+        self._settle(fits[0], list(wanted.columns))
+
+    def _settle(self, separator: str, names: list[str]) -> None:
+        self.wanted.check(self.file, names)
+        if separator != (self.wanted.separator or ","):
+            log.info("%s: the separator is %r", self.file, separator)
+        self.separator, self.names = separator, names
+
+    def _no_columns(self, head: bytes, found: dict[str, list[str]], best: str) -> DataError:
+        used = self.wanted.separator or ","
+        first = head.lstrip(b"\n").partition(b"\n")[0].decode("utf-8", "replace")
+        other = next((s for s in _SEPARATORS if s != used and s in first), None) if used not in first else None
+        more = f'; the first line holds {other!r} and no {used!r}: set data.separator = "{other}"' if other else ""
+        more += f"; if the first line ({short(first)}) is not a header, list the names in data.columns"
+        try:
+            self.wanted.check(self.file, found[best], more)
+        except DataError as error:
+            return error
+        return DataError(f"{self.file}: the columns cannot be found{more}")
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def blocks(self, ledger: RowCounts) -> Iterator[Block]:
+        """Yield the rows as text; empty fields are null.
+
+        Raises:
+            DataError: lines and rows do not agree.
+        """
+        for text, numbers in self._chunks(ledger):
+            if self.header and numbers[0] == self.first_line:
+                first = self.grammar.first_record(text)
+                text, numbers = text[len(first or b"") + 1 :], numbers[1:]
+                self.extra += 1
+            if len(numbers):
+                yield from self._parse(text, numbers, ledger)
+        if self.lines != self.rows + self.bad + self.extra:
+            raise DataError(
+                f"{self.file}: {self.lines:,} lines, but {self.rows + self.bad:,} rows and {self.extra:,} other lines: "
+                "this is a defect of the reader; please report it"
+            )
+        ledger.lines += self.lines
+        ledger.extra_lines += self.extra
+
+    def _skip(self, ledger: RowCounts, number: int, reason: str, detail: str = "") -> None:
+        self.bad += 1
+        ledger.skip(self.file, number, reason, detail)
+
+    def _chunks(self, ledger: RowCounts) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
+        """Yield (whole well-formed records, line of each)."""
+        pending, line, overlong = b"", 1, False
+        separator = self.separator.encode()
+        for block in self._with_end():
+            final = block == b""
+            if overlong:
+                _, newline, block = block.partition(b"\n")
+                if not newline and not final:
+                    continue
+                line, overlong = line + 1, False
+            data = pending + block
+            if final and data and not data.endswith(b"\n"):
+                data += b"\n"
+            end = data.rfind(b"\n") + 1
+            pending = data[end:]
+            if end:
+                whole = data[:end]
+                if len(separator) > 1:
+                    whole = whole.replace(separator, _INNER.encode())
+                parts, used, line = self._scan(whole, line, final, ledger)
+                if used < len(whole):
+                    rest = whole[used:]
+                    pending = (rest.replace(_INNER.encode(), separator) if len(separator) > 1 else rest) + pending
+                if parts:
+                    yield b"".join(text for text, _ in parts), np.concatenate([numbers for _, numbers in parts])
+            elif len(pending) > RECORD_CAP:
+                self.lines += 1
+                self._skip(ledger, line, f"line longer than {RECORD_CAP:,} bytes")
+                pending, overlong = b"", True
+
+    def _with_end(self) -> Iterator[bytes]:
+        yield from text_blocks(self.file, self.wanted.encoding)
+        yield b""
+
+    def _scan(
+        self, data: bytes, line: int, final: bool, ledger: RowCounts
+    ) -> tuple[list[tuple[bytes, npt.NDArray[np.int64]]], int, int]:
+        """Cut whole lines into records: ([(records, line of each)], bytes used, number of the next line)."""
+        parts: list[tuple[bytes, npt.NDArray[np.int64]]] = []
+        grammar, at = self.grammar, 0
+        while at < len(data):
+            if match := grammar.run.match(data, at):
+                text = match.group()
+                count = text.count(b"\n")
+                self.lines += count
+                parts.append(self._clean(text, np.arange(line, line + count), ledger))
+                line, at = line + count, match.end()
+                continue
+            match = grammar.record.match(data, at)
+            if match and not self._swallows(match.group(), line):
+                text = match.group()
+                count = text.count(b"\n")
+                self.lines, self.extra = self.lines + count, self.extra + count - 1
+                parts.append(self._clean(text, np.array([line]), ledger, one=True))
+                line, at = line + count, match.end()
+                continue
+            is_open = match is None and grammar.open.match(data, at) is not None
+            if is_open and not final and len(data) - at < RECORD_CAP:
+                break
+            end = data.index(b"\n", at) + 1
+            reason = _SWALLOWED if match else _OPEN if is_open or data.count(grammar.quote, at, end) % 2 else _BESIDE
+            shown = short(
+                data[at : end - 1].replace(_INNER.encode(), self.separator.encode()).decode("utf-8", "replace")
+            )
+            self.lines += 1
+            self._skip(ledger, line, reason, f"{shown}; {_QUOTE_HINT}")
+            line, at = line + 1, end
+        return [part for part in parts if len(part[1])], at, line
+
+    def _swallows(self, record: bytes, line: int) -> bool:
+        """Tell whether the lines of a record with line breaks are rows that a stray quote has joined.
+
+        They are if a line break falls into an id or a time, or if every line looks like the first row of the file: as
+        many fields, and numbers where that has numbers.
+        """
+        if self.header and line == self.first_line:
+            return False
+        fields = self.grammar.split(record[:-1])
+        if any(b"\n" in fields[key] for key in self.keys if key < len(fields)):
+            return True
+        if not any(self.numeric):
+            return False
+        for each in record[:-1].split(b"\n"):
+            raw = [field.strip(b' "') for field in each.split(self.grammar.separator)]
+            if len(raw) != len(self.numeric):
+                return False
+            if any(number and not _NUMERIC.fullmatch(value) for number, value in zip(self.numeric, raw, strict=True)):
+                return False
+        return True
+
+    def _clean(
+        self, text: bytes, numbers: npt.NDArray[np.int64], ledger: RowCounts, one: bool = False
+    ) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """Leave out blank lines and records that are not UTF-8."""
+        try:
+            text.decode()
+            if not (text.startswith(b"\n") or b"\n\n" in text) or one:
+                return text, numbers
+        except UnicodeDecodeError:
+            pass
+        kept, kept_numbers = [], []
+        for record, number in zip([text] if one else text.splitlines(keepends=True), numbers.tolist(), strict=True):
+            try:
+                record.decode()
+            except UnicodeDecodeError as error:
+                shown = short(record.strip().replace(_INNER.encode(), self.separator.encode()).decode("latin-1"))
+                detail = f"byte 0x{record[error.start]:02x} in {shown}; data.encoding names another, such as latin-1"
+                self._skip(ledger, number, f"not {self.wanted.encoding.upper()}", detail)
+                continue
+            if record == b"\n":
+                self.extra += 1
+                continue
+            kept.append(record)
+            kept_numbers.append(number)
+        return b"".join(kept), np.array(kept_numbers, np.int64)
+
+    def _parse(self, text: bytes, numbers: npt.NDArray[np.int64], ledger: RowCounts) -> Iterator[Block]:
+        if self.names[-1] in self.wanted.history:
+            yield self._open_ended(text, numbers, ledger)
+            return
+        width, bad = len(self.names), []
+
+        def invalid(row: pcsv.InvalidRow) -> str:
+            bad.append((row.number - 1, row.actual_columns))
+            return "skip"
+
+        options = pcsv.ParseOptions(
+            delimiter=self.grammar.separator.decode(),
+            quote_char=self.wanted.quote or False,
+            newlines_in_values=bool(self.wanted.quote),
+            invalid_row_handler=invalid,
+            ignore_empty_lines=False,
+        )
+        table = pcsv.read_csv(
+            pa.BufferReader(text),
+            pcsv.ReadOptions(column_names=self.names, use_threads=False, block_size=len(text) + 1),
+            options,
+            pcsv.ConvertOptions(
+                column_types=self.columns,
+                include_columns=self.selected,
+                null_values=[""],
+                strings_can_be_null=True,
+                check_utf8=False,
+            ),
+        ).combine_chunks()
+        for row, found in bad:
+            self._skip(ledger, int(numbers[row]), f"{found} columns where {width} are named")
+        if bad:
+            numbers = np.delete(numbers, [row for row, _ in bad])
+        self.rows += table.num_rows
+        if table.num_rows != len(numbers):
+            raise DataError(
+                f"{self.file}: lines {numbers[0]:,} to {numbers[-1]:,} hold {len(numbers):,} rows, {table.num_rows:,} "
+                "were parsed: this is a defect of the reader; please report it"
+            )
+        for batch in table.to_batches():
+            yield Block(numbers, batch)
+
+    def _open_ended(self, text: bytes, numbers: npt.NDArray[np.int64], ledger: RowCounts) -> Block:
+        """Read lines whose last column takes all that is left: `user item item ...`."""
+        width = len(self.names)
+        rows, kept = [], []
+        separator = self.grammar.separator.decode()
+        for line, number in zip(text.decode().split("\n"), numbers.tolist(), strict=False):
+            fields = line.strip().split(separator, width - 1)
+            if len(fields) < width - 1:
+                self._skip(ledger, number, f"{len(fields)} columns where {width} are named")
+                continue
+            rows.append([field or None for field in fields] + [None] * (width - len(fields)))
+            kept.append(number)
+        self.rows += len(rows)
+        columns = [pa.array([row[self.names.index(name)] for row in rows], pa.string()) for name in self.selected]
+        return Block(np.array(kept, np.int64), pa.RecordBatch.from_arrays(columns, self.selected))

@@ -1,0 +1,164 @@
+"""Raw item rows of any source -> clean rows, one per item: values without markup, of several rows the fullest one."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiger.core.errors import DataError
+from tiger.core.progress import timed
+from tiger.data.readers.row_counts import listed
+from tiger.data.sources.base import field_name
+
+log = logging.getLogger(__name__)
+
+PIECE = 1 << 13
+"""Rows that are Python objects at a time."""
+
+ONE_CHUNK = 1 << 30
+"""Bytes of a table up to which Arrow may put a column into one chunk; one of text has room for 2 GiB."""
+
+
+def clean_batches(batches: Iterable[pa.RecordBatch], text_fields: list[str]) -> Iterator[pa.Table]:
+    """Clean all values but ids; leave out vectors, images and the like that are not asked for."""
+    for batch in batches:
+        columns: dict[str, pa.Array] = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name == "source_id":
+                columns[name] = column
+            elif name in text_fields or not _is_bulk(column.type):
+                safe = name if name.startswith("field_") else field_name(name)
+                columns[safe] = pa.array([_clean(value) for value in column.to_pylist()], column.type)
+        if "source_id" not in columns:
+            raise DataError(f"the items have no source_id, only {listed(batch.schema.names)}")
+        yield pa.table(columns)
+
+
+def _is_bulk(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _clean(value: Any) -> Any:
+    """Undo HTML entities (twice: some shops escape twice), normalize to NFC, join runs of white space."""
+    if isinstance(value, str):
+        text = html.unescape(html.unescape(value)) if "&" in value else value
+        return " ".join(unicodedata.normalize("NFC", text).split()) or None
+    if isinstance(value, list):
+        return [cleaned for cleaned in map(_clean, value) if cleaned not in (None, [])]
+    return value
+
+
+def deduplicate_items(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
+    """Return the rows in the order of their source ids, and how many were dropped (rule 1 of the catalog)."""
+    parts = [part for part in tables if part.num_rows]
+    if not parts:
+        raise DataError("there are no items")
+    try:
+        table = pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"the item files do not fit together: {reason[:300]}") from None
+    del parts
+    with timed(f"one row per item of {table.num_rows:,}"):
+        return _fullest_rows(table)
+
+
+def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
+    coded = pc.cast(table["source_id"], pa.large_string()).combine_chunks().dictionary_encode()
+    codes, names = np.asarray(coded.indices), coded.dictionary
+    first = np.full(len(names), -1, np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    chosen = first
+    duplicates = len(codes) - len(names)
+    if duplicates:
+        again = np.bincount(codes, minlength=len(names))[codes] > 1
+        rows = np.flatnonzero(again)
+        best: dict[int, tuple[tuple[int, str], int]] = {}
+        for begin in range(0, len(rows), PIECE):
+            piece = rows[begin : begin + PIECE]
+            for row, values in zip(piece.tolist(), take_rows(table, piece).to_pylist(), strict=True):
+                rival = best.get(codes[row])
+                key = _completeness(values)
+                if rival is None or key < rival[0]:
+                    best[codes[row]] = key, row
+        for code, (_, row) in best.items():
+            chosen[code] = row
+        if duplicates > len(codes) / 4:
+            log.warning(
+                "%s of %s item rows are further rows of an item, of which one is kept; if each row is one property of "
+                "an item, set data.property and data.value",
+                f"{duplicates:,}",
+                f"{len(codes):,}",
+            )
+    return take_rows(table, chosen[np.asarray(pc.sort_indices(names))]), duplicates
+
+
+def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Take rows; of a large table column by column and in pieces, because a chunk of text has room for 2 GiB."""
+    if table.nbytes <= ONE_CHUNK:
+        return table.take(pa.array(rows))
+    columns = []
+    for name in table.column_names:
+        kind = table[name].type
+        column = pc.cast(table[name], _large(kind)).combine_chunks()  # `take` joins the chunks for every piece
+        step = max(1, min(PIECE, ONE_CHUNK * len(column) // max(2 * column.nbytes, 1)))
+        chunks: list[pa.Array] = []
+        for begin in range(0, len(rows), step):
+            chunks += _take(column, rows[begin : begin + step], kind)
+        columns.append(pa.chunked_array(chunks, kind))
+        del column
+    return pa.table(columns, names=table.column_names)
+
+
+def _take(column: pa.Array, rows: npt.NDArray[np.int64], kind: pa.DataType) -> list[pa.Array]:
+    """Take rows of a column with 64-bit offsets as a type with 32-bit offsets, in as many chunks as that takes."""
+    taken = column.take(pa.array(rows))
+    if taken.nbytes <= ONE_CHUNK or len(rows) < 2:
+        return [pc.cast(taken, kind)]
+    del taken  # not sliced: a slice keeps its offsets into the whole
+    half = len(rows) // 2
+    return _take(column, rows[:half], kind) + _take(column, rows[half:], kind)
+
+
+def _large(kind: pa.DataType) -> pa.DataType:
+    """Return the type with 64-bit offsets that holds the same values."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_binary(kind):
+        return pa.large_binary()
+    return pa.large_list(_large(kind.value_type)) if pa.types.is_list(kind) else kind
+
+
+def texts_array(values: Sequence[str | None]) -> list[pa.Array]:
+    """Return texts as a column of strings, in more than one chunk if they have more than 2 GiB."""
+    made = pa.array(values, pa.string())
+    return made.chunks if isinstance(made, pa.ChunkedArray) else [made]
+
+
+def num_distinct(column: pa.ChunkedArray) -> int:
+    """Count the distinct values of a column that is not nested; of a large one by a hash of each, not by copies."""
+    if not pa.types.is_string(column.type) or column.nbytes <= ONE_CHUNK:
+        count: int = pc.count_distinct(column).as_py()
+        return count
+    hashes = [
+        np.fromiter(map(hash, chunk.slice(begin, PIECE).to_pylist()), np.int64)
+        for chunk in column.chunks
+        for begin in range(0, len(chunk), PIECE)
+    ]
+    return len(np.unique(np.concatenate(hashes)))
+
+
+def _completeness(row: dict[str, Any]) -> tuple[int, str]:
+    filled = sum(value not in (None, "", []) for value in row.values())
+    return -filled, json.dumps(row, sort_keys=True, default=str)

@@ -1,0 +1,73 @@
+"""How much of the raw files has been read, in bytes on disk: a share, and with it an ETA, whatever the format.
+
+Readers of all formats report the position in the file that they read; a gzip file counts by its compressed bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import TypeVar
+
+from tiger.core.progress import Progress
+from tiger.data.readers.raw_files import RawFile
+
+_Rows = TypeVar("_Rows")
+
+
+class Meter:
+    """Position in a list of files, which are read one after another."""
+
+    def __init__(self, files: Sequence[tuple[RawFile, int]], progress: Progress) -> None:
+        """
+        Args:
+            files: every file with its size in bytes, in reading order.
+            progress: where the share is shown.
+        """
+        self.begin: dict[tuple[str, str], int] = {}
+        self.progress, self.total, self.done = progress, 0, 0
+        for file, size in files:
+            self.begin.setdefault((file.label, file.path), self.total)
+            self.total += size
+
+    def at(self, file: RawFile, position: int) -> None:
+        """Note that `file` has been read up to byte `position`."""
+        begin = self.begin.get((file.label, file.path))
+        if begin is None or not self.total:
+            return
+        self.done = max(self.done, begin + position)
+        self.progress.at(self.done / self.total)
+
+
+_current: ContextVar[Meter | None] = ContextVar("meter", default=None)
+
+
+def report(file: RawFile, position: int) -> None:
+    """Tell the meter of this pass, if there is one, how far `file` has been read."""
+    if (meter := _current.get()) is not None:
+        meter.at(file, position)
+
+
+def metered(rows: Iterator[_Rows], meter: Meter) -> Iterator[_Rows]:
+    """Yield `rows`; what is read for them counts for `meter`."""
+    while True:
+        token = _current.set(meter)  # for this step only: a generator shares the context of its caller
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        finally:
+            _current.reset(token)
+        yield row
+
+
+@contextlib.contextmanager
+def look(file: RawFile | None = None) -> Iterator[None]:
+    """Keep reading inside the block out of the meter of this pass; of `file`, show the progress by itself."""
+    meter = Meter([(file, file.size())], Progress(f"find the fields of {file}", None, "rows")) if file else None
+    token = _current.set(meter)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,57 @@
+"""Parquet files, with the types as they are; only the columns that are needed are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tiger.core.errors import DataError
+from tiger.data.readers.meter import report
+from tiger.data.readers.raw_files import RawFile
+from tiger.data.readers.row_counts import RowCounts
+from tiger.data.readers.table import Block, Wanted
+from tiger.data.readers.values import item_type
+
+BATCH_ROWS = 1 << 16
+
+
+class ParquetTable:
+    """One Parquet file: the types of its columns, and its rows."""
+
+    def __init__(self, file: RawFile, wanted: Wanted) -> None:
+        """
+        Raises:
+            DataError: not a Parquet file, or needed columns are not there.
+        """
+        self.file, self.wanted = file, wanted
+        try:
+            with file.open() as stream, pq.ParquetFile(stream) as parquet:
+                schema = parquet.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from None
+        names = [name for name in schema.names if not name.startswith("__index_level_")]
+        wanted.check(file, names)
+        self.selected = wanted.selected(names)
+        self.columns = {name: item_type(schema.field(name).type) for name in self.selected}
+
+    def blocks(self, ledger: RowCounts) -> Iterator[Block]:
+        """Yield the rows as they are, without columns that are not selected."""
+        number = 1
+        rows = 1 << 10 if self.wanted.everything else BATCH_ROWS
+        try:
+            with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
+                size, total = self.file.size(), max(parquet.metadata.num_rows, 1)
+                for batch in parquet.iter_batches(rows, columns=self.selected):
+                    batch = batch.select(self.selected)
+                    yield Block(np.arange(number, number + batch.num_rows), batch)
+                    number += batch.num_rows
+                    report(self.file, size * (number - 1) // total)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> DataError:
+        reason = str(error).partition("\n")[0].partition(". Detail")[0]
+        return DataError(f"{self.file}: not a readable Parquet file ({reason[:200]}); copy or export it again")

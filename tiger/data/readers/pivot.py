@@ -1,0 +1,85 @@
+"""Items in long format, one property per row, to one row per item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from tiger.core.errors import DataError
+from tiger.data.readers.raw_files import RawFile
+from tiger.data.readers.row_counts import RowCounts, listed
+from tiger.data.readers.table import Block
+from tiger.data.readers.times import TimeRule, column_micros
+from tiger.data.readers.values import as_field, id_texts, plain
+from tiger.data.sources.base import field_name
+
+MOST_PROPERTIES = 256
+BATCH_ROWS = 8192
+
+
+def pivot(
+    source: Iterator[tuple[RawFile, Block]],
+    item_id: str,
+    name: str,
+    value: str,
+    properties: list[str],
+    rule: TimeRule,
+    ledger: RowCounts,
+) -> Iterator[pa.RecordBatch]:
+    """Yield one row per item, in the order of first appearance, with a column per property, in the same order.
+
+    Of several values of one property, the latest counts if the table has the column of times, else the last one.
+
+    Args:
+        name, value: columns of a property's name and of its value.
+        properties: those to keep; all, if empty.
+
+    Raises:
+        DataError: more properties than columns are sensible, or a property of `properties` is in no row.
+    """
+    wanted = set(properties)
+    found: dict[str, None] = {}
+    items: dict[str, dict[str, tuple[int, str]]] = {}
+    for file, block in source:
+        ids = id_texts(block.rows.column(item_id)).to_pylist()
+        names = id_texts(block.rows.column(name)).to_pylist()
+        values = as_field(block.rows.column(value), pa.string()).to_pylist()
+        times = np.zeros(len(ids), np.int64)
+        if rule.name in block.rows.schema.names:
+            micros, good = column_micros(plain(block.rows.column(rule.name)), rule)
+            times = np.where(good, micros, -(1 << 62))
+        for number, item, key, text, time in zip(
+            block.numbers.tolist(), ids, names, values, times.tolist(), strict=True
+        ):
+            if item is None or key is None:
+                ledger.skip(file, number, f"no {item_id if item is None else name}")
+                continue
+            ledger.keep()
+            row = items.setdefault(item, {})
+            if wanted and key not in wanted:
+                continue
+            if key not in found:
+                found[key] = None
+                if len(found) > MOST_PROPERTIES:
+                    raise DataError(
+                        f"{file}: column {name} names more than {MOST_PROPERTIES} properties, such as {listed(found)}; "
+                        "list the ones to keep in data.properties"
+                    )
+            if text is not None and (key not in row or time >= row[key][0]):
+                row[key] = (time, text)
+    missing = [each for each in properties if each not in found]
+    if missing:
+        raise DataError(f"data.properties names {listed(missing)}; column {name} has no such value")
+    yield from _batches(items, list(found))
+
+
+def _batches(items: dict[str, dict[str, tuple[int, str]]], found: list[str]) -> Iterator[pa.RecordBatch]:
+    schema = pa.schema([("source_id", pa.string()), *((field_name(each), pa.string()) for each in found)])
+    names = list(items)
+    for begin in range(0, len(names), BATCH_ROWS):
+        part = names[begin : begin + BATCH_ROWS]
+        texts = ([items[item].get(each, (0, None))[1] for item in part] for each in found)
+        columns = [pa.array(part, pa.string()), *(pa.array(each, pa.string()) for each in texts)]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -1,0 +1,114 @@
+"""What became of the rows of a raw table: kept, skipped with a reason, or left out on request."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiger.core.errors import DataError
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 5
+LISTED_NAMES = 10
+
+
+class InvalidRow(Exception):
+    """A row that cannot be used; its message is the reason in the ledger.
+
+    Attributes:
+        detail: what was found and how to fix it; shown with the first row of a reason.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+@dataclass
+class RowCounts:
+    """Count the rows of one raw table: read = kept + skipped + left out.
+
+    Attributes:
+        skipped: rows that cannot be used, by reason.
+        left_out: rows that the configuration leaves out (`data.filters`, empty histories), by reason.
+        entries_left_out: entries of lists in rows (`data.history`) that are not used, by reason.
+        examples: the first row of each reason, at most `EXAMPLES`.
+        lines: physical lines of text tables, for the reconciliation with the rows.
+        extra_lines: lines that are not rows: headers, blank lines, continuations of quoted fields.
+    """
+
+    table: str
+    kept: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    entries_left_out: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    lines: int = 0
+    extra_lines: int = 0
+
+    def keep(self, rows: int = 1) -> None:
+        self.kept += rows
+
+    def skip(self, path: Any, number: int, reason: str, detail: str = "") -> None:
+        """Count row or line `number` (from 1) of `path` as unreadable; the first one of each reason is an example."""
+        self.skipped[reason] += 1
+        if self.skipped[reason] == 1 and len(self.examples) < EXAMPLES:
+            self.examples.append(f"{path}:{number}: {reason}" + (f" ({detail})" if detail else ""))
+
+    def leave_out(self, rows: int, reason: str) -> None:
+        if rows:
+            self.left_out[reason] += rows
+
+    def leave_out_entries(self, entries: int, reason: str) -> None:
+        if entries:
+            self.entries_left_out[reason] += entries
+
+    @property
+    def read(self) -> int:
+        return self.kept + self.skipped.total() + self.left_out.total()
+
+    def close(self, max_bad_rows: float) -> None:
+        """Log what was skipped.
+
+        Raises:
+            DataError: nothing was kept, or more than `max_bad_rows` of the rows were skipped.
+        """
+        bad = self.skipped.total()
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.most_common(EXAMPLES))
+        shown = "; first: " + " | ".join(self.examples) if self.examples else ""
+        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in self.left_out.most_common(EXAMPLES))
+        if not self.kept:
+            causes = "; ".join(filter(None, (reasons, left_out and f"left out: {left_out}")))
+            raise DataError(f"{self.table}: no row could be used of {self.read:,} read ({causes or 'empty'}){shown}")
+        if bad > max_bad_rows * self.read:
+            raise DataError(
+                f"{self.table}: {bad:,} of {self.read:,} rows cannot be read ({bad / self.read:.2%}, allowed are "
+                f"{max_bad_rows:.2%}: data.max_bad_rows): {reasons}{shown}"
+            )
+        log.info("%s: %s rows read, %s kept, %s skipped", self.table, f"{self.read:,}", f"{self.kept:,}", f"{bad:,}")
+        if left_out:
+            log.info("%s: left out %s", self.table, left_out)
+        for reason, count in self.entries_left_out.items():
+            log.info("%s: left out %s %s", self.table, f"{count:,}", reason)
+        if bad:
+            log.warning("%s: skipped %s%s", self.table, reasons, shown)
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"read": self.read, "kept": self.kept, "skipped": dict(self.skipped)}
+        if self.left_out:
+            record["left_out"] = dict(self.left_out)
+        if self.entries_left_out:
+            record["entries_left_out"] = dict(self.entries_left_out)
+        if self.lines:
+            record |= {"lines": self.lines, "extra_lines": self.extra_lines}
+        return record | {"examples": self.examples}
+
+
+def listed(names: Any) -> str:
+    """Join at most ten names for a message."""
+    names = [str(name) if len(str(name)) <= 60 else f"{str(name)[:57]}..." for name in names]
+    more = len(names) - LISTED_NAMES
+    return ", ".join(names[:LISTED_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,236 @@
+"""Amazon review data of the McAuley lab: 2014, 2018 and 2023, metadata and reviews, plain or gzip.
+
+The generations differ in their field names and units; a record is read by the names that it has:
+
+            item id               user id      time                    brand    categories
+    2014    asin                  reviewerID   unixReviewTime (s)      brand    categories: list of paths
+    2018    asin                  reviewerID   unixReviewTime (s)      brand    category: one path
+    2023    parent_asin           user_id      timestamp (ms)          store    categories: one path
+
+2014 metadata hold Python dict literals, one a line, which no JSON reader accepts; all other files hold JSON.
+Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
+https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-reviews-2023.github.io (2023).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from tiger.core.errors import DataError
+from tiger.data.download import download
+from tiger.data.readers.raw_files import files_in
+from tiger.data.readers.row_counts import listed
+from tiger.data.sources.base import (
+    INTERACTIONS,
+    DatasetConfig,
+    Files,
+    InvalidRow,
+    RowCounts,
+    batches,
+    expand,
+    identifier,
+    lines,
+    log_files,
+    parse_record,
+    unix_micros,
+)
+
+ITEMS = pa.schema(
+    [
+        ("source_id", pa.string()),
+        ("title", pa.string()),
+        ("brand", pa.string()),
+        ("categories", pa.list_(pa.list_(pa.string()))),
+        ("price", pa.float64()),
+        ("description", pa.string()),
+        ("features", pa.list_(pa.string())),
+    ]
+)
+
+_FILE, _FIVE_CORE = re.compile(r"\.jsonl?(\.gz)?$"), re.compile(r"_5\.jsonl?(\.gz)?$")
+
+_URLS = {
+    "2014": (
+        "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{category}.json.gz",
+        "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{category}_5.json.gz",
+    ),
+    "2018": (
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{category}.json.gz",
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{category}_5.json.gz",
+    ),
+    "2023": (
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz",
+        "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/review_categories/{category}.jsonl.gz",
+    ),
+}
+
+
+class Config(DatasetConfig):
+    """Where the files are: a folder, single files or URLs, or a category to download."""
+
+    kind: str = Field("amazon", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
+    path: str | None = Field(None, description="folder or URI (s3://, gs://) that holds meta_* and the review files")
+    items: list[str] = Field([], description="metadata files or URLs, where no folder or category is given")
+    interactions: list[str] = Field([], description="review files or URLs, where no folder or category is given")
+    category: str | None = Field(
+        None, pattern=r"^\w+$", description="public category to download, such as Beauty or Toys_and_Games"
+    )
+    version: Literal["2014", "2018", "2023"] = Field("2014", description="generation of the category to download")
+
+    # the files' contents count, not where they are or come from
+    unfingerprinted = DatasetConfig.unfingerprinted | {"path", "items", "interactions", "category", "version"}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Config:
+        if self.path is None and self.category is None and not (self.items and self.interactions):
+            raise ValueError("set path (a folder), category (to download), or both items and interactions")
+        return self
+
+
+def locate(config: Config, cache: Path) -> Files:
+    """Find the files in the folder, or download them.
+
+    Raises:
+        DataError: a file or folder is missing, or the folder holds no metadata or no reviews.
+    """
+    if config.items and config.interactions:
+        names = (config.items, "data.items"), (config.interactions, "data.interactions")
+        return log_files(Files(*(expand(each, key) for each, key in names)))
+    if config.path is None:
+        items, interactions = (url.format(category=config.category) for url in _URLS[config.version])
+        return log_files(Files([download(items)], [download(interactions)]))
+    found = files_in(config.path, "data.path")
+    names_found = [file for file in found if _FILE.search(file.name)]
+    items_found = [file for file in names_found if file.name.startswith("meta_")]
+    reviews = [file for file in names_found if not file.name.startswith("meta_")]
+    five_core = {_FILE.sub("", file.name) for file in reviews if _FIVE_CORE.search(file.name)}
+    reviews = [file for file in reviews if f"{_FILE.sub('', file.name)}_5" not in five_core]
+    if not items_found or not reviews:
+        raise DataError(
+            f"{config.path} needs meta_*.json[.gz] and reviews_*.json[.gz]; it holds "
+            f"{listed(file.name for file in found) or 'no files'}; correct data.path"
+        )
+    return log_files(Files(items_found, reviews))
+
+
+def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+    """Metadata rows with schema ITEMS, in file order.
+
+    Raises:
+        DataError: no row has a title, brand, category or description; names the fields that were found.
+    """
+    fields: Counter[str] = Counter()
+    usable = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal usable
+        for path in files.items:
+            for number, line in lines(path):
+                try:
+                    record = parse_record(line)
+                    fields.update(str(key) for key in record)
+                    row = _item(record)
+                except InvalidRow as reason:
+                    ledger.skip(path, number, str(reason), reason.detail)
+                    continue
+                ledger.keep()
+                usable += any(row[name] for name in ("title", "brand", "categories", "description", "features"))
+                yield row
+
+    yield from batches(rows(), ITEMS)
+    if fields and not usable:
+        found = ", ".join(f"{name} ({count:,})" for name, count in fields.most_common(20))
+        raise DataError(
+            f"{', '.join(map(str, files.items))}: no row has an item id and a title, brand, categories or "
+            f"description; fields found: {found}. Another format? Read it with data.kind=tables"
+        )
+
+
+def read_interactions(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+    """Reviews with schema INTERACTIONS, in file order."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in files.interactions:
+            for number, line in lines(path):
+                try:
+                    row = _interaction(parse_record(line))
+                except InvalidRow as reason:
+                    ledger.skip(path, number, str(reason), reason.detail)
+                    continue
+                ledger.keep()
+                yield row
+
+    return batches(rows(), INTERACTIONS)
+
+
+def _item(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "source_id": identifier(_first(record, "parent_asin", "asin"), "asin or parent_asin"),
+        "title": _text(record.get("title")),
+        "brand": _text(_first(record, "brand", "store")),
+        "categories": _paths(_first(record, "categories", "category")),
+        "price": _price(record.get("price")),
+        "description": _text(record.get("description")),
+        "features": _strings(_first(record, "features", "feature")),
+    }
+
+
+def _interaction(record: dict[str, Any]) -> dict[str, Any]:
+    user = identifier(_first(record, "reviewerID", "user_id"), "reviewerID or user_id")
+    item = identifier(_first(record, "parent_asin", "asin"), "asin or parent_asin")
+    if "unixReviewTime" in record:
+        return {"user": user, "item": item, "time": unix_micros(record["unixReviewTime"], "s")}
+    return {"user": user, "item": item, "time": unix_micros(record.get("timestamp"), "ms")}
+
+
+def _first(record: dict[str, Any], *names: str) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _text(value: Any) -> str | None:
+    """Text of a string, a number, a list of texts, or a dict of texts; None where nothing is left."""
+    text = " ".join(_strings(value))
+    return text or None
+
+
+def _strings(value: Any) -> list[str]:
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return []
+    if isinstance(value, dict):
+        return [f"{key}: {text}" for key, inner in value.items() for text in _strings(inner)]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        inner_values = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return list(itertools.chain.from_iterable(map(_strings, inner_values)))
+    text = str(value).strip()
+    return [text] if text else []
+
+
+def _paths(value: Any) -> list[list[str]]:
+    """Categories as a list of paths: 2014 has a list of them, later years a single one."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(path, (list, tuple)) for path in value):
+        return [path for path in map(_strings, value) if path]
+    path = _strings(value)
+    return [path] if path else []
+
+
+def _price(value: Any) -> float | None:
+    """A price from a number or from text such as "$1,299.00"; of a range, the lower end."""
+    if isinstance(value, str):
+        match = re.search(r"\d[\d,]*(?:\.\d+)?", value[:64])
+        value = match.group().replace(",", "") if match else None
+    if value is None or isinstance(value, (bool, list, dict, tuple, set)):
+        return None
+    try:
+        price = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return price if math.isfinite(price) and price >= 0 else None

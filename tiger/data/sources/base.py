@@ -1,0 +1,104 @@
+"""The contract of a data source, and what all sources share: a ledger of rows, and careful readers of lines and values.
+
+A source is a module in this folder (or anywhere, by its dotted name) with
+
+    class Config(DatasetConfig)                         its settings
+    locate(config, cache) -> Files                      raw files; downloads or generates them if needed
+    read_items(config, files, ledger)                   -> record batches with `source_id` and any text fields
+    read_interactions(config, files, ledger)            -> record batches of schema INTERACTIONS
+
+Readers count every row in the ledger, kept, skipped or left out, and stream: no reader holds more than a batch of rows
+(but for JSON documents and properties in long format, which are read as a whole). `source_id` and all fields are raw
+here; `catalog.py` cleans, filters and numbers them. Fields whose names the catalog needs for itself come under
+`field_name`; `catalog.text_fields` names them as they are in the file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from tiger.core.config import PluginConfig
+from tiger.data.readers.lines import MAX_LINE_BYTES, lines, parse_record
+from tiger.data.readers.meter import Meter, metered
+from tiger.data.readers.raw_files import Files, RawFile, existing, expand, raw_file
+from tiger.data.readers.row_counts import InvalidRow, RowCounts
+from tiger.data.readers.times import unix_micros
+from tiger.data.readers.values import identifier
+
+__all__ = [
+    "INTERACTIONS",
+    "MAX_LINE_BYTES",
+    "DatasetConfig",
+    "Files",
+    "InvalidRow",
+    "Meter",
+    "RawFile",
+    "RowCounts",
+    "batches",
+    "existing",
+    "expand",
+    "field_name",
+    "identifier",
+    "lines",
+    "log_files",
+    "metered",
+    "parse_record",
+    "raw_file",
+    "unix_micros",
+]
+
+log = logging.getLogger(__name__)
+
+INTERACTIONS = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.int64())])
+"""One event per row: user and item by their ids in the raw data, time in microseconds since 1970."""
+
+BATCH_ROWS = 8192
+RESERVED = frozenset({"item_id", "source_id", "text"})
+"""Columns of the catalog's own."""
+
+
+class DatasetConfig(PluginConfig):
+    """Settings that every source has."""
+
+    plugin_package: ClassVar[str] = "tiger.data.sources"
+    default_kind: ClassVar[str] = "synthetic"
+
+    kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
+    max_bad_rows: float = Field(0.01, ge=0, le=1, description="stop above this share of rows that cannot be read")
+
+    unfingerprinted = frozenset({"max_bad_rows"})  # it stops a stage, and changes nothing that the stage writes
+
+
+def field_name(name: str) -> str:
+    """Return the column under which a field of the raw data is kept: `field_text` for `text`, most others as they are.
+
+    No two names become one: `field_text` itself becomes `field_field_text`.
+    """
+    bare = name
+    while bare.startswith("field_"):
+        bare = bare.removeprefix("field_")
+    return f"field_{name}" if bare in RESERVED else name
+
+
+def batches(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Pack rows of plain Python values into record batches of `schema`."""
+    buffer: list[dict[str, Any]] = []
+    for row in rows:
+        buffer.append(row)
+        if len(buffer) == BATCH_ROWS:
+            yield pa.RecordBatch.from_pylist(buffer, schema=schema)
+            buffer = []
+    if buffer:
+        yield pa.RecordBatch.from_pylist(buffer, schema=schema)
+
+
+def log_files(files: Files) -> Files:
+    """Log the files that are read, with their sizes; return them."""
+    for role, file in files.roles():
+        log.info("%s: %s (%s bytes)", role, file, f"{file.size():,}")
+    return files

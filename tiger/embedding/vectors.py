@@ -1,0 +1,119 @@
+"""Read, sample, check and import embeddings."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tiger.core.errors import ArtifactError
+from tiger.core.precision import Choice
+from tiger.core.storage import Folder
+
+log = logging.getLogger(__name__)
+
+
+_SAMPLED_FILES = 64  # of which `sample_embeddings` reads rows; more if they are small
+
+
+_RECORDED = ("precision", "precision_speedup")
+
+
+def precision_figures(folder: Folder) -> dict[str, Any]:
+    """Return `precision` of all shards, read from their footers, for the manifest.
+
+    Returns:
+        {"precision": "bfloat16", "precision_speedup": 1.83}, the second if it was measured and is the same everywhere;
+        {"precision": {"bfloat16": 11, "float32": 1}} if shards differ. Shards without a record count as "unknown".
+    """
+    shards = [pq.read_metadata(folder.join(name), filesystem=folder.filesystem).metadata for name in _files(folder)]
+    records = [{name: (shard or {}).get(name.encode(), b"").decode() for name in _RECORDED} for shard in shards]
+    counts = Counter(record["precision"] or "unknown" for record in records)
+    if len(counts) > 1:
+        log.warning("embed: shards were computed in different precisions: %s; set embedding.precision", dict(counts))
+        return {"precision": dict(sorted(counts.items()))}
+    measured = {record["precision_speedup"] for record in records}
+    speedup = float(measured.pop() or 0) if len(measured) == 1 else 0.0
+    return Choice(next(iter(counts)), speedup or None).figures()
+
+
+def unusable(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Rows that hold NaN, infinity, or nothing but zeros."""
+    return np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
+
+
+def load_embeddings(folder: Folder) -> Tensor:
+    """Embeddings float32 [N, d], row = item_id; one file after the other, so that no second copy of all is ever held.
+
+    Raises:
+        ArtifactError: a column is missing, or the item ids are not 0 .. N-1, each once.
+    """
+    count, vectors = count_embeddings(folder), None
+    for name in _files(folder):
+        part = _columns(folder, name, "item_id", "vector")
+        rows = matrix(part)
+        if vectors is None:
+            vectors = torch.empty(count, rows.shape[1])
+        vectors[torch.from_numpy(np.asarray(part["item_id"]).astype(np.int64))] = rows
+    assert vectors is not None, "count_embeddings has read a file"
+    return vectors
+
+
+def count_embeddings(folder: Folder) -> int:
+    """How many there are, without reading them.
+
+    Raises:
+        ArtifactError: there are none, or as of `load_embeddings`.
+    """
+    items = np.sort(
+        np.concatenate([np.asarray(_columns(folder, name, "item_id")["item_id"]) for name in _files(folder)])
+    )
+    if not np.array_equal(items, np.arange(len(items))):
+        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
+    return len(items)
+
+
+def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
+    """Return at most `at_most` embeddings float32 [n, d] from all over the catalog: every n-th row of up to 64 files at
+    even distances, the first and the last among them; of more if these do not hold enough. Memory does not grow with
+    the catalog.
+    """
+    files = _files(folder)
+    first = _columns(folder, files[0], "vector")
+    needed = min(len(files), max(_SAMPLED_FILES, -(-at_most // max(1, len(first)))))
+    step = max(1, -(-len(first) * needed // at_most))
+    begin, parts = 0, []
+    for index in np.linspace(0, len(files) - 1, needed).round().astype(int):
+        table = _columns(folder, files[index], "vector") if index else first
+        if begin < len(table):
+            parts.append(matrix(table.take(np.arange(begin, len(table), step))))
+        begin = (begin - len(table)) % step
+    vectors = torch.cat(parts)
+    return vectors[:: max(1, -(-len(vectors) // at_most))]  # files may be longer than the first
+
+
+def _files(folder: Folder) -> list[str]:
+    files = [name for name in folder.files() if name.startswith("vectors/") and name.endswith(".parquet")]
+    if not files:
+        raise ArtifactError(f"{folder.uri}/vectors holds no file; delete the folder")
+    return files
+
+
+def _columns(folder: Folder, file: str, *names: str) -> pa.Table:
+    table = folder.read_table(file, list(names))
+    if missing := set(names) - set(table.column_names):
+        raise ArtifactError(f"{folder.uri}/{file}: no column {', '.join(sorted(missing))}; delete the folder")
+    return table
+
+
+def matrix(table: pa.Table) -> Tensor:
+    """The column `vector`, lists of equal length, as float32 [rows, d]."""
+    lists = table["vector"].combine_chunks()
+    return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(table), -1).astype(np.float32))

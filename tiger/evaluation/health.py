@@ -1,0 +1,250 @@
+"""Health of every stage: pure functions from arrays to figures and verdicts.
+
+Collapse comes silently from upstream: a broken reader leaves identical texts, identical texts give identical
+embeddings, identical embeddings one code for all. So each stage is held to thresholds of its own, and the pipeline
+stops at the first one that fails, with the likely cause.
+
+`tiger check RUN` prints the whole table of a finished run; RUN is any of its artifacts, or the folder that holds them,
+whose newest artifact is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiger.core.artifacts import Artifact, newest, open_artifact
+from tiger.core.errors import ArtifactError, HealthError, TigerError
+from tiger.core.storage import MANIFEST, Folder
+from tiger.metrics.codes import code_metrics, pairwise_distance
+
+if TYPE_CHECKING:
+    from tiger.data.histories import Histories
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure held against one threshold.
+
+    Attributes:
+        at_least: the threshold; with `upper` the figure must not be above it.
+        cause: what most likely went wrong upstream where the check fails.
+    """
+
+    stage: str
+    name: str
+    value: float
+    threshold: float
+    cause: str
+    upper: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        return self.value <= self.threshold if self.upper else self.value >= self.threshold
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"healthy": self.healthy}
+
+
+def require(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """The checks as records for the manifest.
+
+    Raises:
+        HealthError: one fails; names the stage, the figure, the threshold and the likely cause.
+    """
+    for check in checks:
+        if not check.healthy:
+            bound = "at most" if check.upper else "at least"
+            raise HealthError(
+                f"{check.stage} is unhealthy: {check.name} is {check.value:.4g}, {bound} {check.threshold:.4g} is "
+                f"needed; likely cause: {check.cause}"
+            )
+    return [check.record() for check in checks]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------
+
+
+_NO_VALIDATION = (
+    "no history is long enough to be split; with catalog.split = by-time, both moments are the same because times are "
+    "too coarse: use finer times, other catalog.valid_share and catalog.test_share, or leave-one-out"
+)
+
+
+def check_catalog(profile: dict[str, Any]) -> list[Check]:
+    """Texts and titles must differ, and few texts may be empty."""
+    items, columns = profile["items"], profile["columns"]
+    parsing = "the reader found none of the fields it knows: look at the fields of the raw files and at text_fields"
+    checks = [
+        Check("catalog", "share of distinct texts", columns["text"]["distinct"] / items, 0.5, parsing),
+        Check("catalog", "share of empty texts", columns["text"]["missing"] / items, 0.05, parsing, upper=True),
+        Check("catalog", "median text length", profile["text_characters"]["50%"], 3, parsing),
+        Check("catalog", "training examples", profile["training_examples"], 1, "every history has only two items"),
+        Check("catalog", "validation users", profile.get("validation_users", 1), 1, _NO_VALIDATION),
+        Check("catalog", "test users", profile["test_users"], 1, "no history is long enough to be split"),
+    ]
+    if "title" in profile["text_fields"]:
+        share = columns["title"]["distinct"] / items
+        checks.insert(0, Check("catalog", "share of distinct titles", share, 0.2, parsing))
+    return checks
+
+
+def check_embeddings(vectors: npt.NDArray[np.float32]) -> list[Check]:
+    """Embeddings must lie apart; vectors shorter than 1 are judged as if that was their length."""
+    cause = "the texts are alike (see the catalog's checks), or the model is not a sentence encoder"
+    length = float(np.sqrt(np.square(vectors, dtype=np.float64).sum(axis=1).mean()))
+    if 0 < length < 1:
+        vectors = (vectors / length).astype(np.float32)
+    spread = float(vectors.std(axis=0, dtype=np.float64).mean())
+    distinct = len(np.unique(vectors.round(6), axis=0)) / len(vectors)
+    return [
+        Check("embeddings", "mean pairwise distance", pairwise_distance(vectors), 0.01, cause),
+        Check("embeddings", "mean standard deviation", spread, 0.001, cause),
+        Check("embeddings", "share of distinct vectors", distinct, 0.5, cause),
+    ]
+
+
+def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], codebook_size: int) -> list[Check]:
+    """EncodedTexts vectors must lie apart, and codes must be used and tell items apart."""
+    figures = code_metrics(codes, codebook_size)
+    encoder = "the encoder maps all items to one point: a lower learning rate, a shallower encoder, or less dropout"
+    quantizer = "the codebook collapsed: look at the embeddings' checks, then lower the learning rate"
+    checks = [
+        Check("tokenizer", "distance of encoded vectors", pairwise_distance(latents), 0.1, encoder),
+        Check("tokenizer", "share of distinct code tuples", figures["unique_ratio"], 0.25, quantizer),
+    ]
+    for level in range(1, codes.shape[1] + 1):
+        checks.append(Check("tokenizer", f"usage of level {level}", figures[f"usage@{level}"], 0.25, quantizer))
+        perplexity = figures[f"perplexity@{level}"] / codebook_size
+        checks.append(Check("tokenizer", f"perplexity of level {level} / codes", perplexity, 0.05, quantizer))
+    return checks
+
+
+def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
+    """The collision level is for exceptions."""
+    share = float((collisions > 0).mean())
+    cause = "too few codes for the catalog: more tokenizer.levels or a larger tokenizer.codebook_size"
+    return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
+
+
+def popularity_recall(histories: Histories, validation_users: int, seed: int, cutoff: int = 10) -> tuple[float, int]:
+    """Return Recall of the items most frequent in training, on the users that choose the model, and how many these are.
+
+    Args:
+        validation_users, seed: `model.validation_users` and `model.seed`, which say what users these are.
+    """
+    users = histories.evaluation("valid")
+    users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
+    edges = np.zeros(len(histories.items) + 1, np.int64)  # +1 where a training part begins, -1 after its end
+    np.add.at(edges, histories.offsets[:-1], 1)
+    np.add.at(edges, histories.train_end, -1)
+    counts = np.bincount(histories.items[np.cumsum(edges[:-1]) > 0])
+    popular = np.argsort(-counts, kind="stable")[:cutoff]
+    return float(np.isin(users.targets, popular).mean()), len(users)
+
+
+def check_model(
+    best_recall: float, uniform_recall: float, popularity: float | None = None, users: int | None = None
+) -> list[Check]:
+    """The trained model must beat guessing on validation, and reach what the most popular items reach there.
+
+    A small catalog is easily guessed, and on few users chance moves Recall: with fewer than 100 items the model must
+    only not be much worse than guessing, and it may miss popularity's Recall by twice its standard error.
+
+    Args:
+        best_recall: Recall@10 of the model.
+        uniform_recall: the share of the catalog that a list of 10 items is.
+        popularity: Recall@10 of the most popular items on the same users.
+        users: how many these are.
+    """
+    cause = "training diverged or stopped too early: look at the loss curve, lower model.training.learning_rate"
+    needed = 1.5 if uniform_recall < 0.1 else 0.5
+    checks = [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, needed, cause)]
+    if popularity is not None:
+        error = np.sqrt(popularity * (1 - popularity) / users) if users else 0.0
+        least = max(0.0, popularity - 2 * float(error))
+        name = "validation Recall@10 (popularity's, minus twice its error)"
+        checks.append(Check("model", name, best_recall, least, cause))
+    return checks
+
+
+def invalid(items: npt.NDArray[Any], n_items: int) -> int:
+    """Places of lists, padded with -1, that hold no item of the catalog."""
+    return int(((items >= n_items) | (items < -1)).sum())
+
+
+def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> list[Check]:
+    """Every recommendation must be a real item, no list may repeat one, and not all users may get the same list."""
+    top = items[:, :cutoff]
+    wrong, ordered = invalid(top, n_items), np.sort(top, axis=1)
+    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
+    expected = min(cutoff, n_items) * len(items)
+    distinct = len(np.unique(top[top >= 0]))
+    return [
+        Check("recommendations", "invalid items", wrong, 0, "trie and model belong to different IDs", upper=True),
+        Check("recommendations", "repeated items", repeated, 0, "two items share a semantic ID", upper=True),
+        Check("recommendations", "filled places", float((top >= 0).sum()) / expected, 0.99, "the beam is too narrow"),
+        Check("recommendations", "distinct items", distinct, min(cutoff + 1, n_items), "all users get one list"),
+    ]
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def table(artifact: Artifact) -> str:
+    """All checks and figures of an artifact and of everything it was made from, in the order of the stages."""
+    lines = [f"{'stage':<16} {'check':<46} {'value':>12} {'threshold':>14}  verdict"]
+    figures = []
+    for part in artifact.lineage():
+        for check in part.health:
+            bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
+            verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
+            lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
+        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.figures)]
+    return "\n".join([*lines, "", f"{'stage':<16} {'figure':<46} {'value':>12}", *figures])
+
+
+def _newest_run(root: str) -> Artifact:
+    """The last run that was evaluated; where there is none, the last artifact of any kind."""
+    try:
+        return newest(root, "metrics")
+    except ArtifactError:
+        return newest(root)
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; exit code 6 where a check fails."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        folder = Folder(arguments[0])
+        artifact = open_artifact(arguments[0]) if folder.exists(MANIFEST) else _newest_run(arguments[0])
+        print(table(artifact))
+        return 0 if all(check["healthy"] for part in artifact.lineage() for check in part.health) else 6
+    except TigerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

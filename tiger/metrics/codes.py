@@ -1,0 +1,97 @@
+"""Metrics of codes and vectors: utilization, perplexity, collisions, neighbor agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiger.semantic_ids.assignment import packed
+
+if TYPE_CHECKING:
+    pass
+
+
+_SAMPLE_PAIRS = 20_000
+
+
+def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
+    """Mean Euclidean distance of random pairs of different rows."""
+    random = np.random.default_rng(seed)
+    first = random.integers(0, len(vectors), _SAMPLE_PAIRS)
+    second = (first + random.integers(1, max(2, len(vectors)), _SAMPLE_PAIRS)) % len(vectors)
+    return float(np.linalg.norm(vectors[first] - vectors[second], axis=1).mean())
+
+
+def code_metrics(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) -> dict[str, float]:
+    """Usage, perplexity and distinct prefixes of every level, and the share of distinct tuples.
+
+    unique@l is the number of distinct prefixes of l codes per item, unique_ratio that of all L codes. usage@l is the
+    share of the level's codes that any item has; perplexity@l is exp(entropy) of the codes' frequencies, the number of
+    codes that a level with even use would need for the same entropy.
+
+    Args:
+        codes: [N, L], the collision level left out.
+        codebook_size: number of codes of all levels, or of each.
+    """
+    sizes = [codebook_size] * codes.shape[1] if isinstance(codebook_size, int) else codebook_size
+    figures = {"unique_ratio": len(np.unique(packed(codes))) / len(codes)}
+    for level, size in enumerate(sizes):
+        figures[f"unique@{level + 1}"] = len(np.unique(packed(codes[:, : level + 1]))) / len(codes)
+        counts = np.bincount(codes[:, level], minlength=size)
+        share = counts[counts > 0] / len(codes)
+        figures[f"usage@{level + 1}"] = float((counts > 0).sum() / size)
+        figures[f"perplexity@{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
+    return figures
+
+
+def nearest_neighbors(
+    vectors: npt.NDArray[np.float32], k: int = 10, sample: int = 1000, seed: int = 0
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Items int64 [S] drawn by seed, and the k items nearest to each by cosine, [S, k], itself left out."""
+    drawn = np.random.default_rng(seed).permutation(len(vectors))[:sample]
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    similarity = unit[drawn] @ unit.T
+    similarity[np.arange(len(drawn)), drawn] = -np.inf
+    return drawn, np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+
+
+def neighbor_prefix_agreement(
+    codes: npt.NDArray[Any], neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> dict[str, float]:
+    """overlap@l: of an item's nearest neighbors in embedding space, the share with the same first l codes.
+
+    Uniqueness alone can be bought with noise; codes that keep neighbors together cannot.
+    """
+    items, nearest = neighbors
+    same = np.cumprod(codes[nearest] == codes[items][:, None], axis=2).mean(axis=(0, 1))
+    return {f"overlap@{level + 1}": float(share) for level, share in enumerate(same)}
+
+
+def gini(counts: npt.NDArray[np.integer]) -> float:
+    """Gini coefficient of how often codes are used: 0 where all are used equally, towards 1 where one has all."""
+    ordered, n = np.sort(counts).astype(np.float64), len(counts)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
+
+
+def category_agreement(codes: npt.NDArray[np.integer], categories: list[str | None], depth: int) -> tuple[float, float]:
+    """How often the items that share a prefix share a category.
+
+    Returns:
+        of two different items with the same first `depth` codes, the chance that their categories are equal; and the
+        same of any two items, which is what codes that mean nothing would reach. Items without a category, and prefixes
+        with one item, do not count; NaN where nothing is left.
+    """
+    known = np.array([category is not None for category in categories])
+    labels = np.unique([category for category in categories if category is not None], return_inverse=True)[1]
+    prefixes = np.unique(packed(np.asarray(codes)[known, :depth]), return_inverse=True)[1]
+
+    def agreeing(groups: npt.NDArray[np.int64]) -> float:
+        pairs = np.unique(np.stack([groups, labels], axis=1), axis=0, return_counts=True)[1]
+        within = np.bincount(groups)
+        possible = (within * (within - 1)).sum()
+        return float((pairs * (pairs - 1)).sum() / possible) if possible else float("nan")
+
+    return agreeing(prefixes), agreeing(np.zeros_like(prefixes))

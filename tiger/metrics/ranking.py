@@ -1,0 +1,136 @@
+"""Ranking metrics on arrays, at item level, with confidence intervals over users.
+
+With one target a user, Recall@K is the share of users whose target is among the first K (the same as the hit rate),
+NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, MRR@K is 1 / rank likewise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CUTOFFS = (1, 5, 10, 20, 50)
+_RESAMPLES = 1000
+
+
+def target_ranks(items: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Rank from 1 of each user's target in the user's list, 0 where it is not there.
+
+    Args:
+        items: [U, K] recommended items, best first, padded with -1.
+        targets: [U].
+    """
+    hit = items == targets[:, None]
+    return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
+
+
+def ranking(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
+    """Recall, NDCG and MRR at every cutoff, each the mean over users.
+
+    Raises:
+        ValueError: there is no user.
+    """
+    return {name: float(values.mean()) for name, values in _per_user(ranks, cutoffs).items()}
+
+
+def confidence(
+    ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of `ranking` by the percentile bootstrap over users, 1,000 resamples."""
+    values = _per_user(ranks, cutoffs)
+    # Users of one rank are alike: a resample is a multinomial draw over the distinct ranks.
+    _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
+    intervals = {}
+    for name, per_user in values.items():
+        low, high = np.quantile(draws @ per_user[first], [0.025, 0.975])
+        intervals[name] = (float(low), float(high))
+    return intervals
+
+
+def paired_difference(
+    ranks: npt.NDArray[np.int64],
+    other: npt.NDArray[np.int64],
+    cutoffs: tuple[int, ...] = CUTOFFS,
+    seed: int = 0,
+) -> dict[str, tuple[float, float, float]]:
+    """How much better one run is than another on the same users: (difference, and its 95 % interval).
+
+    Users are resampled, and both runs' figures of a user with them: what makes a user hard is in both and cancels, so
+    the interval is narrower than the two runs' own.
+
+    Args:
+        ranks, other: [U] of the same users in the same order.
+
+    Raises:
+        ValueError: they are not of equally many users.
+    """
+    if len(ranks) != len(other):
+        raise ValueError(f"a paired comparison needs the same users: {len(ranks)} and {len(other)}")
+    mine, theirs = _per_user(ranks, cutoffs), _per_user(other, cutoffs)
+    # Users of one pair of ranks are alike, as in `confidence`.
+    _, first, counts = np.unique(np.stack([ranks, other]), axis=1, return_index=True, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
+    differences = {}
+    for name, per_user in mine.items():
+        difference = per_user - theirs[name]
+        low, high = np.quantile(draws @ difference[first], [0.025, 0.975])
+        differences[name] = (float(difference.mean()), float(low), float(high))
+    return differences
+
+
+def by_group(
+    ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple[int, ...], cutoff: int = 10
+) -> dict[str, dict[str, float]]:
+    """Users and Recall of groups of users: those with a value up to the first edge, up to the second, ..., above.
+
+    Args:
+        values: [U], the length of the user's history or how often the target was bought in training.
+    """
+    groups = np.searchsorted(np.array(edges), values, side="left")
+    names = [f"{low + 1} to {high}" for low, high in zip((-1, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
+    figures = {}
+    for group, name in enumerate(names):
+        own = ranks[groups == group]
+        if len(own):
+            hits = ((own > 0) & (own <= cutoff)).mean()
+            figures[name] = {"users": len(own), f"recall@{cutoff}": float(hits)}
+    return figures
+
+
+def _per_user(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...]) -> dict[str, npt.NDArray[np.float64]]:
+    if not len(ranks):
+        raise ValueError("there are no users to evaluate")
+    figures = {}
+    for cutoff in cutoffs:
+        hit = (ranks > 0) & (ranks <= cutoff)
+        figures[f"recall@{cutoff}"] = hit.astype(np.float64)
+        figures[f"ndcg@{cutoff}"] = np.where(hit, 1 / np.log2(ranks + 1.0, where=hit, out=np.ones(len(ranks))), 0)
+        figures[f"mrr@{cutoff}"] = np.where(hit, 1 / np.maximum(ranks, 1), 0)
+    return figures
+
+
+def coverage(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> dict[str, float]:
+    """How many different items the first `cutoff` places of all users show, and their share of the catalog."""
+    shown = np.unique(items[:, :cutoff])
+    distinct = int((shown >= 0).sum())
+    return {f"distinct@{cutoff}": distinct, f"coverage@{cutoff}": distinct / n_items}
+
+
+def popular_item_fraction(
+    items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int = 10, share: float = 0.1
+) -> float:
+    """Of the first `cutoff` places of all users, the part that shows one of the most popular items.
+
+    Args:
+        items: [U, K], padded with -1.
+        counts: [N] interactions of every item in training.
+        share: part of the catalog that counts as popular; of equals the lower id.
+    """
+    order = np.lexsort((np.arange(len(counts)), -counts))
+    popular = np.zeros(len(counts), bool)
+    popular[order[: max(1, round(share * len(counts)))]] = True
+    shown = items[:, :cutoff]
+    return float(popular[shown[shown >= 0]].mean())

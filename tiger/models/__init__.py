@@ -1,0 +1,1 @@
+"""Recommenders: TIGER, SASRec and simple baselines."""

@@ -1,0 +1,308 @@
+"""A table through a pool of actors into another table: streamed, counted, restartable.
+
+The unit is a row group of the source, a *shard*. Shards are read by tasks, computed by actors that hold what is
+expensive to load (a model), and written by tasks, each under the shard's own name and as a whole. So a shard is there
+or it is not; a run after a kill computes the missing ones; nothing is ever written twice; and the result does not
+depend on how many actors there were, or which of them was lost.
+
+Between the operators a shard travels as one row, its table as Arrow IPC bytes, so that Ray Data neither joins nor
+splits what belongs together, whatever batch size it needs for GPUs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import ray.exceptions
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tiger.core import errors, tracking
+from tiger.core.device import assigned_device
+from tiger.core.errors import ResourceError, last_line
+from tiger.core.progress import Progress
+from tiger.core.storage import Folder
+from tiger.on_ray import cluster, placement
+from tiger.on_ray.watch import watching
+from tiger.run import ResourcesConfig
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 4
+"""How often a shard is computed if it kills its actor each time."""
+
+
+class Worker(Protocol):
+    """What an actor runs: built once, with `device` in addition to its arguments, then called shard by shard."""
+
+    def __call__(self, part: pa.Table, /) -> pa.Table:
+        """Return a table with as many rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class ActorPool:
+    """How many actors, and what each one has.
+
+    Attributes:
+        minimum: actors that must be there before work begins.
+        maximum: actors at most; None: as many as the cluster can hold.
+        cpus: CPUs of an actor without a GPU.
+        gpus: fraction of a GPU per actor; 0: none; None: `placement.GPU_FRACTION` if the run uses GPUs.
+    """
+
+    minimum: int = 1
+    maximum: int | None = None
+    cpus: float = 1
+    gpus: float | None = None
+
+
+def map_shards(
+    source: Folder,
+    name: str,
+    columns: list[str],
+    target: Folder,
+    worker: Callable[..., Worker],
+    arguments: dict[str, Any],
+    *,
+    actors: ActorPool,
+    what: str,
+    scale: ResourcesConfig | None = None,
+) -> int:
+    """Send every row group of `source/name` through `worker` and write `target/part-00000.parquet` and so on.
+
+    Args:
+        columns: the columns that the worker gets.
+        worker: a plain class, built once per actor with `arguments` and the `device` that Ray assigned. A shard's
+            result must have as many rows.
+        what: the stage, for the progress line.
+        scale: GPUs of the run, and how long to wait for them.
+
+    Returns:
+        the number of shards that were there already.
+
+    Raises:
+        TigerError: raised by the worker, passed on as it was.
+        ResourceError: the pool never fits the cluster, nodes for it do not come, or a shard killed its actor
+            `MAX_ATTEMPTS` times; names the shard and its rows.
+    """
+    with source.filesystem.open_input_file(source.join(name)) as file:
+        metadata = pq.ParquetFile(file).metadata
+        sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    have = {file.rpartition("/")[2] for file in target.files()}
+    missing = [shard for shard in range(len(sizes)) if _shard_name(shard) not in have]
+    if len(missing) < len(sizes):
+        log.info("%s: %d of %d shards are there already", what, len(sizes) - len(missing), len(sizes))
+    if not missing:
+        return len(sizes)
+    scale = scale or ResourcesConfig()
+    cluster.connect(target)
+    if actors.gpus != 0:
+        cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
+    plan = placement.plan_pool(
+        cluster.shape(), len(missing), minimum=actors.minimum, maximum=actors.maximum, cpus=actors.cpus,
+        gpus_per_actor=actors.gpus, gpus=scale.gpus, what=f"{what}: a pool",
+    )  # fmt: skip
+    cluster.wait_for(plan.at_once, what, scale.wait_minutes)
+    ends = list(itertools.accumulate(sizes))
+
+    def describe(shard: int) -> str:
+        return f"{shard} of {name} (rows {ends[shard] - sizes[shard]} to {ends[shard] - 1} of {ends[-1]})"
+
+    progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[shard] for shard in missing))
+    log.info("%s: %s, %s", what, placement.counted(len(missing), "shard"), plan.describe("actor"))
+    attempts = _start_attempts()
+
+    def in_progress() -> str:
+        running = _running(attempts)
+        return "no shard is being computed" if not running else f"shards {running[:5]} are being computed"
+
+    try:
+        with watching(what, "ray-data/ray-data.log", details=in_progress, storage=target) as watch:
+            stream = _stream(source, name, columns, target, worker, arguments, missing, plan, attempts)
+            for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for row in written.to_pylist():
+                    _raise_error(row, describe)
+                    progress.add(row["rows"])
+                    watch.progress()
+                    tracking.record(what, progress.done, {"rows": progress.done, "rows_per_second": progress.rate})
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        suspects = ", ".join(describe(shard) for shard in _running(attempts)) or "not known"
+        raise ResourceError(
+            f"{what}: its actors were lost again and again, while they computed shard {suspects}. "
+            f"Ray says: {last_line(error)}"
+        ) from error
+    finally:
+        ray.kill(attempts)
+    progress.close()
+    return len(sizes) - len(missing)
+
+
+def _stream(
+    source: Folder,
+    name: str,
+    columns: list[str],
+    target: Folder,
+    worker: Callable[..., Worker],
+    arguments: dict[str, Any],
+    missing: list[int],
+    plan: placement.Plan,
+    attempts: Any,
+) -> ray.data.Dataset:
+    """Return one row per shard that was written, or that failed: `shard`, `rows`, `error`."""
+    # One block per shard, so that every shard is one task of each operator.
+    shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
+    one = {"batch_size": 1, "batch_format": "pyarrow"}
+    resources = {"num_gpus": plan.bundle.gpus} if plan.bundle.gpus else {"num_cpus": plan.bundle.cpus}
+    read = shards.map_batches(
+        _read, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": source.uri, "name": name, "columns": columns}, **one
+    )
+    with warnings.catch_warnings():  # no named parameter of Ray 2.60 limits retries
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        computed = read.map_batches(
+            _Compute,
+            compute=ray.data.ActorPoolStrategy(min_size=plan.minimum, max_size=plan.maximum),
+            fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts},
+            max_task_retries=2 * MAX_ATTEMPTS,  # ends what `_Attempts` did not see
+            **one,
+            **resources,
+        )
+    return computed.map_batches(_write, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": target.uri}, **one)
+
+
+def _shard_name(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"
+
+
+def _row(shard: int, table: pa.Table | None, error: Exception | None = None) -> pa.Table:
+    """Return a shard as the one row that travels between operators: its number, Arrow IPC bytes, and an error as JSON.
+
+    An error is a row because Ray Data keeps only the text of an exception.
+    """
+    sink = pa.BufferOutputStream()
+    if table is not None:
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    return pa.table(
+        {
+            "shard": pa.array([shard], pa.int32()),
+            "table": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+            "error": pa.array([None if error is None else json.dumps([type(error).__name__, str(error)])], pa.string()),
+        }
+    )
+
+
+def _table(row: pa.Table) -> pa.Table:
+    return pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
+
+
+def _read(row: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
+    shard, folder = row["shard"][0].as_py(), Folder(uri)
+    with folder.filesystem.open_input_file(folder.join(name)) as file:
+        return _row(shard, pq.ParquetFile(file).read_row_group(shard, columns=columns))
+
+
+class _Compute:
+    """Runs the worker on one shard at a time.
+
+    The worker is built with the first shard, so that an error of its constructor takes the way of all errors.
+    """
+
+    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any], attempts: Any) -> None:
+        context = ray.get_runtime_context()
+        device = assigned_device(ray.get_gpu_ids())
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
+        self.attempts = attempts
+        self.build = functools.cache(functools.partial(worker, **arguments, device=device))
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        if row["error"][0].as_py():
+            return row
+        shard, table = row["shard"][0].as_py(), _table(row)
+        if (number := ray.get(self.attempts.begin.remote(shard))) > MAX_ATTEMPTS:
+            return _row(shard, None, ResourceError(_KILLED))
+        try:
+            result = self.build()(table)
+        except errors.TigerError as error:
+            return _row(shard, None, error)
+        except torch.cuda.OutOfMemoryError as error:
+            return _row(shard, None, ResourceError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})"))
+        finally:
+            ray.get(self.attempts.end.remote(shard))
+        if number > 1:
+            log.info("shard %d was computed at attempt %d", shard, number)
+        if len(result) != len(table):
+            raise AssertionError(f"shard {shard}: {len(table)} rows went in, {len(result)} came out")
+        return _row(shard, result)
+
+
+_KILLED = (
+    f"the process that computes it was lost {MAX_ATTEMPTS} times, most likely for want of memory: lower "
+    "embedding.batch_tokens or the number of actors per node, and look at the texts of these rows"
+)
+_NO_MEMORY = "a GPU has no memory left: lower embedding.batch_tokens, or give an actor a larger share of a GPU"
+
+
+def _write(row: pa.Table, uri: str) -> pa.Table:
+    shard, error = row["shard"][0].as_py(), row["error"][0].as_py()
+    rows = 0
+    if error is None:
+        table = _table(row)
+        rows = len(table)
+        Folder(uri).write_table(_shard_name(shard), table)
+    return pa.table({"shard": row["shard"], "rows": pa.array([rows], pa.int64()), "error": row["error"]})
+
+
+def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:
+    """Raise the error of a row as it was, with the shard's name if it is about the shard's process."""
+    if not row["error"]:
+        return
+    kind, message = json.loads(row["error"])
+    if message == _KILLED or message.startswith(_NO_MEMORY):
+        message = f"shard {describe(row['shard'])}: {message}"
+    raise getattr(errors, kind)(message)
+
+
+class _Attempts:
+    """Counts how often each shard was begun and not ended: what was in an actor's hands when it died."""
+
+    def __init__(self) -> None:
+        self.begun: dict[int, int] = {}
+
+    def begin(self, shard: int) -> int:
+        """Return which attempt at the shard this is, from 1."""
+        self.begun[shard] = self.begun.get(shard, 0) + 1
+        return self.begun[shard]
+
+    def end(self, shard: int) -> None:
+        self.begun.pop(shard, None)
+
+    def running(self) -> list[int]:
+        """Return the shards that were begun and have not ended, those with the most attempts first."""
+        return sorted(self.begun, key=lambda shard: (-self.begun[shard], shard))
+
+
+def _start_attempts() -> Any:
+    """Start the counter on the driver's node, so that it is not lost with another one."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _running(attempts: Any) -> list[int]:
+    try:
+        running: list[int] = ray.get(attempts.running.remote(), timeout=5)
+    except ray.exceptions.RayError:
+        return []
+    return running

@@ -1,0 +1,381 @@
+"""A trained model behind HTTP: a Ray Serve deployment around `Recommender`, requests decoded in batches.
+
+Ray's token does not cover Serve's port, and Serve takes a request of any size. So a bearer token is asked for wherever
+the port is open beyond loopback, a body is read up to a limit and for a few seconds only, and what one request may ask
+for is limited. These limits hold in the replicas. Serve's proxy, in front of them, buffers bodies while all replicas
+are busy: an open port needs a reverse proxy with a limit of its own.
+"""
+
+# `serve.ingress` pickles the class as soon as it is decorated: what its methods use must stand above it, and its
+# annotations must not be strings, as `from __future__ import annotations` would make them.
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import ray
+import torch
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from ray import serve
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tiger.core.artifacts import Artifact, open_artifact
+from tiger.core.config import MAX_LISTED
+from tiger.core.device import assigned_device
+from tiger.core.errors import ConfigError, ResourceError, SecurityError, last_line
+from tiger.core.storage import Folder
+from tiger.models.recommender import Recommender
+from tiger.on_ray import cluster, placement
+from tiger.run import ResourcesConfig, ServeConfig
+
+log = logging.getLogger(__name__)
+
+TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
+"""Environment variable of the replicas: a file with the bearer token."""
+
+MAX_BODY = 64 * 1024  # bytes
+BODY_SECONDS = 5.0  # for reading one
+REQUEST_SECONDS = 30.0  # from the proxy's first byte to the answer, waiting for a replica included
+_MAX_HISTORY, _MAX_NAME = 200, 256
+_BATCH, _BATCH_SECONDS = 64, 0.005
+
+Name = Annotated[str, StringConstraints(max_length=_MAX_NAME)]
+
+
+class Request(BaseModel):
+    """What a user has taken, by the names of the catalog's items, in time order."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="source ids, the oldest first")
+    k: int = Field(10, ge=1, le=2**31 - 1, description="items that come back, at most as many as the server's beam")
+    exclude_history: bool = Field(True, description="leave out the items of the history")
+    user: Name | None = Field(None, description="name of the user, for a model with user tokens")
+
+
+class Recommendation(BaseModel):
+    """One item; its score is that of `decoding.beam_search`."""
+
+    item: str
+    title: str
+    score: float
+
+
+class Answer(BaseModel):
+    """The best items, best first; names of the history that the catalog does not have; the artifact that answered."""
+
+    items: list[Recommendation]
+    ignored: list[str]
+    model: str
+
+
+def read_token(file: str | None) -> str | None:
+    """The token of a file, None without a file.
+
+    Raises:
+        SecurityError: the file cannot be read, can be read by others, or is empty.
+    """
+    if file is None:
+        return None
+    try:
+        if Path(file).stat().st_mode & 0o007:
+            raise SecurityError(f"{file} holds a token that every user of the machine can read: chmod 600 it")
+        token = Path(file).read_text("utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SecurityError(f"the token's file {file} cannot be read ({error})") from None
+    if not token:
+        raise SecurityError(f"the token's file {file} is empty: openssl rand -hex 32 makes a token")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class RequestGuard:
+    """ASGI middleware: refuses who brings no token (401); stops reading a body at its limits (413, 408)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.token = app, read_token(os.environ.get(TOKEN_FILE))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/healthz" or self._knows(dict(scope["headers"]).get(b"authorization", b"")):
+            await self._limited(scope, receive, send)
+        else:
+            await _refuse(send, 401, b"a bearer token is needed", (b"www-authenticate", b"Bearer"))
+
+    def _knows(self, authorization: bytes) -> bool:
+        return self.token is None or hmac.compare_digest(authorization, f"Bearer {self.token}".encode())
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read, refused, complete = 0, False, False
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def limited() -> Message:
+            nonlocal read, refused, complete
+            if refused:
+                return {"type": "http.disconnect"}
+            if complete:
+                return await receive()  # until the client hangs up
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                refused = True
+                await _refuse(send, 408, b"the body did not arrive in time", (b"connection", b"close"))
+                return {"type": "http.disconnect"}
+            read += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if read > MAX_BODY:
+                refused = True
+                await _refuse(send, 413, b"a body of at most 64 KiB is read", (b"connection", b"close"))
+                return {"type": "http.disconnect"}
+            return message
+
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await send(message)
+
+        await self.app(scope, limited, unless_refused)
+
+
+async def _refuse(send: Send, status: int, why: bytes, header: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", b"application/json"), header]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"detail": "%s"}' % why})
+
+
+api = FastAPI(title="TIGER on Ray", description="The next items after a history.", docs_url=None, redoc_url=None)
+api.add_middleware(RequestGuard)
+
+
+@api.exception_handler(RequestValidationError)
+async def _invalid(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
+    """Answer with where and why, never with what was sent: NaN, infinity and lone surrogates cannot be sent back."""
+    detail = [
+        {"type": found["type"], "loc": [_printable(part) for part in found["loc"]], "msg": _printable(found["msg"])}
+        for found in error.errors()[:MAX_LISTED]
+    ]
+    return JSONResponse({"detail": detail}, 422)
+
+
+@api.exception_handler(StarletteHTTPException)
+async def _refused(request: HTTPRequest, error: StarletteHTTPException) -> JSONResponse:
+    """Answer with the reason; 422 if a body is JSON that cannot be read, such as integers of thousands of digits."""
+    if error.status_code == 400:
+        return JSONResponse({"detail": "the body is not JSON that can be read"}, 422)
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+
+
+def _printable(part: Any) -> Any:
+    return part if isinstance(part, int) else str(part)[:_MAX_NAME].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
+    """Return the source id of every item, and what to show of it; the texts are never in memory as a whole."""
+    names: list[str] = []
+    titles: list[str] = []
+    with folder.filesystem.open_input_file(folder.join("items.parquet")) as source:
+        file = pq.ParquetFile(source)
+        wanted = [name for name in ("source_id", "title", "text") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=wanted):
+            columns = batch.to_pydict()
+            names += columns["source_id"]
+            shown = columns.get("title", [None] * len(batch))
+            texts = columns["text"]
+            titles += [
+                str(title or text[:80] or name)
+                for name, title, text in zip(columns["source_id"], shown, texts, strict=True)
+            ]
+    return names, titles
+
+
+@serve.ingress(api)
+class Server:
+    """One replica: the model, its trie, and the names of its items."""
+
+    def __init__(self, model: str, beam: int, token_needed: bool) -> None:
+        if token_needed and not read_token(os.environ.get(TOKEN_FILE)):
+            raise SecurityError(f"whoever reaches the port could ask this server: name a token's file in {TOKEN_FILE}")
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        artifact = open_artifact(model, expected_kind="model")
+        self.recommender = Recommender.load(artifact, device=str(assigned_device(ray.get_gpu_ids())))
+        self.beam = beam
+        self.names, self.titles = _names_and_titles(artifact.inputs["catalog"].folder)
+        self.item_of = {name: item for item, name in enumerate(self.names)}
+        self.model = f"{artifact.kind}-{artifact.fingerprint}"
+
+    @api.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """Answers once the model is loaded."""
+        return {"status": "ok", "model": self.model}
+
+    @api.post("/recommend")
+    async def recommend(self, request: Request) -> Answer:
+        """The next items after a history."""
+        if request.k > self.beam:
+            raise HTTPException(422, f"k: this server's beam is {self.beam}, at most so many items come back")
+        if self.recommender.user_tokens and request.user is None:
+            raise HTTPException(422, "user: this model reads user tokens, and needs the user's name")
+        history = [self.item_of[name] for name in request.history if name in self.item_of]
+        if not history:
+            raise HTTPException(422, f"history: none of its {len(request.history)} names is an item of the catalog")
+        best = await self._decode((request, history))
+        items = [Recommendation(item=self.names[item], title=self.titles[item], score=score) for item, score in best]
+        ignored = [name for name in request.history if name not in self.item_of]
+        return Answer(items=items, ignored=ignored, model=self.model)
+
+    @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
+    async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
+        """Of every request the best items with their scores; the histories are item ids.
+
+        Not in a thread of its own: the search is a thousand small operations, after each of which it would wait for
+        the interpreter that the requests' thread holds. That halves what a replica answers (LOG.md). Health checks have
+        time: a batch takes a second at most.
+        """
+        best: list[list[tuple[int, float]]] = [[] for _ in asked]
+        for exclude in (False, True):
+            rows = [row for row, (request, _) in enumerate(asked) if request.exclude_history == exclude]
+            if not rows:
+                continue
+            found = self.recommender.recommend(
+                [asked[row][1] for row in rows],
+                max(asked[row][0].k for row in rows),
+                beam=self.beam,
+                exclude_history=exclude,
+                users=[asked[row][0].user or "" for row in rows],
+            )
+            for row, items, scores in zip(rows, found.items.tolist(), found.scores.tolist(), strict=True):
+                real = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+                best[row] = real[: asked[row][0].k]
+        return best
+
+
+_NAME = "tiger"  # of the application
+_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # of a replica; for the same reason
+
+_deployment: Any = serve.deployment(
+    ray_actor_options={"runtime_env": {"env_vars": _ENVIRONMENT}},
+    max_ongoing_requests=2 * _BATCH,  # the default of 5 would keep batches at 5 requests
+    max_queued_requests=8 * _BATCH,  # beyond that 503, at once
+    health_check_timeout_s=30,
+)(Server)
+
+
+def application(arguments: dict[str, Any]) -> serve.Application:
+    """What a RayService's `import_path` names; its `args` are `model` (a URI) and, if wanted, `beam`.
+
+    The service's port is open to its network, so replicas ask for a token.
+
+    Raises:
+        ConfigError: an argument is missing, unknown, or no number.
+    """
+    if "model" not in arguments or set(arguments) - {"model", "beam"}:
+        raise ConfigError(f"args of the application are model and beam, found {', '.join(arguments) or 'none'}")
+    beam = str(arguments.get("beam", ServeConfig().beam))
+    if not beam.isdecimal() or int(beam) < 1:
+        raise ConfigError(f"beam = {beam} of the application: a whole number from 1 is needed")
+    return _deployment.bind(arguments["model"], int(beam), token_needed=True)
+
+
+def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) -> None:
+    """Serves a model artifact on this cluster until the process is interrupted; requests under way are answered first.
+
+    If Serve runs on this cluster already, at the same address and without applications, it is used and left running.
+
+    Raises:
+        SecurityError: the port would be open beyond loopback without a token, its file can be read by others, or Serve
+            runs already at another address or for another application.
+        ResourceError: the cluster has too few CPUs or GPUs for the replicas, or the port is taken.
+    """
+    # That proxy listens on all addresses, whatever host it is given.
+    is_open = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    if is_open and not config.token_file:
+        raise SecurityError(
+            f"serve.host = {config.host} is open to others: set serve.token_file, or serve on 127.0.0.1"
+        )
+    read_token(config.token_file)  # an error here, and not in a replica that is started again and again
+    cluster.connect(model.home.parent)
+    cluster.wait_for_gpus(scale.gpus, "serve", scale.wait_minutes)
+    plan = placement.plan_replicas(
+        cluster.shape(), replicas=config.replicas, cpus=config.cpus, gpus=config.gpus, scale_gpus=scale.gpus
+    )
+    cluster.wait_for(plan.at_once, "serve", scale.wait_minutes)
+    environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
+    replica = {
+        "num_cpus": config.cpus,
+        "num_gpus": plan.bundle.gpus,
+        "runtime_env": {"env_vars": _ENVIRONMENT | environment},
+    }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
+    was_running = _require_no_other_address(config)
+    options = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_SECONDS}
+    try:
+        serve.start(http_options=options)
+    except (RuntimeError, OSError) as error:
+        if not was_running:
+            _stop(was_running)
+        reason = last_line(error).removeprefix("RuntimeError: ").rstrip(".")
+        raise ResourceError(f"{config.host}:{config.port} cannot be served: {reason}; set serve.port") from error
+    _require_no_other_address(config)  # another server may have started Serve meanwhile: then ours was ignored
+    try:
+        deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
+        serve.run(
+            deployment.bind(model.folder.uri, config.beam, token_needed=config.token_file is not None), name=_NAME
+        )
+        log.info("serving %s on http://%s:%d/recommend", model.folder.uri, config.host, config.port)
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        log.info("serving: stopped")
+    finally:
+        _stop(was_running)
+
+
+def _stop(was_running: bool) -> None:
+    """Stop what `serve_forever` has started: Serve as a whole only if nobody else uses it."""
+    if was_running or set(serve.status().applications) - {_NAME}:
+        serve.delete(_NAME)
+    else:
+        serve.shutdown()
+
+
+def _require_no_other_address(config: ServeConfig) -> bool:
+    """Return whether Serve runs on this cluster already; its address cannot be changed, and others may depend on it.
+
+    Raises:
+        SecurityError: it listens on another address than the one that was judged safe, or serves an application.
+    """
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    options = client.http_config
+    if (options.host, options.port) != (config.host, config.port):
+        raise SecurityError(
+            f"Ray Serve runs on this cluster already, on {options.host}:{options.port}, and serve.host and serve.port "
+            f"ask for {config.host}:{config.port}: set them to that address, with a token if it is open to others, or "
+            "stop that Serve (`serve shutdown`)"
+        )
+    if names := list(serve.status().applications):
+        raise SecurityError(
+            f"Ray Serve runs {', '.join(names[:MAX_LISTED])} on this cluster already, whose address would be taken; "
+            "use another cluster, or stop that application"
+        )
+    return True

@@ -1,0 +1,225 @@
+"""Ray Train around `training.fit`: a process group of workers that resumes from its last snapshot after a loss."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray.exceptions
+import ray.train
+import ray.train.torch
+import ray.util.queue
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tiger.core import tracking
+from tiger.core.device import pretended_gpus
+from tiger.core.errors import ResourceError, TigerError, last_line
+from tiger.core.storage import SCRATCH, Folder
+from tiger.on_ray import cluster, placement
+from tiger.on_ray.watch import Watch, watching
+from tiger.run import ResourcesConfig
+from tiger.training.checkpoints import CheckpointStore
+from tiger.training.loop import Callbacks
+
+log = logging.getLogger(__name__)
+
+_CONTROLLER_FAILURES = 3  # times that a group does not start, each after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
+_PREEMPTIONS = 100
+
+WorkerLoop = Callable[[dict[str, Any], torch.device, Callbacks], dict[str, Any]]
+
+
+def train(
+    loop: WorkerLoop,
+    arguments: dict[str, Any],
+    target: Folder,
+    scale: ResourcesConfig,
+    what: str,
+    *,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Run `loop(arguments, device, hooks)` on every worker of a process group; return what rank 0 returned.
+
+    Checkpoints are in the target's scratch folder: after the loss of a worker or node the group starts again from the
+    last one, and so does the same command after the loss of the driver.
+
+    Args:
+        loop: a function that worker processes can import.
+        target: the artifact being made.
+        batch_size: rows per step over all workers; decides how many GPUs are worth using.
+
+    Raises:
+        TigerError: raised by the loop on any rank, passed on as it was, within seconds.
+        ResourceError: workers, CPUs or GPUs that the cluster can never have, or that did not come; or a group that was
+            lost more often than `scale.max_failures`.
+    """
+    cluster.connect(target)
+    cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
+    plan = placement.plan_training(
+        cluster.shape(), workers=scale.train_workers, cpus=scale.cpus_per_worker, gpus=scale.gpus,
+        batch_size=batch_size, what=f"{what}: training",
+    )  # fmt: skip
+    cluster.wait_for(plan.at_once, what, scale.wait_minutes)
+    workers = plan.describe("worker")
+    if batch_size is not None and plan.minimum > 1:
+        workers += f", {batch_size / plan.minimum:,.0f} rows of a batch per worker"
+    log.info("%s: %s", what, workers)
+    with watching(what, "train", storage=target) as watch, _relayed_logs(what, watch) as logs:
+        config = {
+            "loop": loop,
+            "arguments": arguments,
+            "threads": int(plan.bundle.cpus),
+            "logs": logs,
+            "snapshots": target.child(f"{SCRATCH}/snapshots").uri,
+        }
+        return _fit(config, plan, target, scale, what)
+
+
+def _fit(
+    config: dict[str, Any], plan: placement.Plan, target: Folder, scale: ResourcesConfig, what: str
+) -> dict[str, Any]:
+    pretended = plan.bundle.gpus and pretended_gpus()
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=ray.train.torch.TorchConfig(
+            backend="gloo" if pretended else None, timeout_s=scale.collective_seconds
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.minimum, use_gpu=plan.bundle.gpus > 0, resources_per_worker=plan.bundle.resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"train-{time.time_ns()}",  # what Ray Train kept of an earlier start is of no use, and may be torn
+            storage_path=f"{target.uri}/{SCRATCH}",
+            failure_config=ray.train.FailureConfig(
+                max_failures=scale.max_failures,
+                controller_failure_limit=_CONTROLLER_FAILURES,
+                max_preemption_failures=_PREEMPTIONS,
+            ),
+            callbacks=[_Failures(config["logs"], scale.max_failures)],
+        ),
+    )
+    try:
+        returned: dict[str, Any] = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        if (ours := _error_of_ours(error)) is not None:
+            raise ours from None
+        reasons = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
+        reason = next(last_line(reason) for reason in reasons if reason is not None)
+        raise ResourceError(
+            f"{what}: the training was lost and could not be continued: {reason}. The same command resumes from the "
+            f"last snapshot; {cluster.log_folder()}/train has the workers' logs"
+        ) from error
+    return returned
+
+
+def _error_of_ours(error: BaseException | None) -> TigerError | None:
+    """Return the TigerError inside Ray Train's wrappers, if there is one."""
+    inner: list[Any] = [error]
+    while inner:
+        error = inner.pop()
+        if isinstance(error, TigerError):
+            return error
+        inner += getattr(error, "worker_failures", {}).values()
+        inner += [
+            found
+            for name in ("controller_failure", "_base_exc", "cause", "__cause__")
+            if isinstance(found := getattr(error, name, None), BaseException)
+        ]
+    return None
+
+
+class _Failures(ray.train.UserCallback):
+    """Hears of workers' exceptions in Ray Train's controller.
+
+    A TigerError on any rank would come again: it ends the training at once, in place of the restarts that Ray Train
+    makes after an exception, and of the other ranks waiting in a collective. Other failures are reported to the driver.
+    """
+
+    def __init__(self, lines: ray.util.queue.Queue, restarts: int) -> None:
+        self.lines, self.restarts, self.seen = lines, restarts, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise an error of ours, which Ray Train takes as the end; send a line about any other."""
+        for exception in worker_exceptions.values():
+            if (ours := _error_of_ours(exception)) is not None:
+                raise ours
+        self.seen += 1
+        rank, exception = next(iter(worker_exceptions.items()))
+        self.lines.put_nowait(
+            f"worker {rank} failed: {last_line(exception)}; "
+            + (f"restarting ({self.seen} of {self.restarts})" if self.seen <= self.restarts else "no restart is left")
+        )
+
+
+@contextmanager
+def _relayed_logs(what: str, watch: Watch) -> Iterator[ray.util.queue.Queue]:
+    """A queue that a thread of the driver empties: lines go to its log, validation metrics to whoever tracks them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # On the driver's node: lost with another one, it would take a training down that survives the loss of a worker.
+    lines = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    done = threading.Event()
+
+    def relay() -> None:
+        while True:
+            try:
+                for said in lines.get_nowait_batch(max(1, lines.qsize())):
+                    watch.progress()
+                    if isinstance(said, str):
+                        log.info("%s", said)
+                    else:
+                        tracking.record(what, said["step"], said)
+            except queue.Empty:
+                if done.wait(0.5):
+                    return
+
+    thread = threading.Thread(target=relay, name="relay of workers' logs", daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        done.set()
+        thread.join()
+        lines.shutdown()
+
+
+class _ToDriver(logging.Handler):
+    """Sends log records to the driver's queue."""
+
+    def __init__(self, lines: ray.util.queue.Queue) -> None:
+        super().__init__(logging.INFO)
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.put_nowait(self.format(record))
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    own = logging.getLogger("tiger")
+    own.setLevel(logging.INFO)
+    context, hooks = ray.train.get_context(), Callbacks()
+    if context.get_world_rank() == 0:
+        own.addHandler(_ToDriver(config["logs"]))
+        hooks.report = config["logs"].put_nowait
+    device = torch.device("cpu") if pretended_gpus() else ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config["threads"])
+    given = {key: value for key, value in config["arguments"].items() if key != "target"}
+    snapshots = CheckpointStore(
+        Folder(config["snapshots"]),
+        {"scale.train_workers": context.get_world_size(), **given},
+        may_differ={"scale.train_workers"},
+    )
+
+    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        snapshots.save(state, metrics)
+        ray.train.report(metrics)  # waits for all workers: none continues before the snapshot is there
+
+    hooks.save, hooks.load = save, snapshots.load
+    return config["loop"](config["arguments"], device, hooks)

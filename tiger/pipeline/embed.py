@@ -1,0 +1,169 @@
+"""Catalog -> embeddings: the texts stream through a pool of sentence-transformers actors on Ray Data.
+
+With embedding.vectors=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.core.config import Config
+from tiger.core.progress import Progress
+from tiger.data.sources import synthetic
+from tiger.data.sources.base import RawFile, expand
+from tiger.embedding.encoder import EmbedShard, encoder_identity
+from tiger.embedding.external import VectorJoin, own_item_ids
+from tiger.embedding.vectors import count_embeddings, precision_figures, sample_embeddings
+from tiger.evaluation.health import check_embeddings, require
+from tiger.on_ray.map import ActorPool, map_shards
+from tiger.pipeline.prepare import prepare
+from tiger.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+_LOOK_AT = 20_000  # vectors that the health checks read, at most
+_PART_ROWS = 65_536  # of vectors made elsewhere, at least; those of texts come in the catalog's parts
+
+
+class OwnVectorsConfig(Config):
+    """What of the embedding's settings counts for vectors that were made elsewhere."""
+
+    vectors_id: str
+    vectors_column: str
+    storage: Literal["float32", "float16"]
+
+
+def embed(run: RunConfig, catalog: Artifact) -> Artifact:
+    """Embed the catalog: its texts, or with `embedding.vectors` your own vectors of its items."""
+    config = run.embedding
+    if config.vectors is not None:
+        return join(run, catalog)
+    identity = encoder_identity(config.model)
+    encoder = {
+        "model": identity["model"],
+        "prompt": config.prompt,
+        "max_tokens": config.max_tokens,
+        "precision": config.precision,
+        "batch_tokens": config.batch_tokens,
+    }
+
+    def make(draft: Draft) -> None:
+        map_shards(
+            catalog.folder,
+            "items.parquet",
+            ["item_id", "text"],
+            draft.folder.child("vectors"),
+            EmbedShard,
+            {"storage": config.storage, **encoder},
+            actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
+            what="embed",
+            scale=run.scale,
+        )
+        draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+        vectors = sample_embeddings(draft.folder, _LOOK_AT).numpy()
+        tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
+        quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
+        draft.figures = {
+            "items": count_embeddings(draft.folder),
+            "dimension": vectors.shape[1],
+            "tokens": quantiles,
+            **precision_figures(draft.folder),
+        }
+        draft.health = require(check_embeddings(vectors))
+
+    source = {
+        "items": catalog.manifest["files"]["items.parquet"]["sha256"],  # no histories, no split: they are not read
+        "encoder": identity.get("sha256") or identity["revision"],
+    }
+    return artifacts.build(
+        run.root, "embeddings", config, {}, make, source=source, read_from={"catalog": catalog},
+        record={"encoder": identity},
+    )  # fmt: skip
+
+
+def join(run: RunConfig, catalog: Artifact) -> Artifact:
+    """Join your own vectors to the items of the catalog by source id."""
+    files = own_vector_files(run)
+
+    def make(draft: Draft) -> None:
+        items = catalog.folder.read_table("items.parquet", ["source_id"])["source_id"].to_pylist()
+        vectors = VectorJoin(items, run.embedding)
+        _write_joined(draft, vectors, files)
+        draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+        draft.figures["vectors_without_item"] = vectors.unknown
+
+    source = {"items": catalog.manifest["files"]["items.parquet"]["sha256"]} | _identify(files)
+    return artifacts.build(
+        run.root, "embeddings", _own_config(run), {}, make, source=source, read_from={"catalog": catalog}
+    )
+
+
+def adopt(run: RunConfig) -> Artifact:
+    """Take your own vectors as they are, without a catalog: the items are those that have a vector."""
+    files = own_vector_files(run)
+
+    def make(draft: Draft) -> None:
+        items = own_item_ids(files, run.embedding)
+        _write_joined(draft, VectorJoin(items, run.embedding), files)
+        numbers = pa.array(np.arange(len(items), dtype=np.int32))
+        draft.folder.write_table("items.parquet", pa.table({"item_id": numbers, "source_id": pa.array(items)}))
+
+    return artifacts.build(run.root, "embeddings", _own_config(run), {}, make, source=_identify(files))
+
+
+def own_vector_files(run: RunConfig) -> list[RawFile]:
+    """Return the files of `embedding.vectors`.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    return expand([run.embedding.vectors or ""], "embedding.vectors")
+
+
+def _own_config(run: RunConfig) -> OwnVectorsConfig:
+    config = run.embedding
+    return OwnVectorsConfig(vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage=config.storage)
+
+
+def _identify(files: list[RawFile]) -> dict[str, str]:
+    return {f"vectors/{position}": file.digest() for position, file in enumerate(files)}
+
+
+def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> None:
+    progress = Progress("join vectors", len(vectors.row_of), "items")
+    parts, pending, rows = 0, [], 0
+    for table in vectors.tables(files):
+        pending.append(table)
+        rows += len(table)
+        progress.add(len(table))
+        if rows >= _PART_ROWS:
+            draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
+            parts, pending, rows = parts + 1, [], 0
+    if pending:
+        draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
+    progress.close()
+    looked_at = sample_embeddings(draft.folder, _LOOK_AT).numpy()
+    draft.figures = {"items": count_embeddings(draft.folder), "dimension": looked_at.shape[1]}
+    draft.health = require(check_embeddings(looked_at))
+
+
+def ensure_embeddings(run: RunConfig) -> Artifact:
+    """Return the embeddings of the catalog, or, of own vectors without data files, those of the vectors' items.
+
+    The default data are a generated sample, which cannot be what own vectors belong to.
+    """
+    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+        return adopt(run)
+    return embed(run, prepare(run))
+
+
+def job(run: RunConfig) -> Artifact:
+    """Embed the catalog of a configuration."""
+    return embed(run, prepare(run))

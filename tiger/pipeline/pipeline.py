@@ -1,0 +1,44 @@
+"""The whole story: from raw catalog and history files to recommendations.
+
+What is finished already is skipped; a stage that ended in a degenerate state stops the run there.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tiger.core.artifacts import Artifact
+from tiger.pipeline.embed import embed
+from tiger.pipeline.evaluate import evaluate
+from tiger.pipeline.prepare import prepare
+from tiger.pipeline.recommend import print_examples, recommend
+from tiger.pipeline.semantic_ids import build_semantic_ids
+from tiger.pipeline.train import train_model
+from tiger.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def pipeline(run: RunConfig) -> Artifact:
+    catalog = prepare(run)  # raw files -> items with one text each, users with their histories
+    embeddings = embed(run, catalog)  # texts -> vectors
+    ids = build_semantic_ids(run, embeddings)  # vectors -> codes -> one unique semantic ID per item
+    model = train_model(run, catalog, ids)  # histories as semantic IDs -> a model that generates the next one
+    metrics = evaluate(run, model)  # how often it finds what users took next
+    recommendations = recommend(run, model)  # what they may take next
+    print_examples(recommendations)
+    log.info("%s", summary([*metrics.lineage(), recommendations], run.scale.dollars_per_hour))
+    return metrics
+
+
+def summary(parts: list[Artifact], dollars_per_hour: float | None) -> str:
+    """Seconds of every stage, and what they cost; those that were skipped with what they took when they ran."""
+    total = sum(part.manifest["seconds"] for part in parts)
+    lines = []
+    for kind, seconds in [*((part.kind, part.manifest["seconds"]) for part in parts), ("all stages", total)]:
+        cost = "" if dollars_per_hour is None else f"  $ {seconds / 3600 * dollars_per_hour:8.2f}"
+        lines.append(f"  {kind:<16}{seconds:>9.1f} s{cost}")
+    return "\n".join(["time by stage", *lines])
+
+
+job = pipeline

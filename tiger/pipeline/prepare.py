@@ -1,0 +1,92 @@
+"""Raw catalog and history files -> catalog: items with one text each, histories in time order, splits."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.core.config import Config, load_plugin
+from tiger.core.progress import Progress, timed
+from tiger.data import catalog
+from tiger.data.catalog import CatalogConfig
+from tiger.data.download import cache_folder
+from tiger.data.profile import format_profile
+from tiger.data.sources.base import DatasetConfig, Files, Meter, RawFile, RowCounts, metered
+from tiger.evaluation.health import check_catalog, require
+from tiger.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class PrepareConfig(Config):
+    data: DatasetConfig
+    catalog: CatalogConfig
+
+
+def prepare(run: RunConfig) -> Artifact:
+    source = load_plugin(DatasetConfig.plugin_package, run.data.kind)
+    files = source.locate(run.data, cache_folder())
+    raw = describe_files(files)
+
+    def make(draft: Draft) -> None:
+        items, interactions = RowCounts("items"), RowCounts("interactions")
+        sizes: dict[str, list[tuple[RawFile, int]]] = {"items": [], "interactions": []}
+        for (role, file), entry in zip(files.roles(), raw, strict=True):
+            sizes[role].append((file, entry["bytes"]))
+        profile = catalog.make(
+            run.catalog,
+            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_rows),
+            _read(
+                source.read_interactions(run.data, files, interactions),
+                sizes["interactions"],
+                interactions,
+                run.data.max_bad_rows,
+            ),
+            draft.folder,
+        )
+        log.info("catalog: %s", format_profile(profile))
+        figures = ("items", "users", "interactions", "training_examples", "validation_users", "test_users")
+        draft.figures = {name: profile[name] for name in figures}
+        draft.figures["rows"] = {"items": items.record(), "interactions": interactions.record()}
+        draft.health = require(check_catalog(profile))
+
+    config = PrepareConfig(data=run.data, catalog=run.catalog)
+    return artifacts.build(run.root, "catalog", config, {}, make, source=identify(raw), record={"raw_files": raw})
+
+
+def describe_files(files: Files) -> list[dict[str, Any]]:
+    """Return role, position, name, bytes and sha256 of every raw file, in reading order, for the manifest."""
+    described: list[dict[str, Any]] = []
+    positions: Counter[str] = Counter()
+    for role, file in files.roles():
+        entry = {"role": role, "position": positions[role], "name": file.name, "bytes": file.size()}
+        with timed(f"checksum of {file}"):
+            described.append(entry | {"sha256": file.digest()})
+        positions[role] += 1
+    return described
+
+
+def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what of the raw files counts in the fingerprint: role, order and content, not the names."""
+    return {f"{file['role']}/{file['position']}": file["sha256"] for file in raw}
+
+
+def _read(
+    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_rows: float
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of one role, show the progress in its files, and close its ledger."""
+    progress = Progress(f"read {ledger.table}", None, "rows")
+    for batch in metered(batches, Meter(files, progress)):
+        progress.add(batch.num_rows)
+        yield batch
+    progress.close()
+    ledger.close(max_bad_rows)
+
+
+job = prepare

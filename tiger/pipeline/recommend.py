@@ -1,0 +1,122 @@
+"""Model -> recommendations after the users' whole histories: item ids, titles, scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.core.config import fingerprint
+from tiger.core.errors import DataError
+from tiger.data.catalog import Catalog
+from tiger.evaluation.health import check_recommendations, require
+from tiger.models.recommender import show
+from tiger.on_ray.recommend import recommend_users
+from tiger.pipeline.train import ensure_model
+from tiger.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+_TABLE = "recommendations"
+
+
+def recommend(run: RunConfig, model: Artifact) -> Artifact:
+    config = run.recommend
+    catalog = Catalog(model.inputs["catalog"])
+
+    def make(draft: Draft) -> None:
+        histories = catalog.histories
+        users = range(min(len(histories), config.users or len(histories)))
+        items, _ = recommend_users(
+            model,
+            histories,
+            users,
+            [histories.of(user) for user in users],
+            draft,
+            _TABLE,
+            k=config.k,
+            beam=config.beam,
+            history="excluded" if config.exclude_history else "allowed",
+            options={
+                "allowed": _items_of(names, catalog),
+                "temperature": config.temperature,
+                "per_first_code": config.per_first_code,
+                "seed": config.seed,
+            },
+            max_actors=config.max_actors,
+            scale=run.scale,
+        )
+        _write_readable(draft, catalog)
+        draft.figures = {"users": len(users), "k": config.k}
+        draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
+
+    names = _names(config.allowed)
+    source = {"allowed": fingerprint(sorted(names))} if names is not None else None
+    return artifacts.build(run.root, "recommendations", config, {"model": model}, make, source=source)
+
+
+def _names(file: str | None) -> set[str] | None:
+    """Item names of a file, one a line.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    if file is None:
+        return None
+    try:
+        return {line.strip() for line in Path(file).read_text("utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"recommend.allowed = {file} cannot be read ({error}); one source id a line is needed"
+        ) from None
+
+
+def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
+    """Item ids of names; how many names are unknown is logged.
+
+    Raises:
+        DataError: none of the names is in the catalog.
+    """
+    if names is None:
+        return None
+    items = [item for item, name in enumerate(catalog.source_ids) if name in names]
+    if not items:
+        raise DataError(
+            f"recommend.allowed: none of its {len(names)} names is an item of the catalog; give one source id a line"
+        )
+    log.info("recommend: %d items allowed, %d names are not in the catalog", len(items), len(names) - len(items))
+    return items
+
+
+def _write_readable(draft: Draft, catalog: Catalog) -> None:
+    """recommendations.jsonl: the user's name, and item names, titles and scores, best first."""
+    table, lines = draft.folder.read_table(_TABLE), []
+    for user, items, scores in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        found = [
+            {"item": catalog.source_ids[item], "title": catalog.titles[item], "score": round(score, 4)}
+            for item, score in zip(items, scores, strict=True)
+            if item >= 0
+        ]
+        lines.append(json.dumps({"user": catalog.histories.source_ids[user], "items": found}, ensure_ascii=False))
+    draft.folder.write_bytes("recommendations.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def print_examples(recommendations: Artifact) -> None:
+    """Prints the first users' histories and recommendations with titles."""
+    catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
+    found = recommendations.folder.read_table(_TABLE).slice(0, _SHOWN)
+    for user, items, scores in zip(*(found[name].to_pylist() for name in found.column_names), strict=True):
+        name, history = catalog.histories.source_ids[user], catalog.histories.of(user)
+        log.info("user %s\n%s", name, show(catalog, history, np.array(items), np.array(scores)))
+
+
+def job(run: RunConfig) -> Artifact:
+    """Recommend items to every user and print the first lists; train the model first if needed."""
+    artifact = recommend(run, ensure_model(run))
+    print_examples(artifact)
+    return artifact

@@ -1,0 +1,111 @@
+"""Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes.
+
+With embedding.vectors=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no text.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.embedding.vectors import load_embeddings, sample_embeddings
+from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
+from tiger.metrics.codes import code_metrics
+from tiger.on_ray import kmeans as quantize
+from tiger.on_ray.train import train
+from tiger.pipeline.embed import ensure_embeddings
+from tiger.run import RunConfig
+from tiger.semantic_ids import assignment as semantic_ids
+from tiger.tokenizers import rkmeans
+from tiger.tokenizers.base import Tokenizer, TokenizerConfig
+from tiger.tokenizers.train import encode_dataset, load_tokenizer, reconstruction_error, tokenizer_worker
+from tiger.training.weights import write_weights
+
+_LOOK_AT = 20_000  # vectors whose latents the health checks compare
+
+
+def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
+    config = run.tokenizer
+
+    def make(draft: Draft) -> None:
+        if _streamed(config):
+            assert isinstance(config, rkmeans.Config)
+            write_weights(quantize.fit(config, embeddings.folder), draft.folder)
+            draft.figures = {"precision": "float32"}
+        else:
+            arguments = {
+                "config": config.model_dump(mode="json"),
+                "embeddings": embeddings.folder.uri,
+                "target": draft.folder.uri,
+            }
+            draft.figures = train(
+                tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
+            )
+        tokenizer = load_tokenizer(config, draft.folder, embeddings.figures["dimension"])
+        codes, error, _ = _quantize(config, tokenizer, embeddings)
+        draft.figures |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
+        with torch.no_grad():
+            latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _LOOK_AT)))
+        draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
+
+    return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)
+
+
+def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
+    config = run.tokenizer
+
+    def make(draft: Draft) -> None:
+        trained = load_tokenizer(config, tokenizer.folder, embeddings.figures["dimension"])
+        codes, error, vectors = _quantize(config, trained, embeddings)
+        nearest = code_metrics(codes, config.codebook_size)
+
+        def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            assert vectors is not None, "RunConfig refuses a streamed tokenizer with collisions = nearest"
+            return trained.last_level_costs(vectors[items]).numpy()
+
+        ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
+        ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
+        assigned = ids.codes[:, : ids.levels].astype(np.int64)
+        if vectors is not None:
+            error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
+        draft.figures = {
+            "items": len(ids),
+            "codes_per_item": len(ids.level_sizes),
+            "moved_items": int((assigned != codes).any(axis=1).sum()),
+            "largest_group": int(ids.collisions.max()) + 1,
+            "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
+            "reconstruction_error": error,
+            **code_metrics(assigned, config.codebook_size),
+        }
+        draft.health = require(check_semantic_ids(ids.collisions))
+
+    inputs = {"tokenizer": tokenizer, "embeddings": embeddings}
+    return artifacts.build(run.root, "semantic_ids", run.semantic_ids, inputs, make)
+
+
+def build_semantic_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
+    return assign_ids(run, train_tokenizer(run, embeddings), embeddings)
+
+
+def _streamed(config: TokenizerConfig) -> bool:
+    return isinstance(config, rkmeans.Config) and config.streamed
+
+
+def _quantize(
+    config: TokenizerConfig, tokenizer: Tokenizer, embeddings: Artifact
+) -> tuple[npt.NDArray[np.int64], float, torch.Tensor | None]:
+    """Nearest codes [N, L] of all items, their reconstruction error, and the vectors where they are in memory."""
+    if _streamed(config):
+        codes, error = quantize.encode(tokenizer, embeddings.folder)
+        return codes, error, None
+    vectors = load_embeddings(embeddings.folder)
+    tensor = encode_dataset(tokenizer, vectors, torch.device("cpu"))
+    return tensor.numpy(), reconstruction_error(tokenizer, vectors, tensor, torch.device("cpu")), vectors
+
+
+def job(run: RunConfig) -> Artifact:
+    """Build the semantic IDs of a configuration."""
+    return build_semantic_ids(run, ensure_embeddings(run))

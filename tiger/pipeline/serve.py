@@ -1,0 +1,17 @@
+"""Model -> an HTTP server: POST /recommend, until it is interrupted. Needs `pip install tiger-on-ray[serve]`."""
+
+from __future__ import annotations
+
+from tiger.core.artifacts import Artifact
+from tiger.on_ray.serve import serve_forever
+from tiger.pipeline.train import ensure_model
+from tiger.run import RunConfig
+
+
+def serve(run: RunConfig) -> Artifact:
+    model = ensure_model(run)
+    serve_forever(model, run.serve, run.scale)
+    return model
+
+
+job = serve

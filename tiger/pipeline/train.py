@@ -1,0 +1,40 @@
+"""Catalog + semantic IDs -> generative model, trained on Ray Train; the checkpoint is chosen on validation."""
+
+from __future__ import annotations
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.data.catalog import Catalog
+from tiger.evaluation.health import check_model, popularity_recall, require
+from tiger.models.tiger.train import model_worker
+from tiger.on_ray.train import train
+from tiger.pipeline.embed import embed
+from tiger.pipeline.prepare import prepare
+from tiger.pipeline.semantic_ids import build_semantic_ids
+from tiger.run import RunConfig
+
+
+def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
+    def make(draft: Draft) -> None:
+        arguments = {
+            "config": run.model.model_dump(mode="json"),
+            "catalog": catalog.folder.uri,
+            "semantic_ids": ids.folder.uri,
+            "target": draft.folder.uri,
+        }
+        draft.figures = train(
+            model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
+        )
+        guessing = min(1.0, 10 / catalog.figures["items"])
+        popular = popularity_recall(Catalog(catalog).histories, run.model.validation_users, run.model.seed)
+        draft.health = require(check_model(draft.figures["recall@10"], guessing, *popular))
+
+    return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
+
+
+def ensure_model(run: RunConfig) -> Artifact:
+    catalog = prepare(run)
+    return train_model(run, catalog, build_semantic_ids(run, embed(run, catalog)))
+
+
+job = ensure_model

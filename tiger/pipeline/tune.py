@@ -1,0 +1,55 @@
+"""Searches the tokenizer's settings with Ray Tune; leaves all trials, a picture, and the winner as best.toml.
+
+The space is next to the configuration, in NAME.search.toml; overrides of it begin with `search.`. The same command
+continues a sweep that was killed, also with other resources; with more `search.trials` it continues a finished one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.core.config import dump_toml
+from tiger.embedding.vectors import load_embeddings
+from tiger.on_ray.tune import tune_tokenizer
+from tiger.pipeline.embed import ensure_embeddings
+from tiger.run import RunConfig
+from tiger.tuning import TuningConfig, TuningStageConfig, apply, picture, table
+
+log = logging.getLogger(__name__)
+
+
+def tune(run: RunConfig, search: TuningConfig, embeddings: Artifact) -> Artifact:
+    def make(draft: Draft) -> None:
+        family = config.family(embeddings.fingerprint)
+        trials = tune_tokenizer(run, search, load_embeddings(embeddings.folder), draft.folder, family)
+        rows = trials.to_pylist()
+        winner = {key: rows[0][key] for key in search.space}
+        best = apply(run, winner, looks=None)
+        draft.folder.write_table("trials.parquet", trials)
+        draft.folder.write_bytes("best.toml", dump_toml(best.model_dump(mode="json", serialize_as_any=True)).encode())
+        draft.folder.write_bytes("search.svg", picture(rows, list(search.space)).encode())
+        whole = len(rows) * run.tokenizer.training.epochs  # 0 for a tokenizer that has nothing to train
+        spent = sum(row["epochs"] or 0 for row in rows) / whole if whole else 0.0
+        draft.figures = {
+            "trials": len(rows),
+            "epochs_spent": round(spent, 3),
+            "objective": rows[0]["objective"],
+            **winner,
+        }
+        for line in table(rows[:10], list(search.space)):
+            log.info("tune: %s", line)
+        job = "pipeline" if embeddings.manifest.get("read_from") else "semantic_ids"
+        log.info("tune: the winner is in %s/best.toml: python -m jobs.%s that-file", draft.folder.uri, job)
+
+    config = TuningStageConfig(tokenizer=run.tokenizer, search=search)
+    return artifacts.build(run.root, "sweep", config, {"embeddings": embeddings}, make)
+
+
+SECTIONS = {"search": TuningConfig}
+
+
+def job(run: RunConfig, search: TuningConfig) -> Artifact:
+    """Tune the tokenizer of a configuration."""
+    return tune(run, search, ensure_embeddings(run))

@@ -1,0 +1,1 @@
+"""Reports for people: the explorer of semantic IDs."""

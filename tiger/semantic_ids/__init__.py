@@ -1,0 +1,1 @@
+"""Codes -> unique semantic IDs: collision policies and the trie of all IDs."""

@@ -1,0 +1,263 @@
+"""Codes -> semantic IDs: every item one unique tuple.
+
+Items of equal codes are told apart by policy: by the nearest free code of the last level, by one more level that counts
+them, or not at all. Sorting does it, on one machine: 10 million items take seconds, and the result is a function of the
+codes alone, whatever the order or the number of pieces in which they came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from tiger.core.config import Config
+from tiger.core.errors import ArtifactError, DataError
+from tiger.core.storage import Folder
+
+Costs = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
+
+_COSTS_AT_ONCE = 16_384  # items
+
+
+class SemanticIdsConfig(Config):
+    """How items of equal codes are told apart."""
+
+    collisions: Literal["level", "nearest", "refuse"] = Field(
+        "nearest",
+        description="level: one more code counts them; nearest: they move to the nearest free codes of the last level, "
+        "and one more code counts what is left; refuse: an error",
+    )
+    capacity: int = Field(1, ge=1, description="items that may keep one tuple of codes, with collisions = nearest")
+    collision_codes: int = Field(256, ge=1, le=32_767, description="items of equal codes that one more level holds")
+
+
+def packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None) -> npt.NDArray[np.int64]:
+    """One integer per row of codes [N, L], in the lexical order of the rows: sorting it is ten times faster.
+
+    Args:
+        sizes: codes of every level; by default what the rows need. Rows packed with equal sizes can be compared.
+
+    Raises:
+        DataError: the levels have more than 2**63 tuples.
+    """
+    sizes = sizes or tuple(int(column.max(initial=0)) + 1 for column in codes.T)
+    if math.prod(sizes) >= 2**63:
+        raise DataError(f"levels of {sizes} codes have more than 2**63 tuples; use fewer or smaller levels")
+    keys = np.zeros(len(codes), np.int64)
+    for column, size in zip(codes.T, sizes, strict=True):
+        keys *= size
+        keys += column
+    return keys
+
+
+class SemanticIds:
+    """The unique IDs of items 0 .. N-1 and the way back.
+
+    Attributes:
+        codes: int16 [N, L] or [N, L+1], row = item_id; the last column is the collision code where one was needed.
+        level_sizes: number of possible codes of each level.
+        levels: L, the codes that the tokenizer gave.
+    """
+
+    def __init__(self, codes: npt.NDArray[np.int16], level_sizes: tuple[int, ...], levels: int | None = None) -> None:
+        """
+        Args:
+            levels: by default all but the last.
+
+        Raises:
+            ArtifactError: two items share an ID, or a code is outside its level.
+        """
+        sizes = np.array(level_sizes)
+        outside = ((codes < 0) | (codes >= sizes)).any(axis=1)
+        if outside.any():
+            item = int(outside.argmax())
+            raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is outside of {level_sizes}")
+        self.codes, self.level_sizes = codes, tuple(level_sizes)
+        self.levels = len(level_sizes) - 1 if levels is None else levels
+        sorted_keys = self._sorted[0]
+        same = np.flatnonzero(np.diff(sorted_keys) == 0)
+        if len(same):
+            first, second = self._sorted[1][same[0] : same[0] + 2]
+            raise ArtifactError(f"items {first} and {second} share the semantic ID {codes[first].tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @cached_property
+    def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Packed IDs in ascending order, and the items they belong to."""
+        keys = packed(self.codes, self.level_sizes)
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
+
+    @property
+    def sorted_items(self) -> npt.NDArray[np.int64]:
+        """Items in the lexical order of their IDs, [N]."""
+        return self._sorted[1]
+
+    @cached_property
+    def unique_before(self) -> npt.NDArray[np.bool_]:
+        """Which items' codes were unique without the collision level, [N]."""
+        _, inverse, counts = np.unique(packed(self.codes[:, : self.levels]), return_inverse=True, return_counts=True)
+        return counts[inverse] == 1
+
+    @property
+    def collisions(self) -> npt.NDArray[np.int16]:
+        """The collision code of every item, [N]; 0 where no level was needed."""
+        return self.codes[:, self.levels] if self.codes.shape[1] > self.levels else np.zeros(len(self), np.int16)
+
+    def item_of(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Items [M] of semantic IDs [M, L+1]; -1 for an ID that no item has."""
+        asked = np.asarray(codes).reshape(-1, self.codes.shape[1])
+        possible = np.all((asked >= 0) & (asked < np.array(self.level_sizes)), axis=1)
+        keys, order = self._sorted
+        wanted = packed(np.where(possible[:, None], asked, 0), self.level_sizes)
+        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(possible & (keys[place] == wanted), order[place], -1)
+
+    @classmethod
+    def read(cls, folder: Folder) -> SemanticIds:
+        table = folder.read_table("ids.parquet").combine_chunks()
+        kind = table.schema.field("codes").type if "codes" in table.column_names else pa.null()
+        if not (isinstance(kind, pa.ListType | pa.FixedSizeListType) and pa.types.is_integer(kind.value_type)):
+            raise ArtifactError(f"{folder.uri}/ids.parquet: codes are no lists of integers")
+        lists = table["codes"].combine_chunks()
+        codes = np.asarray(lists.flatten()).reshape(len(lists), -1)
+        items = np.asarray(table["item_id"])
+        if not np.array_equal(items, np.arange(len(items))):
+            raise ArtifactError(f"{folder.uri}/ids.parquet: item_id is not 0 .. {len(items) - 1} in order")
+        levels = folder.read_json("levels.json")
+        return cls(codes, tuple(levels["level_sizes"]), levels["levels"])
+
+    def write(self, folder: Folder, source_ids: pa.ChunkedArray) -> None:
+        """ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json."""
+        width = self.codes.shape[1]
+        folder.write_table(
+            "ids.parquet",
+            pa.table(
+                {
+                    "item_id": np.arange(len(self), dtype=np.int32),
+                    "source_id": source_ids,
+                    "codes": pa.FixedSizeListArray.from_arrays(pa.array(self.codes.ravel()), width),
+                    "unique": self.unique_before,
+                }
+            ),
+        )
+        folder.write_json("levels.json", {"level_sizes": list(self.level_sizes), "levels": self.levels})
+
+
+def assign(
+    codes: npt.NDArray[np.integer], codebook_size: int, config: SemanticIdsConfig, costs: Costs | None = None
+) -> SemanticIds:
+    """Unique IDs from codes that items may share.
+
+    The collision level, where it is needed, numbers items of equal codes 0, 1, 2, ... in the order of their item ids.
+
+    Args:
+        codes: [N, L], row = item_id, each in [0, codebook_size).
+        costs: items [n] -> what each last code would cost them, [n, codebook_size]; needed by `nearest`.
+
+    Raises:
+        DataError: the policy is `refuse` and items share codes, or more of them do than the level has codes; names the
+            group and some of its items.
+    """
+    if config.collisions == "nearest":
+        if costs is None:
+            raise ValueError("collisions = nearest needs the costs of the last level's codes")
+        codes = separate(codes, codebook_size, costs, config.capacity)
+    order, starts, sizes = _groups(packed(codes))
+    largest = int(sizes.argmax())
+    if sizes[largest] > 1 and config.collisions == "refuse":
+        raise DataError(
+            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collisions is "
+            f"refuse; the largest group is {_named(codes, order, starts, sizes, largest)}"
+        )
+    if sizes[largest] > config.collision_codes:
+        cure = "raise semantic_ids.collision_codes or tokenizer.codebook_size"
+        if config.collisions == "level":
+            cure = "set semantic_ids.collisions = nearest, or raise semantic_ids.collision_codes"
+        raise DataError(
+            f"{sizes[largest]:,} items share their codes, the collision level tells {config.collision_codes} apart "
+            f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
+            f"If they should be, {cure}"
+        )
+    level_sizes = (codebook_size,) * codes.shape[1]
+    if config.collisions != "level" and sizes[largest] == 1:
+        return SemanticIds(codes.astype(np.int16), level_sizes, codes.shape[1])
+    collision = np.empty(len(codes), np.int16)
+    collision[order] = np.arange(len(codes)) - np.repeat(starts, sizes)
+    unique = np.concatenate([codes.astype(np.int16), collision[:, None]], axis=1)
+    return SemanticIds(unique, (*level_sizes, config.collision_codes), codes.shape[1])
+
+
+def separate(
+    codes: npt.NDArray[np.integer], codebook_size: int, costs: Costs, capacity: int = 1
+) -> npt.NDArray[np.int64]:
+    """Moves items of equal codes to other codes of the last level, at the least total cost.
+
+    Where a tuple has more items than `capacity`, all items that share its prefix are assigned again, each code of the
+    last level taking at most `capacity` of them (the assignment problem). Items beyond capacity x codebook_size are
+    spread over all last codes in turn, codebook_size items at a time, so that the collision level has few to number.
+
+    Args:
+        codes: [N, L].
+        costs: items [n] -> [n, codebook_size].
+
+    Returns:
+        int64 [N, L]; columns but the last are the same.
+    """
+    from scipy.optimize import linear_sum_assignment  # a second to import, in every process of a run
+
+    moved = codes.astype(np.int64)
+    order, starts, sizes = _groups(packed(moved))
+    crowded = np.zeros(len(codes), bool)
+    crowded[order] = np.repeat(sizes > capacity, sizes)
+    prefixes = packed(moved[:, :-1]) if codes.shape[1] > 1 else np.zeros(len(codes), np.int64)
+    items = np.flatnonzero(np.isin(prefixes, np.unique(prefixes[crowded])))
+    order, starts, _ = _groups(prefixes[items])
+    items, ends = items[order], np.append(starts[1:], len(items))
+    begin = 0
+    while begin < len(starts):
+        # Whole groups, as many as fit into one piece of costs.
+        until = max(begin + 1, int(np.searchsorted(ends, starts[begin] + _COSTS_AT_ONCE, side="right")))
+        piece = costs(items[starts[begin] : ends[until - 1]])
+        for start, end in zip(starts[begin:until], ends[begin:until], strict=True):
+            offset = starts[begin]
+            group = piece[start - offset : end - offset]
+            rows, columns = linear_sum_assignment(np.tile(group, capacity))
+            moved[items[start:end][rows], -1] = columns % codebook_size
+            left = np.setdiff1d(np.arange(len(group)), rows)
+            for first in range(0, len(left), codebook_size):
+                beyond = left[first : first + codebook_size]
+                rows, columns = linear_sum_assignment(group[beyond])
+                moved[items[start:end][beyond[rows]], -1] = columns
+        begin = until
+    return moved
+
+
+def _groups(
+    keys: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows in the order of their keys (in that of the rows where equal); where each key begins; how often it occurs."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(keys)])
+    return order, starts, np.diff(np.append(starts, len(keys)))
+
+
+def _named(
+    codes: npt.NDArray[np.integer],
+    order: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    group: int,
+) -> str:
+    items = order[starts[group] : starts[group] + sizes[group]]
+    return f"{len(items):,} items with {tuple(codes[items[0]].tolist())}, among them {items[:5].tolist()}"

@@ -1,0 +1,136 @@
+"""Train a tokenizer on embeddings, and encode items with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tiger.core.artifacts import open_artifact
+from tiger.core.errors import HealthError
+from tiger.core.storage import Folder
+from tiger.embedding.vectors import load_embeddings
+from tiger.metrics.codes import code_metrics
+from tiger.tokenizers.base import Tokenizer, TokenizerConfig, build, check_codebook_size
+from tiger.training import loop as training
+from tiger.training.loop import Batch, Callbacks, FitResult
+from tiger.training.weights import load_weights, save_training_result
+
+_CHUNK = 65_536
+
+
+_LOOK_CHUNK = 4_096  # activations of so many rows stay in a CPU's cache: a look takes a fifth less
+
+
+Judge = Callable[[npt.NDArray[np.int64], dict[str, float]], dict[str, float]]
+
+
+def fit_tokenizer(
+    config: TokenizerConfig,
+    vectors: Tensor,
+    *,
+    device: torch.device,
+    hooks: Callbacks | None = None,
+    judge: Judge | None = None,
+) -> tuple[Tokenizer, FitResult]:
+    """Trains a tokenizer on embeddings float32 [N, d], the same on every worker.
+
+    Args:
+        judge: (codes [N, L], figures of a look) -> further figures; its `objective` chooses the checkpoint. By default
+            that is the reconstruction error, the less the better.
+
+    Raises:
+        ConfigError: the codebook is larger than the catalog.
+        HealthError: a vector or the loss is not finite.
+    """
+    check_codebook_size(config, len(vectors))
+    if len(bad := (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten()):
+        raise HealthError(
+            f"embeddings of {len(bad)} items are not finite, of {bad[:5].tolist()} among them; embed again"
+        )
+    torch.manual_seed(config.seed)
+    tokenizer = build(config, vectors.shape[1]).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    sample = vectors[torch.randperm(len(vectors), generator=generator)[: config.kmeans_sample]].to(device)
+    tokenizer.fit_normalizer(sample)
+    sample = tokenizer.standardize(sample)
+    if training.rank() == 0:
+        tokenizer.initialize(sample, generator)
+    training.broadcast(tokenizer)
+    schedule = config.training.schedule(len(vectors), config.seed)
+    standardized = torch.cat([tokenizer.standardize(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
+
+    def on_epoch_start(epoch: int) -> None:
+        if epoch and epoch % tokenizer.refresh_every == 0 and epoch <= tokenizer.refresh_until * config.training.epochs:
+            if training.rank() == 0:
+                tokenizer.refresh(sample)
+            training.broadcast(tokenizer)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(vectors)))
+        for rows in order.split(config.training.batch_size):
+            own, weights = training.share(rows)
+            yield Batch((standardized.index_select(0, own),), weights, float(len(rows)))
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        found, error = [], 0.0
+        with torch.no_grad():
+            for chunk in standardized.split(_LOOK_CHUNK):
+                found.append(tokenizer.encode_normalized(chunk.to(device)))
+                error += float((tokenizer.decode_normalized(found[-1]) - chunk.to(device)).square().sum())
+        codes = torch.cat(found).cpu()
+        figures = {"reconstruction_error": error / vectors.numel()} | code_metrics(codes.numpy(), config.codebook_size)
+        figures["objective"] = -figures["reconstruction_error"]
+        return figures | (judge(codes.numpy(), figures) if judge else {})
+
+    result = training.fit(
+        tokenizer,
+        batches,
+        schedule,
+        device=device,
+        validate=validate,
+        objective="objective",
+        on_epoch_start=on_epoch_start,
+        hooks=hooks,
+        name="tokenizer",
+    )
+    return tokenizer.eval(), result
+
+
+def encode_dataset(tokenizer: Tokenizer, vectors: Tensor, device: torch.device) -> Tensor:
+    """Codes int64 [N, L] of all vectors, on the CPU."""
+    was_training = tokenizer.training
+    tokenizer.eval()
+    codes = torch.cat([tokenizer.encode(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
+    tokenizer.train(was_training)
+    return codes
+
+
+def reconstruction_error(tokenizer: Tokenizer, vectors: Tensor, codes: Tensor, device: torch.device) -> float:
+    """Mean squared error of codes [N, L] relative to the variance of the embeddings: 1 is what their mean reaches."""
+    chunks = zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True)
+    errors = torch.cat([tokenizer.errors(v.to(device), c.to(device)).cpu() for v, c in chunks])
+    return float(errors.mean()) / vectors.shape[1]
+
+
+def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
+    """A worker's part of the tokenizer stage.
+
+    Args:
+        arguments: `config` (values of the tokenizer's configuration), `embeddings` and `target` (URIs).
+    """
+    config = TokenizerConfig.resolve(arguments["config"])
+    vectors = load_embeddings(open_artifact(arguments["embeddings"]).folder)
+    tokenizer, result = fit_tokenizer(config, vectors, device=device, hooks=hooks)
+    return save_training_result(tokenizer, result, Folder(arguments["target"]))
+
+
+def load_tokenizer(config: TokenizerConfig, folder: Folder, dim: int) -> Tokenizer:
+    """The trained tokenizer in a folder, ready to encode embeddings of dimension `dim`."""
+    tokenizer = build(config, dim)
+    load_weights(tokenizer, folder)
+    return tokenizer.eval()

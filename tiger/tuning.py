@@ -1,0 +1,214 @@
+"""The search for a tokenizer: its space, its objective, and what it leaves behind. No Ray here.
+
+A search is a TOML file beside the configuration, `beauty-cpu.search.toml` beside `beauty-cpu.toml`.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, SerializeAsAny, model_validator
+
+from tiger.core.config import MAX_LISTED, Config, build, fingerprint, overridden, with_override
+from tiger.core.errors import ConfigError
+from tiger.metrics.codes import neighbor_prefix_agreement
+from tiger.run import RunConfig
+from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.train import Judge
+
+
+class Space(Config):
+    """Values of one key: `choices`, or all numbers from `low` to `high`."""
+
+    choices: list[Any] | None = Field(None, min_length=1, description="values to choose from")
+    low: float | None = Field(None, description="least value")
+    high: float | None = Field(None, description="largest value")
+    log: bool = Field(False, description="draw evenly on a logarithmic scale")
+    integer: bool = Field(False, description="draw whole numbers")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Space:
+        if (self.choices is None) == (self.low is None or self.high is None):
+            raise ValueError("give either choices, or low and high")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError("low must be less than high")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError("a logarithmic scale needs low > 0")
+        return self
+
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest value of a space of numbers."""
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
+
+
+class Weights(Config):
+    """objective = unique x unique ratio - reconstruction x error + overlap x overlap@1."""
+
+    unique: float = Field(1.0, ge=0, description="weight of the unique-code ratio, in [0, 1]")
+    reconstruction: float = Field(1.0, ge=0, description="weight of the relative reconstruction error, 1 for the mean")
+    overlap: float = Field(1.0, ge=0, description="weight of the neighbor overlap at depth 1, in [0, 1]")
+
+
+class TuningConfig(Config):
+    """How many trials, of what, judged how.
+
+    A sweep may be continued with other resources: they are not in its fingerprint.
+    """
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"concurrent", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
+    )
+
+    trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random draws")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as there is room for")
+    workers_per_trial: int = Field(1, ge=1, description="processes of a trial; more than one train it as a DDP group")
+    cpus_per_trial: float = Field(1, gt=0, description="CPUs of each of these processes")
+    gpus_per_trial: float = Field(0, ge=0, le=1, description="share of a GPU of each of these processes")
+    looks: int = Field(10, ge=2, description="times that a whole trial is looked at, and may be stopped early")
+    grace: int = Field(2, ge=1, description="looks before a trial may be stopped")
+    reduction: float = Field(3, gt=1, description="ASHA goes on with one in so many trials")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
+    weights: Weights = Weights()
+    space: dict[str, Space] = Field({}, description="dotted keys of the configuration and their values")
+
+    @model_validator(mode="after")
+    def _tokenizer_only(self) -> TuningConfig:
+        wrong = [key for key in self.space if not key.startswith("tokenizer.")]
+        if wrong:
+            raise ValueError(f"the search is over the tokenizer; {', '.join(wrong[:MAX_LISTED])} is no key of it")
+        if self.grace > self.looks:
+            raise ValueError(f"grace = {self.grace} is more than looks = {self.looks}: no trial could be stopped early")
+        return self
+
+
+class TuningStageConfig(Config):
+    """What decides a search's outcome."""
+
+    tokenizer: SerializeAsAny[TokenizerConfig]
+    search: TuningConfig
+
+    def family(self, embeddings: str) -> str:
+        """Return a fingerprint of all that two sweeps have in common if one can continue the trials of the other.
+
+        Args:
+            embeddings: the fingerprint of the embeddings.
+        """
+        identity = self.identity()
+        del identity["search"]["trials"]
+        return fingerprint(identity, embeddings)
+
+
+def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfig:
+    """The configuration with a trial's values, looked at `looks` times during training.
+
+    Raises:
+        ConfigError: a key does not exist or a value is impossible.
+    """
+    plain = overridden(RunConfig, run.model_dump(mode="json", serialize_as_any=True), values)
+    if looks is None:
+        return build(RunConfig, plain)
+    epochs = build(RunConfig, plain).tokenizer.training.epochs
+    plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
+    return build(RunConfig, plain)
+
+
+def require_possible(run: RunConfig, search: TuningConfig) -> None:
+    """Try the values of every key of the space, so that a mistake ends the sweep before its first trial.
+
+    Raises:
+        ConfigError: the space is empty, a key does not exist, or one of its values is impossible.
+    """
+    if not search.space:
+        raise ConfigError("search.space is empty: name at least one key of the tokenizer, with choices or low and high")
+    for key, space in search.space.items():
+        if space.choices is not None:
+            for choice in space.choices:
+                apply(run, {key: choice}, None)
+            continue
+        low, high = space.bounds()
+        for bound in (low, high):
+            apply(run, {key: bound}, None)
+        if not space.integer:
+            try:
+                apply(run, {key: low + (high - low) / 3 + 1e-3 * (high - low)}, None)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; set search.space.{key}: integer = true for whole numbers") from None
+
+
+def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:
+    """The objective, as `fit_tokenizer` takes it."""
+
+    def figures(codes: npt.NDArray[np.int64], found: dict[str, float]) -> dict[str, float]:
+        overlap = neighbor_prefix_agreement(codes, neighbors)
+        objective = (
+            weights.unique * found["unique_ratio"]
+            - weights.reconstruction * found["reconstruction_error"]
+            + weights.overlap * overlap["overlap@1"]
+        )
+        return overlap | {"objective": objective}
+
+    return figures
+
+
+def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
+    """Trials as lines of text under a heading, for a console.
+
+    Args:
+        rows: as in trials.parquet; figures that a trial has not are None.
+        keys: the searched keys; their last parts head the columns.
+    """
+    figures = ["objective", "unique_ratio", "reconstruction_error", "overlap@1"]
+    cells = [["trial", "status", "looks", "epochs", *figures, *(key.rsplit(".", 1)[-1] for key in keys)]]
+    for row in rows:
+        start = ["" if row["trial"] is None else str(row["trial"]), row["status"], str(row["looks"])]
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in figures]
+        values = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
+        cells.append([*start, f"{row['epochs']:.0f}", *numbers, *values])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+
+
+def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:
+    """The objective against each searched key, one panel a key, as SVG; the best trial is filled."""
+    width, height, margin = 240, 180, 40
+    scored = [trial for trial in trials if trial["objective"] is not None]
+    best = max(scored, key=lambda trial: trial["objective"])
+    low, high = (bound(trial["objective"] for trial in scored) for bound in (min, max))
+    panels = []
+    for index, key in enumerate(keys):
+        values = [trial[key] for trial in scored]
+        if all(isinstance(value, (int, float)) for value in values) and len(set(values)) > 1:
+            numbers = np.array(values, float)
+            if numbers.min() > 0 and numbers.max() / numbers.min() > 10:
+                numbers = np.log(numbers)
+            shares = (numbers - numbers.min()) / (numbers.max() - numbers.min())
+            ends = (f"{min(values):.3g}", f"{max(values):.3g}")
+        else:
+            names = sorted({str(value) for value in values})
+            shares = np.array([(names.index(str(value)) + 0.5) / len(names) for value in values])
+            ends = (names[0], names[-1] if len(names) > 1 else "")
+        dots = "".join(
+            f'<circle cx="{margin + share * (width - 2 * margin):.1f}" '
+            f'cy="{height - margin - (trial["objective"] - low) / max(high - low, 1e-9) * (height - 2 * margin):.1f}" '
+            f'r="4" stroke="#1f6feb" fill="{"#1f6feb" if trial is best else "none"}"/>'
+            for share, trial in zip(shares, scored, strict=True)
+        )
+        panels.append(
+            f'<g transform="translate({index % 3 * width},{index // 3 * height})">'
+            f'<rect x="{margin}" y="{margin - 10}" width="{width - 2 * margin}" height="{height - 2 * margin + 10}" '
+            f'fill="none" stroke="#ccc"/><text x="{width / 2}" y="20" text-anchor="middle">{html.escape(key)}</text>'
+            f'<text x="{margin}" y="{height - 22}">{html.escape(ends[0])}</text>'
+            f'<text x="{width - margin}" y="{height - 22}" text-anchor="end">{html.escape(ends[1])}</text>'
+            f'<text x="{margin - 4}" y="{margin}" text-anchor="end">{high:.2f}</text>'
+            f'<text x="{margin - 4}" y="{height - margin}" text-anchor="end">{low:.2f}</text>{dots}</g>'
+        )
+    columns, rows = min(3, len(keys)), -(-len(keys) // 3)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" height="{rows * height}" '
+        f'font-family="sans-serif" font-size="10">{"".join(panels)}</svg>\n'
+    )
