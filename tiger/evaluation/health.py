@@ -1,4 +1,4 @@
-"""Health of every stage: pure functions from arrays to figures and verdicts.
+"""Check the health of every stage of a finished run against its thresholds.
 
 Collapse comes silently from upstream: a broken reader leaves identical texts, identical texts give identical
 embeddings, identical embeddings one code for all. So each stage is held to thresholds of its own, and the pipeline

@@ -1,4 +1,4 @@
-"""Catalog -> embeddings: the texts stream through a pool of sentence-transformers actors on Ray Data.
+"""Embed the catalog's texts on a pool of sentence-transformers actors (Ray Data).
 
 With embedding.vectors=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
 """

@@ -1,4 +1,4 @@
-"""Model -> Recall, NDCG and MRR per item on validation and test, with baselines under the same evaluator beside them.
+"""Evaluate a model: Recall, NDCG and MRR on validation and test, next to baselines under the same evaluator.
 
 Lists are of items, not of codes, over all users or a sample drawn by seed, with no sampled negatives; once with every
 item allowed and once without those of the history. Interactions of equal times stand in the order of the raw file.

@@ -1,4 +1,4 @@
-"""The whole story: from raw catalog and history files to recommendations.
+"""Run all stages in order, from raw catalog and history files to recommendations.
 
 What is finished already is skipped; a stage that ended in a degenerate state stops the run there.
 """

@@ -1,4 +1,4 @@
-"""Raw catalog and history files -> catalog: items with one text each, histories in time order, splits."""
+"""Prepare the catalog from raw files: items with one text each, histories in time order, splits."""
 
 from __future__ import annotations
 

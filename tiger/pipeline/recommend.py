@@ -1,4 +1,4 @@
-"""Model -> recommendations after the users' whole histories: item ids, titles, scores."""
+"""Recommend items to every user after the whole history: item ids, titles, scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histories -> SASRec, the baseline that a user would pick instead, trained and evaluated like the generative model."""
+"""Train SASRec, an ID-only baseline, and evaluate it like the generative model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings -> semantic IDs: trains the tokenizer on Ray Train, then gives every item one unique tuple of codes.
+"""Train the tokenizer on the embeddings (Ray Train) and assign every item one unique tuple of codes.
 
 With embedding.vectors=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no text.
 """

@@ -1,4 +1,4 @@
-"""Model -> an HTTP server: POST /recommend, until it is interrupted. Needs `pip install tiger-on-ray[serve]`."""
+"""Serve a model over HTTP (POST /recommend) until interrupted. Needs `pip install tiger-on-ray[serve]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Catalog + semantic IDs -> generative model, trained on Ray Train; the checkpoint is chosen on validation."""
+"""Train the generative model on histories as semantic IDs (Ray Train); validation selects the weights."""
 
 from __future__ import annotations
 

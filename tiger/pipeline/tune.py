@@ -1,4 +1,4 @@
-"""Searches the tokenizer's settings with Ray Tune; leaves all trials, a picture, and the winner as best.toml.
+"""Tune the tokenizer with Ray Tune; write all trials, a plot and the best configuration (best.toml).
 
 The space is next to the configuration, in NAME.search.toml; overrides of it begin with `search.`. The same command
 continues a sweep that was killed, also with other resources; with more `search.trials` it continues a finished one.

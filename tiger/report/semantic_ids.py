@@ -1,4 +1,4 @@
-"""What semantic IDs are worth, and what their prefixes mean: figures, and a page to browse.
+"""Report the quality of semantic IDs: metrics, and an HTML explorer of their prefixes.
 
     python -m tiger.report.semantic_ids RUN [--page FILE.html]
     python -m tiger.report.semantic_ids CODES.parquet [--page FILE.html]
