@@ -43,7 +43,7 @@ __all__ = [  # Folder and its constants are in tiger.core.storage
     "stage_fingerprint",
 ]
 
-SCHEMA_VERSION = 3  # part of every fingerprint
+SCHEMA_VERSION = 4  # part of every fingerprint
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
 
