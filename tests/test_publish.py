@@ -456,11 +456,11 @@ def _aged(store: MemoryStore, days: float, prefix: str = "") -> None:
         store.objects[name] = content, time_put - days * 86_400
 
 
-def _leave_an_unnamed_attempt(store: MemoryStore) -> str:
-    """Kill a run between its own manifest and the common one; return its attempt."""
+def _leave_an_attempt(store: MemoryStore, killed_at: Callable[[str], bool]) -> str:
+    """Kill a run at the first request that `killed_at` picks; return its attempt."""
 
     def kill(request: str) -> None:
-        if request.startswith("put") and request.endswith(MANIFEST) and "/attempt-" not in request:
+        if killed_at(request):
             raise Killed
 
     store.before = kill
@@ -469,6 +469,13 @@ def _leave_an_unnamed_attempt(store: MemoryStore) -> str:
     store.before = lambda request: None
     (attempt,) = _attempts(store)
     return attempt
+
+
+def _leave_an_unnamed_attempt(store: MemoryStore) -> str:
+    """Kill a run between its own manifest and the common one; return its attempt."""
+    return _leave_an_attempt(
+        store, lambda request: request.startswith("put") and request.endswith(MANIFEST) and "/attempt-" not in request
+    )
 
 
 def test_an_attempt_that_was_killed_before_it_was_named_is_removed_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,16 +570,7 @@ def test_a_run_that_is_alive_is_seen_and_not_removed(monkeypatch: pytest.MonkeyP
 
 def test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     store = use_for_tests(monkeypatch, others_seem_dead=True)
-
-    def kill(request: str) -> None:
-        if request.startswith("put") and request.endswith("notes.json"):
-            raise Killed
-
-    store.before = kill
-    with pytest.raises(Killed):
-        _writer(ROOT, "A")
-    store.before = lambda request: None
-    (attempt,) = _attempts(store)
+    attempt = _leave_an_attempt(store, lambda request: request.startswith("put") and request.endswith("notes.json"))
     alive = f"{_home(store)}/{attempt}/{SCRATCH}/alive.json"
     store.objects[alive] = (b"{}", publishing.time.time())  # its last sign of life, which a real kill leaves
     monkeypatch.setattr(publishing, "_SILENT_SECONDS", 0.5)

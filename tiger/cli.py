@@ -19,14 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ray.exceptions
-
 import tiger.pipeline
 from tiger.core import logs, tracking
 from tiger.core.config import Config, PluginConfig, describe, load, shipped_plugins
-from tiger.core.errors import ConfigError, ResourceError, TigerError, last_line
+from tiger.core.errors import ConfigError, TigerError
 from tiger.data.sources.base import DatasetConfig, expand
 from tiger.on_ray import cluster
+from tiger.on_ray.failures import RayError, to_tiger_error
 from tiger.on_ray.metrics import Gauges
 from tiger.run import RunConfig
 from tiger.tokenizers.base import TokenizerConfig
@@ -108,8 +107,8 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         with contextlib.ExitStack() as stack:
             _add_sinks(run, verb, log_file.run, stack)
             artifact = module.job(run, **further)
-    except (TigerError, ray.exceptions.RayError) as failure:
-        error = failure if isinstance(failure, TigerError) else _of_ray(failure)
+    except (TigerError, RayError) as failure:
+        error = to_tiger_error(failure)
         if debug:
             traceback.print_exc()
         if log_file is not None:
@@ -128,13 +127,6 @@ def _section(name: str, section: str, model: type[Config], overrides: list[str])
     file = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
     own = [text.removeprefix(f"{section}.") for text in overrides]
     return load(model, str(file.with_suffix(f".{section}.toml")), own, CONFIGS, prefix=f"{section}.")
-
-
-def _of_ray(error: Exception) -> TigerError:
-    """Return an error of Ray's as one line that says where more is to be found."""
-    return ResourceError(
-        f"Ray: {last_line(error)} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)"
-    )
 
 
 def _add_sinks(run: RunConfig, verb: str, run_name: str, stack: contextlib.ExitStack) -> None:

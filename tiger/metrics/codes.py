@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tiger.semantic_ids.assignment import packed
-
-if TYPE_CHECKING:
-    pass
-
 
 _SAMPLE_PAIRS = 20_000
 

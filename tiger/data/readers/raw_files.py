@@ -111,17 +111,6 @@ class Files:
                 yield role, raw_file(file)
 
 
-def existing(path: Path, hint: str) -> Path:
-    """Return `path`.
-
-    Raises:
-        DataError: it does not exist; `hint` says which key to set.
-    """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; {hint}")
-    return path
-
-
 def expand(names: list[str], key: str) -> list[RawFile]:
     """Return the files behind paths, folders, globs, URLs and URIs, in the order of `names`.
 

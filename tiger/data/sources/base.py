@@ -25,7 +25,7 @@ from pydantic import Field
 from tiger.core.config import PluginConfig
 from tiger.data.readers.lines import MAX_LINE_BYTES, lines, parse_record
 from tiger.data.readers.meter import Meter, metered
-from tiger.data.readers.raw_files import Files, RawFile, existing, expand, raw_file
+from tiger.data.readers.raw_files import Files, RawFile, expand, raw_file
 from tiger.data.readers.row_counts import InvalidRow, RowCounts
 from tiger.data.readers.times import unix_micros
 from tiger.data.readers.values import identifier
@@ -40,7 +40,6 @@ __all__ = [
     "RawFile",
     "RowCounts",
     "batches",
-    "existing",
     "expand",
     "field_name",
     "identifier",
