@@ -282,7 +282,7 @@ def test_pool_grows_with_an_autoscaling_cluster_and_lets_it_shrink(ray_folder: s
         GROWS.format(folder=str(tmp_path)), ray_folder, RAY_ADDRESS="127.0.0.1:6379", RAY_FAKE_CLUSTER="1"
     )
     assert "embed: waiting for 1 x 1 CPU; pending: " in printed
-    found = json.loads(printed.splitlines()[-1])
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith('{"most"')))
     assert found == {"most": 3, "left": 0}, printed
     assert pa.parquet.read_table(tmp_path / "out")["x"].to_pylist() == list(range(40))
 
