@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from conftest import toy_histories
 
-from tiger.models.baselines import item_counts, markov_chain, nearest_by_embedding, popularity
+from tiger.models.baselines import markov_chain, nearest_by_embedding, popularity
 
 
 def test_popularity_counts_training_items_only() -> None:
@@ -15,7 +15,7 @@ def test_popularity_counts_training_items_only() -> None:
     for user in range(200):
         np.add.at(counts, histories.of(user)[:-2], 1)
     expected = sorted(range(15), key=lambda item: (-counts[item], item))
-    assert item_counts(histories, 15).tolist() == counts.tolist()
+    assert histories.training_counts(15).tolist() == counts.tolist()
     assert popularity(histories, 15, 10).tolist() == expected[:10]
 
 
@@ -25,7 +25,7 @@ def test_co_occurrence_against_counting_pairs() -> None:
     for user in range(300):
         training = histories.of(user)[:-2].tolist()
         pairs.update(pairwise(training))
-    popular = item_counts(histories, 12)
+    popular = histories.training_counts(12)
     taken = [np.array([5, item]) for item in range(12)]
     found = markov_chain(histories, 12, taken, 8)
     for item in range(12):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiger.pipeline.embed
+import tiger.pipeline.item_vectors
 import tiger.pipeline.prepare
 from tiger.core.config import build
 from tiger.core.errors import ArtifactError, DataError, HealthError, ResourceError
@@ -290,11 +291,10 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     vector_of = {row["item_id"]: row["vector"] for row in given}
     expected = np.array([vector_of[name] for name in Catalog(catalog).source_ids], np.float32)
     np.testing.assert_array_equal(load_embeddings(made.folder).numpy(), expected)
-    assert (
-        tiger.pipeline.embed.ensure_embeddings(run).fingerprint == made.fingerprint
-    )  # what jobs.semantic_ids and jobs.tune read
+    vectors = tiger.pipeline.item_vectors.ensure_item_vectors(run)  # what jobs.semantic_ids and jobs.tune read
+    assert vectors.inputs["embeddings"].fingerprint == made.fingerprint
     alone = build(RunConfig, {"root": run.root, "embedding": {"vectors": str(tmp_path / "vectors")}})
-    adopted = tiger.pipeline.embed.ensure_embeddings(alone)
+    adopted = tiger.pipeline.item_vectors.ensure_item_vectors(alone)
     assert adopted.fingerprint != made.fingerprint
     assert adopted.folder.read_table("items.parquet")["source_id"].to_pylist() == sorted(vector_of)
 

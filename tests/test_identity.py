@@ -16,6 +16,7 @@ import pytest
 
 import tiger.pipeline.embed
 import tiger.pipeline.evaluate
+import tiger.pipeline.item_vectors
 import tiger.pipeline.prepare
 import tiger.pipeline.recommend
 import tiger.pipeline.sasrec
@@ -73,6 +74,12 @@ KEYS: dict[str, tuple[str, str]] = {
     "embedding.min_actors": ("2", ""),
     "embedding.max_actors": ("2", ""),
     "embedding.cpus_per_actor": ("2", ""),
+    "collaborative.weight": ("0.3", "item_vectors"),
+    "collaborative.rank": ("32", "item_vectors"),
+    "collaborative.window": ("3", "item_vectors"),
+    "collaborative.smoothing": ("1", "item_vectors"),
+    "collaborative.ridge": ("1", "item_vectors"),
+    "collaborative.seed": ("1", "item_vectors"),
     "embedding.gpus_per_actor": ("0.25", ""),
     "tokenizer.kind": ("opq", TOKENIZER),
     "tokenizer.levels": ("4", TOKENIZER),
@@ -108,21 +115,19 @@ KEYS: dict[str, tuple[str, str]] = {
     "semantic_ids.collision_codes": ("128", "semantic_ids"),
     "model.preset": ("medium", "model"),
     "model.d_model": ("96", "model"),
-    "model.heads": ("2", "model"),
+    "model.num_heads": ("2", "model"),
     "model.head_dim": ("8", "model"),
     "model.d_ff": ("64", "model"),
-    "model.layers": ("1", "model"),
+    "model.num_layers": ("1", "model"),
     "model.dropout": ("0.3", "model"),
-    "model.mode": ("fast", "model"),
-    "model.item_tokens": ("true", "model"),
-    "model.dense": ("0.5", "model"),
-    "model.dense_share": ("0.8", "model"),
-    "model.dense_search": ("candidates", "model"),
-    "model.dense_negatives": ("64", "model"),
-    "model.dense_repeats": ("false", "model"),
-    "model.mark_first": ("false", "model"),
-    "model.max_items": ("10", "model"),
-    "model.user_tokens": ("100", "model"),
+    "model.encoder": ("bidirectional", "model"),
+    "model.encoder_input": ("codes", "model"),
+    "model.softmax": ("codes", "model"),
+    "model.softmax_support": ("children", "model"),
+    "model.item_vectors": ("false", "model"),
+    "model.item_dropout": ("0.2", "model"),
+    "model.max_history_items": ("10", "model"),
+    "model.num_user_tokens": ("100", "model"),
     "model.validation_users": ("1000", "model"),
     "model.validation_beam": ("30", "model"),
     "model.training.epochs": ("31", "model"),
@@ -183,7 +188,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "tracking.experiment": ("other", ""),
 }
 
-NEEDS = {"model.dense": "model.item_tokens=true"}
+NEEDS = {"model.num_user_tokens": "model.encoder=bidirectional"}
 """What must be set for the other value to be possible."""
 
 
@@ -195,7 +200,7 @@ def _stand_in(kind: str, inputs: dict[str, Artifact] | None = None) -> Artifact:
     """An artifact that is always the same, so that only a stage's own part of its identity can change."""
     manifest = {
         "kind": kind, "fingerprint": "0" * 8, "figures": {"items": 40, "dimension": 8}, "inputs": {},
-        "files": {"items.parquet": {"bytes": 1, "sha256": "0" * 64}},
+        "files": {name: {"bytes": 1, "sha256": "0" * 64} for name in ("items.parquet", "histories.parquet")},
     }  # fmt: skip
     artifact = Artifact(Folder("/nowhere"), manifest)
     artifact.__dict__["inputs"] = inputs or {}
@@ -221,6 +226,7 @@ def _identities(run: RunConfig) -> dict[str, str]:
         monkeypatch.setattr(artifacts, "build", build)
         tiger.pipeline.prepare.prepare(run)
         tiger.pipeline.embed.embed(run, catalog)
+        tiger.pipeline.item_vectors.build_item_vectors(run, catalog, embeddings)
         tiger.pipeline.semantic_ids.train_tokenizer(run, embeddings)
         tiger.pipeline.semantic_ids.assign_ids(run, tokenizer, embeddings)
         tiger.pipeline.train.train_model(run, catalog, ids)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_ids, toy_histories
+from factories import PAPER
 
 from tiger.core.config import build
 from tiger.core.errors import HealthError
@@ -16,12 +17,12 @@ from tiger.data.histories import Histories
 from tiger.metrics import ranking as metrics
 from tiger.models import baselines
 from tiger.models.tiger.batches import SequenceExamples, TargetExamples
-from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.config import ModelConfig
 from tiger.models.tiger.train import fit_model
 
 CPU = torch.device("cpu")
 MODEL = {
-    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "max_items": 5,
+    "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "max_history_items": 5,
     "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
 }  # fmt: skip
 
@@ -37,43 +38,45 @@ def with_other(histories: Histories, positions: np.ndarray) -> Histories:
     return replace(histories, items=items)
 
 
-def learn(histories: Histories, mode: str) -> tuple[dict[str, torch.Tensor], Any]:
+def learn(histories: Histories, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
     ids = random_ids(np.random.default_rng(1), 40, (4, 4, 4))
-    model, result = fit_model(build(ModelConfig, MODEL | {"mode": mode}), histories, ids, device=CPU)
+    vectors = torch.from_numpy(np.random.default_rng(2).normal(size=(40, 7)).astype(np.float32))
+    config = build(ModelConfig, MODEL | (PAPER if kind == "paper" else {}))
+    model, result = fit_model(config, histories, ids, device=CPU, vectors=vectors)
     return model.state_dict(), result
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
-def test_test_items_change_neither_training_nor_the_choice_of_the_checkpoint(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["paper", "trie"])
+def test_test_items_change_neither_training_nor_the_choice_of_the_checkpoint(kind: str) -> None:
     histories = world()
-    weights, result = learn(histories, mode)
-    other_weights, other = learn(with_other(histories, histories.valid_end), mode)
+    weights, result = learn(histories, kind)
+    other_weights, other = learn(with_other(histories, histories.valid_end), kind)
     assert other.best_step == result.best_step
     assert other.log == result.log
     assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
-def test_validation_items_change_the_choice_but_no_loss(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["paper", "trie"])
+def test_validation_items_change_the_choice_but_no_loss(kind: str) -> None:
     histories = world()
-    _, result = learn(histories, mode)
-    _, other = learn(with_other(histories, histories.train_end), mode)
+    _, result = learn(histories, kind)
+    _, other = learn(with_other(histories, histories.train_end), kind)
     losses = [[look.get("losses") for look in found.log] for found in (result, other)]
     assert losses[0] == losses[1]
     assert [look["ndcg@10"] for look in result.log] != [look["ndcg@10"] for look in other.log]
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
-def test_training_on_the_validation_item_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = TargetExamples if mode == "faithful" else SequenceExamples
-    original = kind.__init__
+@pytest.mark.parametrize("kind", ["paper", "trie"])
+def test_training_on_the_validation_item_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = TargetExamples if kind == "paper" else SequenceExamples
+    original = examples.__init__
 
     def leaking(self: Any, histories: Histories, *rest: Any) -> None:
         original(self, replace(histories, train_end=histories.valid_end), *rest)
 
-    monkeypatch.setattr(kind, "__init__", leaking)
-    with pytest.raises(HealthError, match=r"would train on \d+ targets, the training parts have \d+: a leak"):
-        learn(world(), mode)
+    monkeypatch.setattr(examples, "__init__", leaking)
+    with pytest.raises(HealthError, match=r"would train on \d+ targets, the training parts have \d+: targets"):
+        learn(world(), kind)
 
 
 def test_baselines_do_not_see_what_comes_later() -> None:

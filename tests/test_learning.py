@@ -19,7 +19,7 @@ from tiger.data.sources.base import RowCounts
 from tiger.metrics import ranking as metrics
 from tiger.models import baselines
 from tiger.models.recommender import Recommender
-from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.config import ModelConfig
 from tiger.models.tiger.train import fit_model
 from tiger.training.loop import FitResult
 from tiger.training.weights import save_training_result
@@ -50,9 +50,10 @@ def test_recall_against_popularity(noise: float, tmp_path: Path) -> None:
     histories = read_histories(folder)
     ids = random_ids(np.random.default_rng(0), n_items, (32, 32, 2))
     model_config = build(ModelConfig, {"d_model": 32, "validation_users": 1000, "training": TRAINING})
-    model, _ = fit_model(model_config, histories, ids, device=torch.device("cpu"))
+    vectors = torch.from_numpy(np.random.default_rng(1).normal(size=(n_items, 8)).astype(np.float32))
+    model, _ = fit_model(model_config, histories, ids, device=torch.device("cpu"), vectors=vectors)
     users = histories.evaluation("test")
-    found = Recommender(model, ids, device="cpu").recommend(users.histories(), k=50).items
+    found = Recommender(model, device="cpu").recommend(users.histories(), k=50).items
     popular = np.tile(baselines.popularity(histories, n_items, 50), (len(users), 1))
     ranks, other = (metrics.target_ranks(items, users.targets) for items in (found, popular))
     if noise == 0:

@@ -14,7 +14,7 @@ from tiger.core.config import build
 from tiger.core.errors import ConfigError
 from tiger.core.storage import Folder
 from tiger.on_ray import kmeans as quantize
-from tiger.pipeline.embed import ensure_embeddings
+from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.run import RunConfig
 from tiger.semantic_ids.assignment import SemanticIds
@@ -93,7 +93,7 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
         {"root": str(tmp_path / "runs"), "embedding": {"vectors": str(path)}, "tokenizer": tokenizer}
         | {"semantic_ids": {"collisions": "level" if streamed else "nearest"}},
     )
-    artifact = build_semantic_ids(run, ensure_embeddings(run))
+    artifact = build_semantic_ids(run, ensure_item_vectors(run))
     table = artifact.folder.read_table("ids.parquet")
     assert table["source_id"].to_pylist() == sorted(names)
     ids = SemanticIds.read(artifact.folder)

@@ -4,27 +4,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import random_ids
-from test_decoding import SIZES, small_model
+from factories import model_of_random_ids
 
-from tiger.core.errors import ArtifactError, DataError
+from tiger.core.errors import DataError
 from tiger.models.recommender import Recommender
 from tiger.models.tiger.beam_search import score_all_items
 
 
 @pytest.fixture(scope="module")
 def recommender() -> Recommender:
-    return Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, SIZES), device="cpu")
+    return Recommender(model_of_random_ids(40), device="cpu")
 
 
 def test_against_exact_scores_for_histories_of_all_lengths(recommender: Recommender) -> None:
     rng = np.random.default_rng(1)
     histories = [rng.integers(0, 40, rng.integers(1, 30)).tolist() for _ in range(100)]
     found = recommender.recommend(histories, k=10, beam=40)
-    codes = torch.from_numpy(recommender.columns)
     for row, history in enumerate(histories):
-        recent = codes[history[-recommender.model.max_items :]]
-        truth = score_all_items(recommender.model, codes, recent[None])[0].sort(descending=True)
+        truth = score_all_items(recommender.model, torch.tensor([history]))[0].sort(descending=True)
         np.testing.assert_allclose(found.scores[row], truth.values[:10], atol=1e-5)
         assert set(found.items[row]) <= set(range(40))
         assert len(set(found.items[row])) == 10
@@ -44,9 +41,7 @@ def test_the_history_can_be_left_out(recommender: Recommender) -> None:
     assert 3 not in found.items[1]
 
 
-@pytest.mark.parametrize(
-    ("history", "message"), [([], "history 1 is empty"), ([40], "outside of 0 .. 39"), ([-1], "outside")]
-)
+@pytest.mark.parametrize(("history", "message"), [([40], "outside of 0 .. 39"), ([-1], "outside")])
 def test_impossible_histories_name_their_row(recommender: Recommender, history: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         recommender.recommend([[0], history], k=3)
@@ -57,9 +52,18 @@ def test_k_must_be_positive(recommender: Recommender) -> None:
         recommender.recommend([[0]], k=0)
 
 
-def test_ids_of_another_tokenizer_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="levels"):
-        Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, (4, 5, 4)), device="cpu")
+def test_an_empty_history_gets_what_is_most_popular_and_says_so() -> None:
+    model = model_of_random_ids(40)
+    counts = np.random.default_rng(9).integers(0, 100, 40)
+    model.set_training_counts(torch.from_numpy(counts))
+    recommender = Recommender(model, device="cpu")
+    found = recommender.recommend([[3], [], [5, 6]], k=5)
+    assert found.by_popularity.tolist() == [False, True, False]
+    assert counts[found.items[1]].tolist() == sorted(counts.tolist(), reverse=True)[:5]
+    without = recommender.recommend([[3], [5, 6]], k=5)
+    assert np.array_equal(found.items[[0, 2]], without.items)
+    allowed = np.arange(40) % 2 == 0
+    assert set(recommender.recommend([[]], k=20, allowed=allowed).items[0]) == set(range(0, 40, 2))
 
 
 def test_one_search_gives_lists_with_and_without_the_history(recommender: Recommender) -> None:
@@ -113,6 +117,6 @@ def test_draws_are_of_the_user_and_the_seed_and_first_codes_are_spread(recommend
     assert np.array_equal(drawn, backwards[::-1])
     assert not np.array_equal(drawn, recommender.recommend(histories, k=5, users=users, temperature=1.0, seed=2).items)
     spread = recommender.recommend(histories, k=6, per_first_code=2).items
-    first = np.where(spread >= 0, recommender.columns[spread, 0], -1)
+    first = np.where(spread >= 0, recommender.trie.codes.numpy()[spread, 0], -1)
     assert max(np.bincount(row[row >= 0]).max() for row in first) == 2
     assert (spread >= 0).all()  # four first codes: six items are there

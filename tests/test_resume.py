@@ -19,7 +19,7 @@ from tiger.training.loop import Callbacks, rank
 pytestmark = pytest.mark.slow
 CHANGES: dict[str, dict[str, Any]] = {
     "tokenizer": {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every": 1.0}},
-    "dense": {
+    "trie": {
         "dropout": 0.2,
         "training": {
             "epochs": 6, "batch_size": 64, "warmup_steps": 2, "precision": "float32", "patience": 50,
@@ -79,7 +79,7 @@ def killed_now_and_then(arguments: dict[str, Any], device: torch.device, hooks: 
     return {"losses": losses(result), "best": result.best, "state": state}
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "dense"])
+@pytest.mark.parametrize("which", ["tokenizer", "trie"])
 def test_three_worker_kills_and_a_driver_kill_change_nothing(which: str, tmp_path: Path) -> None:
     truth, _ = group(2, which, tmp_path, **CHANGES[which])
     marks = tmp_path / "marks"

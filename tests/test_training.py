@@ -24,11 +24,13 @@ from tiger.core.config import build
 from tiger.core.errors import ConfigError, HealthError
 from tiger.core.precision import Choice
 from tiger.core.storage import Folder
+from tiger.data.histories import Histories
 from tiger.models import sasrec
 from tiger.models.sasrec import SASRecConfig
-from tiger.models.tiger.batches import SequenceExamples, TargetExamples
-from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.batches import SequenceExamples, TargetExamples, make_examples
+from tiger.models.tiger.config import ModelConfig
 from tiger.models.tiger.train import fit_model
+from tiger.semantic_ids.trie import Trie
 from tiger.tokenizers.base import TokenizerConfig
 from tiger.tokenizers.train import fit_tokenizer
 from tiger.training import loop as training
@@ -38,9 +40,15 @@ from tiger.training.loop import Callbacks, prefetch
 CPU = torch.device("cpu")
 TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
 MODEL = {
-    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "dropout": 0.0, "max_items": 5,
+    "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "dropout": 0.0,
+    "item_dropout": 0.0, "max_history_items": 5,
     "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
 }  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "trie": {},
+    "trie bidirectional": {"encoder": "bidirectional"},
+    "paper": {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"},
+}
 SASREC = {
     "dimension": 16, "max_items": 6, "dropout": 0.0,
     "training": {"epochs": 4, "batch_size": 32, "validate_every": 1},
@@ -66,8 +74,10 @@ def learn(which: str, hooks: Callbacks | None = None, **changes: Any) -> tuple[t
         config = build(SASRecConfig, SASREC | changes)
         return sasrec.learn(config, toy_histories(rng, 201, 60), 60, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
-    kind = {"mode": "fast", "item_tokens": True, "dense": 0.5} if which == "dense" else {"mode": which}
-    config, vectors = build(ModelConfig, MODEL | kind | changes), torch.from_numpy(rng.normal(size=(60, 7))).float()
+    config, vectors = (
+        build(ModelConfig, MODEL | KINDS[which] | changes),
+        torch.from_numpy(rng.normal(size=(60, 7))).float(),
+    )
     return fit_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
 
 
@@ -146,9 +156,9 @@ def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
     return [json.loads((target / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
+@pytest.mark.parametrize("which", ["tokenizer", *KINDS, "sasrec"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
-    """Buffers are not sent at any step: the text embeddings of a dense head are one, of gigabytes in large catalogs."""
+    """Buffers are not sent at any step: the text embeddings are one, of gigabytes in large catalogs."""
     _, alone = learn(which)
     first, second = group(2, which, tmp_path)
     assert first == second  # losses, figures and every parameter and buffer
@@ -174,7 +184,7 @@ def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
     assert "the workers' states have come apart in codebook (1 of 3 tensors)" in said[0]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
+@pytest.mark.parametrize("which", ["tokenizer", *KINDS, "sasrec"])
 def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     """With dropout on: everything random is a function of the step."""
 
@@ -200,7 +210,7 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
         assert torch.equal(tensor, module.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "dense"])
+@pytest.mark.parametrize("which", ["tokenizer", "trie"])
 def test_another_number_of_workers_resumes_with_a_warning(
     which: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,7 +248,7 @@ def prefer(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_workers_take_the_precision_of_rank_0(tmp_path: Path) -> None:
     preferred = [("bfloat16", 1.83), ("float32", 0.5)]
-    first, second = group(2, "fast", tmp_path, preferred=preferred, **AUTO)
+    first, second = group(2, "trie", tmp_path, preferred=preferred, **AUTO)
     assert first == second
     assert (first["precision"], first["precision_speedup"]) == ("bfloat16", 1.83)
 
@@ -247,16 +257,16 @@ def test_a_resumed_training_continues_in_the_precision_of_its_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prefer(Choice("bfloat16", 1.83), monkeypatch)
-    _, undisturbed = learn("fast", **AUTO)
+    _, undisturbed = learn("trie", **AUTO)
     with pytest.raises(Killed):
-        learn("fast", kept_in(str(tmp_path), 1, saves=1), **AUTO)
+        learn("trie", kept_in(str(tmp_path), 1, saves=1), **AUTO)
     prefer(Choice("float32", 0.5), monkeypatch)
     with caplog.at_level(logging.INFO):
-        _, result = learn("fast", kept_in(str(tmp_path), 1, saves=0), **AUTO)
+        _, result = learn("trie", kept_in(str(tmp_path), 1, saves=0), **AUTO)
     assert any("continues in bfloat16, the precision of its snapshot" in line for line in caplog.messages)
     assert losses(result) == losses(undisturbed)
     assert result.precision == undisturbed.precision == Choice("bfloat16", 1.83)
-    _, other = learn("fast", **AUTO)
+    _, other = learn("trie", **AUTO)
     assert losses(other) != losses(undisturbed)  # it does matter
 
 
@@ -264,7 +274,7 @@ def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Killed):
-        learn("fast", kept_in(str(tmp_path), 1, saves=1))
+        learn("trie", kept_in(str(tmp_path), 1, saves=1))
     hooks = kept_in(str(tmp_path), 1, saves=0)
     load = hooks.load
 
@@ -276,13 +286,13 @@ def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
 
     hooks.load = load_old
     prefer(Choice("bfloat16", 1.5), monkeypatch)
-    _, result = learn("fast", hooks, **AUTO)
+    _, result = learn("trie", hooks, **AUTO)
     assert result.precision == Choice("bfloat16", 1.5)
 
 
 def test_a_training_of_no_steps_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "choose", lambda *arguments: pytest.fail("measured"))
-    _, result = learn("fast", training=AUTO["training"] | {"epochs": 0})
+    _, result = learn("trie", training=AUTO["training"] | {"epochs": 0})
     assert result.precision == Choice("float32")
 
 
@@ -344,6 +354,7 @@ def test_on_a_gpu_batches_are_pinned_in_the_thread_and_copied_without_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the calls of CUDA replaced: pinning in the thread, on this worker's GPU; the order stays."""
+    examples, _ = toy_examples()
     calls: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(("set_device", index)))
     monkeypatch.setattr(
@@ -352,7 +363,6 @@ def test_on_a_gpu_batches_are_pinned_in_the_thread_and_copied_without_waiting(
     monkeypatch.setattr(
         torch.Tensor, "to", lambda self, device, non_blocking=False: (calls.append((device, non_blocking)), self)[1]
     )
-    examples = toy_examples()
     ready = list(training.on_device(examples.batches(0, 0, 16), torch.device("cuda", 3)))
     monkeypatch.undo()
     expected = list(examples.batches(0, 0, 16))
@@ -378,52 +388,62 @@ def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
 # --- examples ---------------------------------------------------------------------------------------------------
 
 
-def toy_examples(**changes: int) -> TargetExamples:
+def toy_examples(longest: int = 12, **changes: Any) -> tuple[Any, Histories]:
+    """Examples whose encoder is the bidirectional one unless `changes` says otherwise."""
     rng = np.random.default_rng(3)
-    return TargetExamples(
-        toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4)), **{"max_items": 5, "user_tokens": 0} | changes
-    )
+    histories, ids = toy_histories(rng, 40, 30, longest), random_ids(rng, 30, (4, 4, 4))
+    config = build(ModelConfig, MODEL | KINDS["trie bidirectional"] | changes)
+    trie = Trie(ids)
+    known = trie.allowed_nodes(torch.from_numpy(histories.training_counts(30) > 0))
+    return make_examples(histories, config, trie, known), histories
+
+
+def pairs_of(histories: Histories) -> list[tuple[list[int], int]]:
+    """All (last five items, next item) of the training parts: leave-one-out holds back the last two."""
+    pairs = []
+    for user in range(len(histories)):
+        training = histories.of(user)[:-2]
+        pairs += [(training[max(0, n - 5) : n].tolist(), int(training[n])) for n in range(1, len(training))]
+    return sorted(pairs)
 
 
 def test_all_prefixes_of_the_training_part_and_nothing_else() -> None:
-    rng = np.random.default_rng(3)
-    histories, ids = toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4))
-    examples = TargetExamples(histories, ids, 5, 0)
-    expected = []
-    for user in range(40):
-        training = histories.of(user)[:-2]  # leave-one-out: the last two are targets of test and validation
-        expected += [(training[max(0, n - 5) : n].tolist(), int(training[n])) for n in range(1, len(training))]
+    examples, histories = toy_examples()
+    assert isinstance(examples, TargetExamples)
     found = []
     for row in range(len(examples)):
-        history, target = examples.collate(np.array([row]))
-        found.append((ids.item_of(history[0].numpy()).tolist(), int(ids.item_of(target.numpy())[0])))
-    assert sorted(found) == sorted(expected)
+        history, target, *_ = examples.collate(np.array([row]))
+        found.append((history[0].tolist(), int(target[0])))
+    assert sorted(found) == pairs_of(histories)
     assert len(examples) == histories.training_examples()
 
 
-def test_sequences_have_the_same_targets_and_histories() -> None:
-    rng = np.random.default_rng(3)
-    histories, ids = toy_histories(rng, 40, 30, longest=25), random_ids(rng, 30, (4, 4, 4))
-    examples, sequences = TargetExamples(histories, ids, 5, 0), SequenceExamples(histories, ids, 5)
-    assert len(sequences) == len(examples)
+@pytest.mark.parametrize("longest", [12, 60])
+def test_sequences_have_the_same_targets_and_all_that_reaches_them(longest: int) -> None:
+    """A window begins at the history's first item, or `context_items` before its first target."""
+    sequences, histories = toy_examples(longest, encoder="causal", encoder_input="items")
+    assert isinstance(sequences, SequenceExamples)
+    context = 5 + 1 * 4 + 1
     found = []
     for row in range(len(sequences.length)):
-        sequence, targets, wanted = sequences.collate(np.array([row]))
-        assert wanted.tolist() == list(range(sequence.shape[1] - 1))[-int(targets[0]) :]
-        items = ids.item_of(sequence[0].numpy()).tolist()
-        found += [(items[max(0, n - 5) : n], items[n]) for n in range(len(items) - int(targets[0]), len(items))]
-    expected = []
-    for row in range(len(examples)):
-        history, target = examples.collate(np.array([row]))
-        expected.append((ids.item_of(history[0].numpy()).tolist(), int(ids.item_of(target.numpy())[0])))
-    assert sorted(found) == sorted(expected)
-    order = sequences.order(0, 0, 32)
-    assert sorted(np.concatenate(order).tolist()) == list(range(len(sequences.length)))
-    assert sequences.steps_per_epoch(32) == len(sequences.order(1, 7, 32))
+        sequence, targets, positions, *_ = sequences.collate(np.array([row]))
+        assert positions.tolist() == list(range(sequence.shape[1] - 1))[-int(targets[0]) :]
+        items = sequence[0].tolist()
+        first = len(items) - int(targets[0])
+        assert first == context or sequences.begin[row] in histories.offsets
+        found += [(items[max(0, n - 5) : n], items[n]) for n in range(first, len(items))]
+    assert sorted(found) == pairs_of(histories)
+    for batch_size in (32, 7, 1000):
+        order = sequences.order(0, 0, batch_size)
+        assert sorted(np.concatenate(order).tolist()) == list(range(len(sequences.length)))
+        assert all(len(rows) for rows in order)
+        assert sequences.steps_per_epoch(batch_size) == len(sequences.order(1, 7, batch_size)) == len(order)
+    sizes = [int(sequences.targets[rows].sum()) for rows in sequences.order(0, 0, 64)]
+    assert max(sizes) - min(sizes) <= 2 * int(sequences.targets.max())  # full batches
 
 
 def test_an_epoch_shows_every_example_once_and_orders_differ() -> None:
-    examples = toy_examples()
+    examples, _ = toy_examples()
     first, again, second = (examples.order(0, epoch, 16) for epoch in (0, 0, 1))
     assert sorted(np.concatenate(first).tolist()) == list(range(len(examples)))
     assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
@@ -432,9 +452,9 @@ def test_an_epoch_shows_every_example_once_and_orders_differ() -> None:
 
 
 def test_shorter_histories_are_padded_in_front() -> None:
-    examples = toy_examples()
+    examples, _ = toy_examples()
     rows = np.array([int(np.flatnonzero(examples.length == n)[0]) for n in (1, 3)])
-    history, _ = examples.collate(rows)
+    history, *_ = examples.collate(rows)
     assert (history[0, :2] == -1).all()
     assert (history[0, 2:] >= 0).all()
     assert (history[1] >= 0).all()

@@ -15,9 +15,10 @@ from tiger.core.tracking import TrackingConfig
 from tiger.data.catalog import CatalogConfig
 from tiger.data.sources import synthetic
 from tiger.data.sources.base import DatasetConfig
+from tiger.embedding.collaborative import CollaborativeConfig
 from tiger.embedding.encoder import EmbeddingConfig
 from tiger.models.sasrec import SASRecConfig
-from tiger.models.tiger.model import ModelConfig
+from tiger.models.tiger.config import ModelConfig
 from tiger.semantic_ids.assignment import SemanticIdsConfig
 from tiger.tokenizers import rkmeans, rqvae
 from tiger.tokenizers.base import TokenizerConfig
@@ -99,6 +100,7 @@ class RunConfig(Config):
     data: Annotated[SerializeAsAny[DatasetConfig], BeforeValidator(DatasetConfig.resolve)] = synthetic.Config()
     catalog: CatalogConfig = CatalogConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    collaborative: CollaborativeConfig = CollaborativeConfig()
     tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TokenizerConfig.resolve)] = rqvae.Config()
     semantic_ids: SemanticIdsConfig = SemanticIdsConfig()
     model: ModelConfig = ModelConfig()

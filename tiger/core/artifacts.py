@@ -226,6 +226,7 @@ _MADE_BY = {
     "raw": "prepare",
     "catalog": "prepare",
     "embeddings": "embed",
+    "item_vectors": "semantic_ids",
     "tokenizer": "semantic_ids",
     "semantic_ids": "semantic_ids",
     "model": "train",

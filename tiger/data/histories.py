@@ -46,6 +46,18 @@ class Histories:
         """Number of (prefix, next item) pairs inside the training part."""
         return int(np.maximum(self.train_end - self.offsets[:-1] - 1, 0).sum())
 
+    def training_targets(self) -> npt.NDArray[np.int32]:
+        """Return the targets of training: all items of the training parts except the first of each."""
+        position = np.arange(len(self.items))
+        lengths = np.diff(self.offsets)
+        inside = position < np.repeat(self.train_end, lengths)
+        return self.items[inside & (position > np.repeat(self.offsets[:-1], lengths))]
+
+    def training_counts(self, num_items: int) -> npt.NDArray[np.int64]:
+        """Return how often the training parts hold each item, int64 [num_items]."""
+        inside = np.arange(len(self.items)) < np.repeat(self.train_end, np.diff(self.offsets))
+        return np.bincount(self.items[inside], minlength=num_items)
+
     def evaluation(self, split: Split) -> EvalSplit:
         """The users with a target in `split`; a target is the first item of the split, its history all before it."""
         begin = self.train_end if split == "valid" else self.valid_end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,17 @@ def load_embeddings(folder: Folder) -> Tensor:
         vectors[torch.from_numpy(np.asarray(part["item_id"]).astype(np.int64))] = rows
     assert vectors is not None, "count_embeddings has read a file"
     return vectors
+
+
+def vector_shards(folder: Folder) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Yield item ids [n] and embeddings float32 [n, d] of every shard.
+
+    Raises:
+        ArtifactError: a column is missing, or there is no shard.
+    """
+    for name in _files(folder):
+        shard = _columns(folder, name, "item_id", "vector")
+        yield np.asarray(shard["item_id"]).astype(np.int64), matrix(shard).numpy()
 
 
 def count_embeddings(folder: Folder) -> int:

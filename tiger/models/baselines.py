@@ -18,15 +18,9 @@ from tiger.data.histories import Histories
 _CHUNK = 1024
 
 
-def item_counts(histories: Histories, n_items: int) -> npt.NDArray[np.int64]:
-    """How often each item stands in the training parts, [n_items]."""
-    inside = np.arange(len(histories.items)) < np.repeat(histories.train_end, np.diff(histories.offsets))
-    return np.bincount(histories.items[inside], minlength=n_items)
-
-
 def popularity(histories: Histories, n_items: int, k: int) -> npt.NDArray[np.int64]:
     """The `k` items with most interactions in the training parts, int64 [k]; of equals the lower id first."""
-    return np.lexsort((np.arange(n_items), -item_counts(histories, n_items)))[:k]
+    return np.lexsort((np.arange(n_items), -histories.training_counts(n_items)))[:k]
 
 
 def markov_chain(
@@ -44,7 +38,7 @@ def markov_chain(
     following = histories.items[inside]
     before = histories.items[np.flatnonzero(inside) - 1]
     pairs = scipy.sparse.coo_matrix((np.ones(len(before)), (before, following)), shape=(n_items, n_items)).tocsr()
-    counts = item_counts(histories, n_items)
+    counts = histories.training_counts(n_items)
     return _best(lambda rows: pairs[lasts[rows]].toarray() + counts / (counts.max() + 1.0), len(lasts), k)
 
 

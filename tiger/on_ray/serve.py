@@ -232,7 +232,7 @@ class Server:
         """The next items after a history."""
         if request.k > self.beam:
             raise HTTPException(422, f"k: this server's beam is {self.beam}, at most so many items come back")
-        if self.recommender.user_tokens and request.user is None:
+        if self.recommender.num_user_tokens and request.user is None:
             raise HTTPException(422, "user: this model reads user tokens, and needs the user's name")
         history = [self.item_of[name] for name in request.history if name in self.item_of]
         if not history:

@@ -15,7 +15,6 @@ from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.core.config import Config
 from tiger.core.progress import Progress
-from tiger.data.sources import synthetic
 from tiger.data.sources.base import RawFile, expand
 from tiger.embedding.encoder import EmbedShard, encoder_identity
 from tiger.embedding.external import VectorJoin, own_item_ids
@@ -151,17 +150,6 @@ def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> No
     looked_at = sample_embeddings(draft.folder, _LOOK_AT).numpy()
     draft.figures = {"items": count_embeddings(draft.folder), "dimension": looked_at.shape[1]}
     draft.health = require(check_embeddings(looked_at))
-
-
-def ensure_embeddings(run: RunConfig) -> Artifact:
-    """Return the embeddings of the catalog, or, of own vectors without data files, those of the vectors' items.
-
-    The default data are a generated sample, which cannot be what own vectors belong to.
-    """
-    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
-        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
-        return adopt(run)
-    return embed(run, prepare(run))
 
 
 def job(run: RunConfig) -> Artifact:

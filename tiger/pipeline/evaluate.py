@@ -20,7 +20,7 @@ from tiger.embedding.vectors import load_embeddings
 from tiger.evaluation.health import check_recommendations, invalid, require
 from tiger.metrics import ranking as metrics
 from tiger.models import baselines
-from tiger.models.recommender import Recommender
+from tiger.models.recommender import Recommender, text_embeddings
 from tiger.on_ray.recommend import recommend_users
 from tiger.pipeline.train import ensure_model
 from tiger.run import RunConfig
@@ -56,8 +56,8 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
             scale=run.scale,
         )
         assert masked is not None
-        vectors = load_embeddings(model.inputs["semantic_ids"].inputs["embeddings"].folder).numpy()
-        counts = baselines.item_counts(histories, catalog.n_items)
+        vectors = load_embeddings(text_embeddings(model.inputs["semantic_ids"]).folder).numpy()
+        counts = histories.training_counts(catalog.n_items)
         begin = 0
         for split, users in splits.items():
             own = slice(begin, begin := begin + len(users))
@@ -97,36 +97,28 @@ def select_users(run: RunConfig, catalog: Catalog, split: Split) -> EvalSplit:
 
 
 def compare_with_exact(run: RunConfig, model: Artifact, catalog: Catalog, users: EvalSplit) -> dict[str, Any]:
-    """What the beam loses: the same users by the beam, and by one as wide as the catalog, which scores every item.
-
-    With a dense head once for generation alone, and once for the order that the dense head gives: there the beam also
-    decides what the head gets to see. Beams of 20 and of `evaluation.beam`.
+    """Return what the beam loses: Recall@10 of the same users with beams of 20, of `evaluation.beam`, and with one as
+    wide as the catalog, which scores every item.
     """
-    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
-    if not len(drawn) or catalog.n_items > _EXACT_ITEMS:
-        log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), catalog.n_items)
+    sampled = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
+    if not len(sampled) or catalog.n_items > _EXACT_ITEMS:
+        log.info("search: not compared with scoring every item (%d users, %d items)", len(sampled), catalog.n_items)
         return {}
-    asked, recommender = users.take(np.sort(drawn)), Recommender.load(model)
+    asked, recommender = users.take(np.sort(sampled)), Recommender.load(model)
     names = [catalog.histories.source_ids[user] for user in asked.users]
-    shares, figures = {"generation": 0.0}, dict[str, Any]()
-    if recommender.model.dense:
-        shares["with the dense head"] = recommender.model.dense_share
-    for title, share in shares.items():
-        recommender.model.dense_share = share
-        figures[title] = {}
-        for beam in (20, run.evaluation.beam, catalog.n_items):
-            found = recommender.recommend(
-                list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
-            )
-            recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
-            figures[title]["exact" if beam == catalog.n_items else f"beam {beam}"] = recall
-        log.info(
-            "search, %s, %d test users: recall@10 %s",
-            title,
-            len(asked),
-            ", ".join(f"{name} {value:.4f}" for name, value in figures[title].items()),
+    figures: dict[str, Any] = {"users": len(asked)}
+    for beam in (20, run.evaluation.beam, catalog.n_items):
+        found = recommender.recommend(
+            list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
         )
-    return figures | {"users": len(asked)}
+        recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
+        figures["exact" if beam == catalog.n_items else f"beam {beam}"] = recall
+    log.info(
+        "search, %d test users: recall@10 %s",
+        len(asked),
+        ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "users"),
+    )
+    return figures
 
 
 def _baselines(catalog: Catalog, users: EvalSplit, vectors: npt.NDArray[np.float32]) -> dict[str, Lists]:

@@ -10,6 +10,7 @@ import logging
 from tiger.core.artifacts import Artifact
 from tiger.pipeline.embed import embed
 from tiger.pipeline.evaluate import evaluate
+from tiger.pipeline.item_vectors import build_item_vectors
 from tiger.pipeline.prepare import prepare
 from tiger.pipeline.recommend import print_examples, recommend
 from tiger.pipeline.semantic_ids import build_semantic_ids
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 def pipeline(run: RunConfig) -> Artifact:
     catalog = prepare(run)  # raw files -> items with one text each, users with their histories
     embeddings = embed(run, catalog)  # texts -> vectors
-    ids = build_semantic_ids(run, embeddings)  # vectors -> codes -> one unique semantic ID per item
+    vectors = build_item_vectors(run, catalog, embeddings)  # ... and what is bought together -> item vectors
+    ids = build_semantic_ids(run, vectors)  # item vectors -> codes -> one unique semantic ID per item
     model = train_model(run, catalog, ids)  # histories as semantic IDs -> a model that generates the next one
     metrics = evaluate(run, model)  # how often it finds what users took next
     recommendations = recommend(run, model)  # what they may take next

@@ -8,7 +8,6 @@ from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.core.config import fingerprint
 from tiger.data.catalog import Catalog
-from tiger.models import baselines
 from tiger.models.sasrec import SASRec, sasrec_worker
 from tiger.on_ray.train import train
 from tiger.pipeline.evaluate import SPLITS, K, compute_metrics, drop_seen, select_users
@@ -32,7 +31,7 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
         read = Catalog(catalog)
         model = SASRec(run.sasrec, read.n_items).eval()
         load_weights(model, draft.folder)
-        counts, figures = baselines.item_counts(read.histories, read.n_items), {}
+        counts, figures = read.histories.training_counts(read.n_items), {}
         for split in SPLITS:
             users = select_users(run, read, split)
             taken = users.histories()

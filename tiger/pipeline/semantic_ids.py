@@ -16,7 +16,7 @@ from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
 from tiger.metrics.codes import code_metrics
 from tiger.on_ray import kmeans as quantize
 from tiger.on_ray.train import train
-from tiger.pipeline.embed import ensure_embeddings
+from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.run import RunConfig
 from tiger.semantic_ids import assignment as semantic_ids
 from tiger.tokenizers import rkmeans
@@ -51,7 +51,7 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
             latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _LOOK_AT)))
         draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
-    return artifacts.build(run.root, "tokenizer", config, {"embeddings": embeddings}, make)
+    return artifacts.build(run.root, "tokenizer", config, {embeddings.kind: embeddings}, make)
 
 
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
@@ -82,12 +82,13 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         }
         draft.health = require(check_semantic_ids(ids.collisions))
 
-    inputs = {"tokenizer": tokenizer, "embeddings": embeddings}
+    inputs = {"tokenizer": tokenizer, embeddings.kind: embeddings}
     return artifacts.build(run.root, "semantic_ids", run.semantic_ids, inputs, make)
 
 
-def build_semantic_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
-    return assign_ids(run, train_tokenizer(run, embeddings), embeddings)
+def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:
+    """Return the semantic IDs of vectors: those of texts, or of texts and co-occurrence."""
+    return assign_ids(run, train_tokenizer(run, vectors), vectors)
 
 
 def _streamed(config: TokenizerConfig) -> bool:
@@ -108,4 +109,4 @@ def _quantize(
 
 def job(run: RunConfig) -> Artifact:
     """Build the semantic IDs of a configuration."""
-    return build_semantic_ids(run, ensure_embeddings(run))
+    return build_semantic_ids(run, ensure_item_vectors(run))

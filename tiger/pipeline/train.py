@@ -6,12 +6,15 @@ from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
-from tiger.models.tiger.train import model_worker
+from tiger.models.tiger.train import model_worker, reference_losses
 from tiger.on_ray.train import train
 from tiger.pipeline.embed import embed
+from tiger.pipeline.item_vectors import build_item_vectors
 from tiger.pipeline.prepare import prepare
 from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.run import RunConfig
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.semantic_ids.trie import Trie
 
 
 def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
@@ -25,8 +28,11 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
         draft.figures = train(
             model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
         )
+        ids_of_items = SemanticIds.read(ids.folder)
+        histories = Catalog(catalog).histories
+        draft.figures["reference_losses"] = reference_losses(Trie(ids_of_items), histories.training_targets())
         guessing = min(1.0, 10 / catalog.figures["items"])
-        popular = popularity_recall(Catalog(catalog).histories, run.model.validation_users, run.model.seed)
+        popular = popularity_recall(histories, run.model.validation_users, run.model.seed)
         draft.health = require(check_model(draft.figures["recall@10"], guessing, *popular))
 
     return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
@@ -34,7 +40,8 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
 
 def ensure_model(run: RunConfig) -> Artifact:
     catalog = prepare(run)
-    return train_model(run, catalog, build_semantic_ids(run, embed(run, catalog)))
+    vectors = build_item_vectors(run, catalog, embed(run, catalog))
+    return train_model(run, catalog, build_semantic_ids(run, vectors))
 
 
 job = ensure_model

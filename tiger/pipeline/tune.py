@@ -13,7 +13,7 @@ from tiger.core.artifacts import Artifact, Draft
 from tiger.core.config import dump_toml
 from tiger.embedding.vectors import load_embeddings
 from tiger.on_ray.tune import tune_tokenizer
-from tiger.pipeline.embed import ensure_embeddings
+from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.run import RunConfig
 from tiger.tuning import TuningConfig, TuningStageConfig, apply, picture, table
 
@@ -44,7 +44,7 @@ def tune(run: RunConfig, search: TuningConfig, embeddings: Artifact) -> Artifact
         log.info("tune: the winner is in %s/best.toml: python -m jobs.%s that-file", draft.folder.uri, job)
 
     config = TuningStageConfig(tokenizer=run.tokenizer, search=search)
-    return artifacts.build(run.root, "sweep", config, {"embeddings": embeddings}, make)
+    return artifacts.build(run.root, "sweep", config, {embeddings.kind: embeddings}, make)
 
 
 SECTIONS = {"search": TuningConfig}
@@ -52,4 +52,4 @@ SECTIONS = {"search": TuningConfig}
 
 def job(run: RunConfig, search: TuningConfig) -> Artifact:
     """Tune the tokenizer of a configuration."""
-    return tune(run, search, ensure_embeddings(run))
+    return tune(run, search, ensure_item_vectors(run))

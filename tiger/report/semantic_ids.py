@@ -195,7 +195,8 @@ def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
 def of_artifact(artifact: Artifact) -> CodedItems:
     """The items of a semantic_ids artifact, with titles, categories and embeddings from what it was made of."""
     ids = SemanticIds.read(artifact.folder)
-    embeddings = artifact.inputs["embeddings"]
+    inputs = artifact.inputs
+    embeddings = inputs.get("item_vectors") or inputs["embeddings"]  # what was quantized
     table = embeddings.folder.read_table("items.parquet")
     return CodedItems(
         codes=ids.codes[:, : ids.levels].astype(np.int64),

@@ -59,7 +59,7 @@ class Batch:
     """One worker's share of a global batch.
 
     Attributes:
-        inputs: arguments of the module's forward, which returns one loss per row.
+        inputs: arguments of the module's forward, which returns one loss per row, or several parts of it.
         weights: float32 [rows]; 0 for a row that only fills a share that would be empty.
         total_weight: sum of the weights over all workers.
     """
@@ -195,7 +195,8 @@ def fit(
     """Trains `module` in place and leaves it with the weights of the best validation.
 
     Args:
-        module: its forward takes a batch's inputs and returns one loss per row. Equal on every worker.
+        module: its forward takes a batch's inputs and returns one loss per row [B], or its parts [B, P], which are
+            logged one by one as loss@1 to loss@P. Equal on every worker.
         batches: epoch -> this worker's shares of that epoch's global batches, `schedule.steps_per_epoch` of them.
         validate: called on every worker with the unwrapped module in eval mode; returns figures that are equal on all.
         objective: the figure to maximize.
@@ -213,9 +214,9 @@ def fit(
     module.to(device)
     parallel: nn.Module = module
     if world_size() > 1 and schedule.steps:
-        # Buffers are not broadcast at every step: text embeddings are one, and `check_replicas_identical` compares the
-        # others at every validation.
-        parallel = nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
+        # Buffers are not broadcast, at the start or at a step: text embeddings and semantic IDs are some of them, equal
+        # on all workers. `check_replicas_identical` compares the state at every validation, the first before a step.
+        parallel = nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, init_sync=False)
     optimizer = torch.optim.AdamW(
         _parameter_groups(module, config.weight_decay),
         lr=config.learning_rate,
@@ -231,7 +232,7 @@ def fit(
         _validate_and_track_best(state, module, validate, objective, {}, name)
         hooks.report(state.log[-1])
     progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
-    losses: list[Tensor] = []
+    losses: list[Tensor] = []  # of every step since the last validation: this worker's share of the mean
     while state.step < schedule.steps and state.validations_since_best < config.patience:
         epoch, skip = divmod(state.step, schedule.steps_per_epoch)
         if on_epoch_start and skip == 0:
@@ -244,9 +245,11 @@ def fit(
                     group["lr"] = schedule.learning_rate(state.step)
                 with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
                     row_losses = parallel(*batch.inputs)
-                loss = (row_losses.float() * batch.weights).sum() / batch.total_weight
+                weights = batch.weights if row_losses.dim() == 1 else batch.weights[:, None]
+                parts = (row_losses.float() * weights).sum(0) / batch.total_weight
+                loss = parts.sum()
                 (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
-                losses.append(loss.detach())
+                losses.append(parts.detach())
                 is_validation_step = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
                 thorough, decisive = is_validation_step or state.step % 50 == 0, loss.detach()
                 # In a group the norm decides at every step: it is the same on all workers, who must stop together; a
@@ -269,9 +272,13 @@ def fit(
                 if progress:
                     progress.add(1)
                 if is_validation_step:
-                    global_losses = all_reduce_sum(torch.stack(losses)).tolist()
+                    of_parts = all_reduce_sum(torch.stack(losses))
                     losses.clear()
+                    global_losses = (of_parts if of_parts.dim() == 1 else of_parts.sum(1)).tolist()
                     figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
+                    if of_parts.dim() > 1:
+                        means = enumerate(of_parts.mean(0).tolist(), 1)
+                        figures |= {f"loss@{part}": mean for part, mean in means}
                     _validate_and_track_best(state, module, validate, objective, figures, name)
                     said = {key: value for key, value in state.log[-1].items() if key != "losses"}
                     if rank() == 0:

@@ -1,4 +1,4 @@
-"""What every training worker runs: the tokenizer and the generative model through `training.fit`.
+"""Train the generative model with `training.fit`: what every training worker runs.
 
 Plain PyTorch in one process or in a process group; `on_ray/train.py` starts the group on Ray.
 """
@@ -20,9 +20,10 @@ from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
 from tiger.metrics.ranking import ranking, target_ranks
 from tiger.models.recommender import load_text_embeddings
-from tiger.models.tiger.batches import SequenceExamples, TargetExamples, pad_histories, user_token_ids
+from tiger.models.tiger.batches import make_examples, pad_histories, user_token_ids
 from tiger.models.tiger.beam_search import beam_search
-from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.model import TigerModel
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 from tiger.training import loop as training
@@ -39,54 +40,32 @@ def fit_model(
     vectors: Tensor | None = None,
     hooks: Callbacks | None = None,
 ) -> tuple[TigerModel, FitResult]:
-    """Trains the generative model; the checkpoint is chosen by NDCG@10 of beam search on validation users.
+    """Train the generative model; the best weights are chosen by NDCG@10 of beam search on validation users.
 
     Args:
-        vectors: float32 [items, d] text embeddings, for a model with a dense head.
+        vectors: floating-point [items, d] text embeddings, for softmax = trie.
 
     Raises:
         HealthError: the targets are not those of the training parts, or the loss is not finite.
     """
     torch.manual_seed(config.seed)
-    model = TigerModel(config, ids.level_sizes, vectors).to(device)
+    trie = Trie(ids)
+    model = TigerModel(config, Trie(ids), vectors)
+    known_nodes = model.set_training_counts(torch.from_numpy(histories.training_counts(len(ids))))
+    model = model.to(device)
     training.broadcast(model)
-    examples: TargetExamples | SequenceExamples
-    if config.mode == "fast":
-        examples = SequenceExamples(histories, ids, config.max_items, bool(config.dense))
-    else:
-        examples = TargetExamples(histories, ids, config.max_items, config.user_tokens, bool(config.dense))
+    examples = make_examples(histories, config, trie, known_nodes)
     if len(examples) != histories.training_examples():
         raise HealthError(
             f"the model would train on {len(examples)} targets, the training parts have "
-            f"{histories.training_examples()}: a leak of what it is held against, or lost examples"
+            f"{histories.training_examples()}: targets of validation or test have leaked in, or examples are lost"
         )
-    trie = Trie(ids).to(device)
-    users = histories.evaluation("valid")
-    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
-    users = users.take(np.sort(chosen))
-    lengths = np.minimum(users.end - users.begin, config.max_items)
-    own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
-    tokens = user_token_ids(histories.source_ids, config.user_tokens) if config.user_tokens else None
-
-    def validate(module: nn.Module) -> dict[str, float]:
-        ranks = np.zeros(len(users), np.int64)
-        with torch.no_grad():
-            keys = model.item_embeddings() if config.dense else None
-        for rows in np.array_split(own, max(1, len(own) // 128)) if len(own) else ():  # fewer users than workers
-            begins = np.maximum(users.begin[rows], users.end[rows] - config.max_items)
-            history = pad_histories(users.items, begins, users.end[rows], examples.codes).to(device)
-            token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
-            items, _ = beam_search(model, trie, history, beam=config.validation_beam, keys=keys, user=token)
-            ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
-        shared = training.all_reduce_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
-        return ranking(shared, cutoffs=(10,))
-
     result = training.fit(
         model,
         lambda epoch: examples.batches(config.seed, epoch, config.training.batch_size),
         Schedule(config.training, examples.steps_per_epoch(config.training.batch_size), config.seed),
         device=device,
-        validate=validate,
+        validate=validation(config, model, histories, device),
         objective="ndcg@10",
         hooks=hooks,
         name="model",
@@ -95,22 +74,71 @@ def fit_model(
     return model.eval(), result
 
 
+def validation(config: ModelConfig, model: TigerModel, histories: Histories, device: torch.device) -> Any:
+    """Return the function that `fit` validates with: beam search for a sample of validation users."""
+    users = histories.evaluation("valid")
+    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
+    users = users.take(np.sort(chosen))
+    context = config.context_items
+    lengths = np.minimum(users.end - users.begin, context)
+    own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
+    tokens = user_token_ids(histories.source_ids, config.num_user_tokens) if config.num_user_tokens else None
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        ranks = np.zeros(len(users), np.int64)
+        with torch.no_grad():
+            node_vectors = model.softmax.node_vectors(model.items, model.trie)
+        for rows in np.array_split(own, max(1, len(own) // 128)) if len(own) else ():  # fewer users than workers
+            begins = np.maximum(users.begin[rows], users.end[rows] - context)
+            history = pad_histories(users.items, begins, users.end[rows]).to(device)
+            token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
+            items, _ = beam_search(model, history, beam=config.validation_beam, node_vectors=node_vectors, user=token)
+            ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
+        shared = training.all_reduce_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
+        return ranking(shared, cutoffs=(10,))
+
+    return validate
+
+
+def reference_losses(trie: Trie, targets: np.ndarray) -> dict[str, list[float]]:
+    """Return the loss by level of two models that know no history, to compare a training with.
+
+    `uniform` gives the existing children of a node equal probability, `popularity` their number of targets plus one.
+
+    Args:
+        targets: [T] target items of training.
+    """
+    paths = trie.paths.numpy()[targets].astype(np.int64)
+    uniform, popularity = [], []
+    parents = np.zeros(len(targets), np.int64)
+    for level in range(trie.depth):
+        first_child = trie.first_child(level).numpy()
+        children = np.diff(first_child)[parents]
+        counts = np.bincount(paths[:, level], minlength=trie.num_nodes[level]) + 1
+        below = np.concatenate([[0], np.cumsum(counts)])
+        total = (below[first_child[1:]] - below[first_child[:-1]])[parents]
+        uniform.append(float(np.log(children).mean()))
+        popularity.append(float(np.log(total / counts[paths[:, level]]).mean()))
+        parents = paths[:, level]
+    return {"uniform": uniform, "popularity": popularity}
+
+
 def model_shapes(config: ModelConfig, model: TigerModel) -> Shapes:
-    """Return the sizes of a training step of this worker; histories fill half of their places, about."""
-    length = max(1, config.max_items * model.tokens_per_item // 2)
-    per_example = len(model.level_sizes) if model.fast else length
+    """Return the sizes of a training step of this worker; histories fill about half of their positions."""
+    length = max(1, config.max_history_items * model.encoder.tokens_per_item // 2)
+    per_example = model.trie.depth if model.encoder.causal else length
     return Shapes(
         rows=max(1, config.training.batch_size // training.world_size()) * per_example,
         width=config.d_model or 0,
         hidden=config.d_ff or 0,
-        heads=config.heads or 0,
+        heads=config.num_heads or 0,
         head_dim=config.head_dim or 0,
         length=length,
     )
 
 
 def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """A worker's part of the model stage.
+    """Run a worker's part of the model stage.
 
     Args:
         arguments: `config` (values of the model's configuration), `catalog`, `semantic_ids` and `target` (URIs).

@@ -1,0 +1,171 @@
+"""Item vectors from texts and from what is bought together, for the tokenizer to quantize.
+
+A tree made of texts alone follows what users do only as far as texts tell: with short titles, generation falls behind
+a scorer of all items (LOG.md). So half of a vector's length is the text embedding, and half a co-occurrence vector: the
+factors of the positive pointwise mutual information of items in the training parts (Levy and Goldberg 2014). Rare and
+new items get the co-occurrence vector that their text predicts, by ridge regression, in the measure of how little is
+known about them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import scipy.sparse
+import torch
+from pydantic import Field
+from sklearn.utils.extmath import randomized_svd
+from torch import Tensor
+
+from tiger.core.config import Config
+from tiger.core.storage import Folder
+from tiger.data.histories import Histories
+from tiger.embedding.vectors import vector_shards
+
+Matrix = npt.NDArray[np.float32]
+
+_PAIRS_AT_ONCE = 1 << 24
+
+
+class CollaborativeConfig(Config):
+    """How much of an item's vector is what users do, and how that is learned."""
+
+    weight: float = Field(
+        0.5, ge=0, lt=1, description="part of co-occurrence in the squared length of a vector; 0: the text alone"
+    )
+    rank: int = Field(64, ge=1, description="dimensions of the co-occurrence vectors")
+    window: int = Field(5, ge=1, description="largest distance of two items of a history that co-occur")
+    smoothing: float = Field(
+        3.0, ge=0, description="purchases at which an item's own co-occurrence counts as much as its text's prediction"
+    )
+    ridge: float = Field(10.0, gt=0, description="penalty of the regression from text to co-occurrence")
+    seed: int = Field(0, ge=0, description="seed of the factorization and of the rotation")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How text embeddings become item vectors.
+
+    Attributes:
+        config: weight and smoothing.
+        text_mean: float32 [d] of the text embeddings.
+        prediction: float32 [d + 1, r], from a unit text vector and 1 to the co-occurrence vector.
+        rotation: float32 [d + r, d + r] orthogonal. Tokenizers standardize every dimension, which would give text and
+            co-occurrence weights by their numbers of dimensions; after a random rotation all dimensions are alike.
+        cooccurrence: float32 [items, r], unit vectors or zero.
+        counts: [items] purchases.
+    """
+
+    config: CollaborativeConfig
+    text_mean: Matrix
+    prediction: Matrix
+    rotation: Matrix
+    cooccurrence: Matrix
+    counts: npt.NDArray[np.int64]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what new items are fused with, as tensors to store."""
+        arrays = {"text_mean": self.text_mean, "prediction": self.prediction, "rotation": self.rotation}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def __call__(self, items: npt.NDArray[np.integer], text: Matrix) -> Matrix:
+        """Return item vectors float32 [n, d + r] of items [n] with text embeddings [n, d]."""
+        unit_text = _unit(text - self.text_mean)
+        predicted = _with_constant(unit_text) @ self.prediction
+        count = self.counts[items, None].astype(np.float32)
+        smoothing = self.config.smoothing
+        mixed = _unit((count * self.cooccurrence[items] + smoothing * predicted) / np.maximum(count + smoothing, 1e-9))
+        weight = self.config.weight
+        fused = np.concatenate([np.sqrt(1 - weight) * unit_text, np.sqrt(weight) * mixed], axis=1, dtype=np.float32)
+        rotated: Matrix = fused @ self.rotation
+        return rotated
+
+
+def fit_fusion(config: CollaborativeConfig, embeddings: Folder, histories: Histories) -> Fusion:
+    """Learn how to fuse text embeddings with the training parts of histories; nothing later is read.
+
+    Args:
+        embeddings: a folder of text embeddings. They are read shard by shard, twice.
+    """
+    num_items, text_sum = 0, np.zeros(1)
+    for _, text in vector_shards(embeddings):
+        num_items, text_sum = num_items + len(text), text_sum + text.sum(0, dtype=np.float64)
+    text_mean = (text_sum / num_items).astype(np.float32)
+    counts = histories.training_counts(num_items)
+    cooccurrence = _factors(_count_pairs(histories, num_items, config.window), config.rank, config.seed)
+    dim = len(text_mean)
+    gram, product = config.ridge * np.eye(dim + 1), np.zeros((dim + 1, cooccurrence.shape[1]))
+    known: npt.NDArray[np.bool_] = np.linalg.norm(cooccurrence, axis=1) > 0
+    for items, text in vector_shards(embeddings):
+        x = _with_constant(_unit(text - text_mean)).astype(np.float64)
+        weighted = x * (counts[items] * known[items])[:, None]
+        gram += weighted.T @ x
+        product += weighted.T @ cooccurrence[items]
+    prediction = np.linalg.solve(gram, product).astype(np.float32)
+    size = dim + cooccurrence.shape[1]
+    rotation, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, size)))
+    return Fusion(config, text_mean, prediction, rotation.astype(np.float32), cooccurrence, counts)
+
+
+def write_fused(fusion: Fusion, embeddings: Folder, target: Folder) -> None:
+    """Write the item vectors of all items, shard by shard, as `vectors/part-N.parquet` (item_id, vector)."""
+    for index, (items, text) in enumerate(vector_shards(embeddings)):
+        vectors = fusion(items, text)
+        table = pa.table(
+            {
+                "item_id": pa.array(items.astype(np.int32)),
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+            }
+        )
+        target.write_table(f"vectors/part-{index:05d}.parquet", table)
+
+
+def _count_pairs(histories: Histories, num_items: int, window: int) -> scipy.sparse.csr_matrix:
+    """Return the symmetric matrix [items, items] of sums of 1 / distance over pairs of different items."""
+    shape = (num_items, num_items)
+    counted = scipy.sparse.csr_matrix(shape, dtype=np.float32)
+    begin, end = histories.offsets[:-1], histories.train_end
+    step = max(1, _PAIRS_AT_ONCE * max(1, len(histories)) // max(1, len(histories.items) * window))
+    for first in range(0, len(histories), step):
+        begins, ends = begin[first : first + step], end[first : first + step]
+        positions = np.arange(begins[0], ends[-1])
+        last = ends[np.searchsorted(begins, positions, side="right") - 1]
+        for distance in range(1, window + 1):
+            inside = positions[positions + distance < last]
+            one, other = histories.items[inside], histories.items[inside + distance]
+            differ = one != other
+            values = np.full(int(differ.sum()), 1 / distance, np.float32)
+            counted = counted + scipy.sparse.coo_matrix((values, (one[differ], other[differ])), shape).tocsr()
+    return counted + counted.T
+
+
+def _factors(pairs: scipy.sparse.csr_matrix, rank: int, seed: int) -> Matrix:
+    """Return unit rows of U sqrt(S) of the positive pointwise mutual information; zero for items without pairs.
+
+    Contexts are smoothed with the power 0.75 (Levy, Goldberg and Dagan 2015).
+    """
+    sums = np.asarray(pairs.sum(axis=1), np.float64).ravel()
+    if not sums.any():
+        return np.zeros((pairs.shape[0], 1), np.float32)
+    context = sums**0.75
+    context /= context.sum()
+    entries = pairs.tocoo()
+    information = np.log(entries.data / (sums[entries.row] * context[entries.col]))
+    positive = scipy.sparse.csr_matrix(
+        (np.maximum(information, 0).astype(np.float32), (entries.row, entries.col)), pairs.shape
+    )
+    left, values, _ = randomized_svd(positive, min(rank, pairs.shape[0] - 1), n_iter=8, random_state=seed)
+    return _unit((left * np.sqrt(values)).astype(np.float32)) * (sums > 0)[:, None].astype(np.float32)
+
+
+def _unit(rows: npt.NDArray[Any]) -> Matrix:
+    scaled: Matrix = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    return scaled
+
+
+def _with_constant(rows: Matrix) -> Matrix:
+    return np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)

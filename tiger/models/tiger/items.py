@@ -1,0 +1,113 @@
+"""Vectors of items, shared by the encoder's input and the trie's leaves: codes, a learned vector, and text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tiger.core.errors import ConfigError
+from tiger.models.tiger.config import ModelConfig
+from tiger.semantic_ids.trie import Trie
+
+PAD = -1
+"""Item of a position in a batch that holds no item."""
+
+
+class ItemEmbedding(nn.Module):
+    """Embed items: [...] item ids -> [..., M].
+
+    The learned vector of an item that training has not seen is zero, and item dropout makes that a case that training
+    knows: the text then speaks for the item.
+    """
+
+    level_offsets: Tensor
+    vectors: Tensor
+    text_mean: Tensor
+    text_std: Tensor
+    training_counts: Tensor
+
+    def __init__(self, config: ModelConfig, trie: Trie, vectors: Tensor | None) -> None:
+        """
+        Args:
+            trie: semantic IDs of the catalog.
+            vectors: floating-point [items, d] text embeddings, needed by softmax = trie. They are not part of the
+                state; their mean and standard deviation are.
+        """
+        super().__init__()
+        d_model, num_items = config.d_model or 0, len(trie.leaf_items)
+        offsets = torch.tensor([0, *trie.level_sizes[:-1]]).cumsum(0)
+        self.register_buffer("level_offsets", offsets, persistent=False)
+        self.code_embedding = nn.Embedding(sum(trie.level_sizes), d_model)
+        self.register_buffer("training_counts", torch.ones(num_items, dtype=torch.int64))
+        self.dropout = config.item_dropout
+        self.learned: nn.Embedding | None = None
+        self.text_projection: nn.Linear | None = None
+        if config.softmax == "trie":
+            if vectors is None or len(vectors) != num_items:
+                raise ConfigError(f"model.softmax = trie reads text embeddings of all {num_items} items: pass vectors")
+            std, mean = torch.std_mean(vectors.float(), dim=0, unbiased=False)
+            self.register_buffer("vectors", vectors, persistent=False)
+            self.register_buffer("text_mean", mean)
+            self.register_buffer("text_std", std.square().mean().sqrt().clamp_min(1e-8))
+            self.text_projection = nn.Linear(vectors.shape[1], d_model, bias=False)
+            if config.item_vectors:
+                self.learned = nn.Embedding(num_items, d_model)
+        self._step_seed: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialize so that code, learned vector and text begin at equal length."""
+        nn.init.normal_(self.code_embedding.weight, std=0.05)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection.weight, std=0.05 * self.text_projection.in_features**-0.5)
+        if self.learned is not None:
+            nn.init.normal_(self.learned.weight, std=0.05)
+
+    @property
+    def known(self) -> Tensor:
+        """Which items training has seen, bool [items]."""
+        return self.training_counts > 0
+
+    @torch.no_grad()
+    def set_training_counts(self, counts: Tensor) -> None:
+        """Say how often training sees each item, int64 [items]; learned vectors of items it never sees become zero."""
+        self.training_counts.copy_(counts)
+        if self.learned is not None:
+            self.learned.weight[~self.known] = 0
+
+    def codes(self, trie: Trie, items: Tensor) -> Tensor:
+        """Return the rows of `code_embedding` of items' codes, int64 [..., L]; any valid ones for PAD."""
+        codes: Tensor = trie.codes[items.clamp_min(0)].long() + self.level_offsets
+        return codes
+
+    def begin_step(self) -> None:
+        """Choose the items whose learned vectors this training step leaves out."""
+        dropping = self.training and self.dropout and self.learned is not None
+        self._step_seed = torch.randint(1 << 62, (1,), device=self.level_offsets.device) if dropping else None
+
+    def content(self, items: Tensor) -> Tensor:
+        """Return learned vector + projected text of items, [..., M]."""
+        assert self.text_projection is not None, "a model with softmax = codes has no item content"
+        text = self.project_text(self.vectors[items])
+        if self.learned is None:
+            return text
+        learned: Tensor = self.learned(items)
+        if self._step_seed is not None:
+            learned = learned * (_uniform(items, self._step_seed) >= self.dropout)[..., None]
+        return text + learned
+
+    def project_text(self, vectors: Tensor) -> Tensor:
+        """Project text embeddings [..., d], standardized with the statistics of training, to [..., M]."""
+        assert self.text_projection is not None
+        projected: Tensor = self.text_projection((vectors.float() - self.text_mean) / self.text_std)
+        return projected
+
+
+def _uniform(items: Tensor, seed: Tensor) -> Tensor:
+    """Return a number in [0, 1) per item, a hash of (item, seed): equal wherever the item occurs in a step.
+
+    The finalizer of SplitMix64 (Steele et al. 2014); drawing one number per item of the catalog would grow with it.
+    """
+    x = items * -7046029254386353131 + seed
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
+    return (x >> 40 & 0xFFFFFF).float() / (1 << 24)

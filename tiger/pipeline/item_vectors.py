@@ -1,0 +1,62 @@
+"""Fuse text embeddings with what is bought together, for the tokenizer (`collaborative.weight`)."""
+
+from __future__ import annotations
+
+import logging
+
+from tiger.core import artifacts
+from tiger.core.artifacts import Artifact, Draft
+from tiger.data.catalog import Catalog
+from tiger.data.sources import synthetic
+from tiger.embedding.collaborative import fit_fusion, write_fused
+from tiger.embedding.vectors import count_embeddings, sample_embeddings
+from tiger.evaluation.health import check_embeddings, require
+from tiger.pipeline.embed import adopt, embed
+from tiger.pipeline.prepare import prepare
+from tiger.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+_CHECKED_VECTORS = 20_000
+
+
+def build_item_vectors(run: RunConfig, catalog: Artifact, embeddings: Artifact) -> Artifact:
+    """Return the vectors to quantize: text and co-occurrence, or with `collaborative.weight = 0` the text embeddings.
+
+    The fused vectors depend on the training parts of the histories, the text embeddings on the items alone: another
+    split embeds nothing again.
+    """
+    config = run.collaborative
+    if not config.weight:
+        return embeddings
+
+    def make(draft: Draft) -> None:
+        fusion = fit_fusion(config, embeddings.folder, Catalog(catalog).histories)
+        write_fused(fusion, embeddings.folder, draft.folder)
+        draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
+        draft.folder.write_bytes("items.parquet", embeddings.folder.read_bytes("items.parquet"))
+        vectors = sample_embeddings(draft.folder, _CHECKED_VECTORS).numpy()
+        draft.figures = {
+            "items": count_embeddings(draft.folder),
+            "dimension": vectors.shape[1],
+            "items_with_cooccurrence": int(fusion.cooccurrence.any(axis=1).sum()),
+        }
+        draft.health = require(check_embeddings(vectors))
+
+    source = {"histories": catalog.manifest["files"]["histories.parquet"]["sha256"]}
+    return artifacts.build(
+        run.root, "item_vectors", config, {"embeddings": embeddings}, make, source=source,
+        read_from={"catalog": catalog},
+    )  # fmt: skip
+
+
+def ensure_item_vectors(run: RunConfig) -> Artifact:
+    """Return the vectors to quantize, made if needed; of own vectors without data files, those of the vectors' items.
+
+    The default data are a generated sample, which cannot be what own vectors belong to.
+    """
+    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+        return adopt(run)
+    catalog = prepare(run)
+    return build_item_vectors(run, catalog, embed(run, catalog))
