@@ -77,7 +77,7 @@ def truth(rows: Any = EVENTS) -> dict[str, list[str]]:
 
 
 def rows_of(artifact: Artifact, table: str = "interactions") -> dict[str, Any]:
-    return artifact.figures["rows"][table]
+    return artifact.metrics["rows"][table]
 
 
 # --- 02: quotes ---------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_plays_within_a_second_are_not_equal(tmp_path: Path) -> None:
     artifact = run(
         tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), time_unit="ms", catalog={"repeats": "all"}
     )
-    assert artifact.figures["interactions"] == 35
+    assert artifact.metrics["interactions"] == 35
 
 
 # --- 05 and 17: ids -----------------------------------------------------------------------------------------------

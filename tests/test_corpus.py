@@ -256,7 +256,7 @@ MANIFESTS: list[Any] = [
     b"", b"{", b"null", b"[]", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 3_000, b"\x00" * 100,
     {"files": None}, {"files": []}, {"files": {"table.parquet": {}}}, {"files": {"table.parquet": None}},
     {"files": {"table.parquet": {"bytes": "many", "sha256": ""}}}, {"files": {}}, {"schema_version": "2"}, {"schema_version": 1},
-    {"schema_version": 99}, {"kind": "model"}, {"figures": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
+    {"schema_version": 99}, {"kind": "model"}, {"metrics": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
 ]  # fmt: skip
 
 

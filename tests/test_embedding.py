@@ -284,7 +284,7 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     run = shop(tmp_path)
     catalog = tiger.pipeline.prepare.prepare(run)
     made = tiger.pipeline.embed.embed(run, catalog)
-    assert (made.figures["items"], made.figures["dimension"]) == (20, 16)
+    assert (made.metrics["items"], made.metrics["dimension"]) == (20, 16)
     assert made.folder.read_bytes("items.parquet") == catalog.folder.read_bytes("items.parquet")
     given = pa.concat_tables([pq.read_table(tmp_path / f"vectors/{n}.parquet") for n in (0, 1)]).to_pylist()
     vector_of = {row["item_id"]: row["vector"] for row in given}

@@ -40,7 +40,7 @@ SMALL = ["data.items=200", "data.users=300"]
 
 # --- every key --------------------------------------------------------------------------------------------------
 
-TOKENIZER = "tokenizer sweep"
+TOKENIZER = "tokenizer tuning"
 KEYS: dict[str, tuple[str, str]] = {
     # key: (another value, the stages whose own identity it changes; what follows from them changes by their inputs)
     "root": ("elsewhere", ""),
@@ -135,11 +135,11 @@ KEYS: dict[str, tuple[str, str]] = {
     "model.training.patience": ("6", "model"),
     "model.training.precision": ("float32", "model"),
     "model.seed": ("1", "model"),
-    "evaluation.beam": ("60", "metrics"),
-    "evaluation.max_users": ("100", "metrics sasrec"),
-    "evaluation.exact_users": ("100", "metrics"),
+    "evaluation.beam": ("60", "evaluation"),
+    "evaluation.max_users": ("100", "evaluation sasrec"),
+    "evaluation.exact_users": ("100", "evaluation"),
     "evaluation.max_actors": ("2", ""),
-    "evaluation.seed": ("1", "metrics sasrec"),
+    "evaluation.seed": ("1", "evaluation sasrec"),
     "recommend.users": ("50", "recommendations"),
     "recommend.k": ("5", "recommendations"),
     "recommend.beam": ("60", "recommendations"),
@@ -194,7 +194,7 @@ def _run(*overrides: str) -> RunConfig:
 def _stand_in(kind: str, inputs: dict[str, Artifact] | None = None) -> Artifact:
     """An artifact that is always the same, so that only a stage's own part of its identity can change."""
     manifest = {
-        "kind": kind, "fingerprint": "0" * 8, "figures": {"items": 40, "dimension": 8}, "inputs": {},
+        "kind": kind, "fingerprint": "0" * 8, "metrics": {"items": 40, "dimension": 8}, "inputs": {},
         "files": {"items.parquet": {"bytes": 1, "sha256": "0" * 64}},
     }  # fmt: skip
     artifact = Artifact(Folder("/nowhere"), manifest)
@@ -313,7 +313,7 @@ def test_every_raw_file_counts_by_role_order_and_content_and_never_by_name(tmp_p
     items = _items(tmp_path / "items/data.parquet")
     first, second = _events(tmp_path / "1/data.parquet", "a", 1), _events(tmp_path / "2/data.parquet", "b", 2)
     one = _prepared(tmp_path, [items], [first, second])
-    assert one.figures["users"] == 40
+    assert one.metrics["users"] == 40
     recorded = one.manifest["raw_files"]
     assert [(file["role"], file["position"], file["name"]) for file in recorded] == [
         ("items", 0, "data.parquet"),
@@ -329,7 +329,7 @@ def test_every_raw_file_counts_by_role_order_and_content_and_never_by_name(tmp_p
     _events(first, "c", 3, count=25)
     changed = _prepared(tmp_path, [items], [first, second])
     assert changed.fingerprint != one.fingerprint
-    assert changed.figures["users"] == 45
+    assert changed.metrics["users"] == 45
     _items(items, shift=1)
     assert _prepared(tmp_path, [items], [first, second]).fingerprint != changed.fingerprint
 
@@ -658,5 +658,5 @@ def test_what_a_killed_driver_left_among_the_vectors_is_not_read(tmp_path: Path,
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tiger.pipeline.embed, "map_shards", leave)
         made = tiger.pipeline.embed.embed(run, catalog)
-    assert len(load_embeddings(made.folder)) == catalog.figures["items"]
+    assert len(load_embeddings(made.folder)) == catalog.metrics["items"]
     assert not list(Path(made.folder.uri).rglob(".reachable-*"))

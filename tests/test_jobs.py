@@ -69,7 +69,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
         "tokenizer",
         "semantic_ids",
         "model",
-        "metrics",
+        "evaluation",
     ]
     for part in finished.lineage():
         part.verify()
@@ -78,12 +78,12 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
     assert any("popularity" in check["name"] for check in finished.inputs["model"].health)
     figures = finished.folder.read_json("metrics.json")
     assert (
-        figures["test"]["tiger"]["unmasked"]["recall@10"] > 3 * figures["test"]["popularity"]["unmasked"]["recall@10"]
+        figures["test"]["tiger"]["all_items"]["recall@10"] > 3 * figures["test"]["popularity"]["all_items"]["recall@10"]
     )
-    search = figures["search"]["generation"]
-    assert set(search) == {"beam 20", "beam 50", "exact"}
-    assert abs(search["beam 50"] - search["exact"]) < 0.05
-    assert set(figures["valid"]["tiger"]["unmasked"]) == {
+    search = figures["exact_search"]["generation"]
+    assert set(search) == {"beam_20", "beam_50", "exact"}
+    assert abs(search["beam_50"] - search["exact"]) < 0.05
+    assert set(figures["valid"]["tiger"]["all_items"]) == {
         f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 20, 50)
     }
 
@@ -91,7 +91,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
 def test_embeddings_are_one_row_an_item(finished: Artifact) -> None:
     embeddings = next(part for part in finished.lineage() if part.kind == "embeddings")
     items = np.sort(np.asarray(embeddings.folder.read_table("vectors")["item_id"]))
-    assert np.array_equal(items, np.arange(embeddings.inputs["catalog"].figures["items"]))
+    assert np.array_equal(items, np.arange(embeddings.inputs["catalog"].metrics["items"]))
 
 
 def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pyt
         "tokenizer",
         "semantic_ids",
         "model",
-        "metrics",
+        "evaluation",
         "recommendations",
     ]
 
@@ -229,7 +229,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     artifact = open_artifact(json.loads(second.stdout.splitlines()[-1])["artifact"])
     artifact.verify()
     items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))
-    assert np.array_equal(items, np.arange(artifact.figures["items"]))
+    assert np.array_equal(items, np.arange(artifact.metrics["items"]))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 

@@ -98,8 +98,8 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
     assert table["source_id"].to_pylist() == sorted(names)
     ids = SemanticIds.read(artifact.folder)
     assert len(np.unique(ids.codes, axis=0)) == 900
-    assert artifact.figures["codes_per_item"] == (4 if streamed else 3)
-    assert artifact.figures["usage@1"] == 1
+    assert artifact.metrics["codes_per_item"] == (4 if streamed else 3)
+    assert artifact.metrics["usage@1"] == 1
     # Items of one cluster share their first code far more often than any two items do.
     order = np.argsort(names)
     first = ids.codes[np.argsort(order), 0].reshape(30, 30)

@@ -150,12 +150,12 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
     for n, (family, trials, finished) in enumerate(
         [("ours", 3, True), ("ours", 5, False), ("ours", 4, True), ("another", 9, True), ("another", 9, False)]
     ):
-        sweep_folder(tmp_path, f"sweep-{n:08d}", family, trials, finished)
-    (tmp_path / "sweep-00000009").mkdir()
-    (tmp_path / "sweep-00000009" / "journal.json").write_text("{")
-    (tmp_path / "sweep-note.txt").write_text("not a folder")
+        sweep_folder(tmp_path, f"tuning-{n:08d}", family, trials, finished)
+    (tmp_path / "tuning-00000009").mkdir()
+    (tmp_path / "tuning-00000009" / "journal.json").write_text("{")
+    (tmp_path / "tuning-note.txt").write_text("not a folder")
     for at_most, kept in ((12, 5), (2, 2)):
-        target = Folder(str(tmp_path / f"sweep-{at_most:08d}-own"))
+        target = Folder(str(tmp_path / f"tuning-{at_most:08d}-own"))
         tune._inherit(target, "ours", at_most)
         names = [f"{n:05d}.json" for n in range(kept)]
         assert list(target.child("scratch/trials").files()) == names
@@ -165,7 +165,7 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
     target.child("scratch/trials").write_json("00002.json", {"trial": 2, "values": {"a": 99}})
     tune._inherit(target, "ours", 3)  # our own are as many
     assert target.child("scratch/trials").read_json("00002.json")["values"] == {"a": 99}
-    fresh = Folder(str(tmp_path / "sweep-fresh"))
+    fresh = Folder(str(tmp_path / "tuning-fresh"))
     tune._inherit(fresh, "of nobody", 3)
     assert not fresh.child("scratch/trials").files()
 
@@ -187,7 +187,7 @@ def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
     job.tune(run, search, embeddings)
     manifest = artifacts_read[-1].read_json("manifest.json")
-    assert manifest["figures"]["epochs_spent"] == 0
+    assert manifest["metrics"]["epochs_spent"] == 0
     best = load(RunConfig, f"{artifacts_read[-1].path}/best.toml", [], CONFIGS)
     assert best.tokenizer == run.tokenizer
 
@@ -274,7 +274,7 @@ ENDED = re.compile(r"tune: trial \d+ finished")
 
 
 def journal(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/sweep-*/scratch/trials/*.json"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/tuning-*/scratch/trials/*.json"))}
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ def root(proxy: Proxy, request: pytest.FixtureRequest) -> str:
 def _fill(draft: Draft) -> None:
     draft.folder.write_table("table/part-00000.parquet", pa.table({"x": list(range(50_000))}))
     draft.folder.write_json("notes.json", {"a": 1})
-    draft.figures = {"rows": 50_000}
+    draft.metrics = {"rows": 50_000}
 
 
 def _publish(root: str) -> Artifact:

@@ -119,7 +119,7 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
     finally:
         if log_file is not None:
             log_file.flush()
-    print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+    print(json.dumps({"artifact": artifact.folder.uri, **artifact.metrics}), flush=True)
 
 
 def _section(name: str, section: str, model: type[Config], overrides: list[str]) -> Config:

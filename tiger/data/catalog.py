@@ -70,7 +70,7 @@ class Catalog:
         if artifact.kind != "catalog":
             raise ArtifactError(f"{artifact.folder.uri} is a {artifact.kind} artifact where a catalog is needed")
         self.artifact = artifact
-        self.n_items: int = artifact.figures["items"]
+        self.n_items: int = artifact.metrics["items"]
 
     @cached_property
     def items(self) -> pa.Table:

@@ -211,14 +211,14 @@ def table(artifact: Artifact) -> str:
             bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
             verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
             lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
-        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.figures)]
+        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.metrics)]
     return "\n".join([*lines, "", f"{'stage':<16} {'figure':<46} {'value':>12}", *figures])
 
 
 def _newest_run(root: str) -> Artifact:
     """The last run that was evaluated; where there is none, the last artifact of any kind."""
     try:
-        return newest(root, "metrics")
+        return newest(root, "evaluation")
     except ArtifactError:
         return newest(root)
 

@@ -270,7 +270,7 @@ def _inherit(target: Folder, family: str, at_most: int) -> None:
     most: list[dict[str, Any]] = []
     where = ""
     for info in home.parent.entries(recursive=False):
-        if info.type == pafs.FileType.Directory and info.base_name.startswith("sweep-"):
+        if info.type == pafs.FileType.Directory and info.base_name.startswith("tuning-"):
             sibling = home.parent.child(info.base_name)
             if sibling.uri != home.uri:
                 for trials in _trials_of(sibling, family):

@@ -69,7 +69,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
         vectors = sample_embeddings(draft.folder, _LOOK_AT).numpy()
         tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
         quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
-        draft.figures = {
+        draft.metrics = {
             "items": count_embeddings(draft.folder),
             "dimension": vectors.shape[1],
             "tokens": quantiles,
@@ -96,7 +96,7 @@ def join(run: RunConfig, catalog: Artifact) -> Artifact:
         vectors = VectorJoin(items, run.embedding)
         _write_joined(draft, vectors, files)
         draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
-        draft.figures["vectors_without_item"] = vectors.unknown
+        draft.metrics["vectors_without_item"] = vectors.unknown
 
     source = {"items": catalog.manifest["files"]["items.parquet"]["sha256"]} | _identify(files)
     return artifacts.build(
@@ -149,7 +149,7 @@ def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> No
         draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
     progress.close()
     looked_at = sample_embeddings(draft.folder, _LOOK_AT).numpy()
-    draft.figures = {"items": count_embeddings(draft.folder), "dimension": looked_at.shape[1]}
+    draft.metrics = {"items": count_embeddings(draft.folder), "dimension": looked_at.shape[1]}
     draft.health = require(check_embeddings(looked_at))
 
 

@@ -52,8 +52,8 @@ def prepare(run: RunConfig) -> Artifact:
         )
         log.info("catalog: %s", format_profile(profile))
         figures = ("items", "users", "interactions", "training_examples", "validation_users", "test_users")
-        draft.figures = {name: profile[name] for name in figures}
-        draft.figures["rows"] = {"items": items.record(), "interactions": interactions.record()}
+        draft.metrics = {name: profile[name] for name in figures}
+        draft.metrics["rows"] = {"items": items.record(), "interactions": interactions.record()}
         draft.health = require(check_catalog(profile))
 
     config = PrepareConfig(data=run.data, catalog=run.catalog)

@@ -52,7 +52,7 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             scale=run.scale,
         )
         _write_readable(draft, catalog)
-        draft.figures = {"users": len(users), "k": config.k}
+        draft.metrics = {"users": len(users), "k": config.k}
         draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
 
     names = _names(config.allowed)

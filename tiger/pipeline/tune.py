@@ -32,7 +32,7 @@ def tune(run: RunConfig, search: TuningConfig, embeddings: Artifact) -> Artifact
         draft.folder.write_bytes("search.svg", picture(rows, list(search.space)).encode())
         whole = len(rows) * run.tokenizer.training.epochs  # 0 for a tokenizer that has nothing to train
         spent = sum(row["epochs"] or 0 for row in rows) / whole if whole else 0.0
-        draft.figures = {
+        draft.metrics = {
             "trials": len(rows),
             "epochs_spent": round(spent, 3),
             "objective": rows[0]["objective"],
@@ -44,7 +44,7 @@ def tune(run: RunConfig, search: TuningConfig, embeddings: Artifact) -> Artifact
         log.info("tune: the winner is in %s/best.toml: python -m jobs.%s that-file", draft.folder.uri, job)
 
     config = TuningStageConfig(tokenizer=run.tokenizer, search=search)
-    return artifacts.build(run.root, "sweep", config, {"embeddings": embeddings}, make)
+    return artifacts.build(run.root, "tuning", config, {"embeddings": embeddings}, make)
 
 
 SECTIONS = {"search": TuningConfig}
