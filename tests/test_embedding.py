@@ -152,7 +152,7 @@ def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_is_not_there_names_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'packaged'"):
+    with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'bundled'"):
         TextEncoder(f"{tmp_path}/no-such-model")
 
 
@@ -211,7 +211,7 @@ def test_an_own_id_of_any_type_is_the_same_text(ids: pa.Array, tmp_path: Path) -
 
 def test_vectors_without_a_catalog_are_numbered_by_their_ids(tmp_path: Path) -> None:
     table = {"item_id": ["b", "a"], "vector": [[1.0, 2.0], [3.0, 4.0]]}
-    rows = own(tmp_path, table, storage="float16")
+    rows = own(tmp_path, table, storage_dtype="float16")
     assert rows == [{"item_id": 0, "vector": [3.0, 4.0]}, {"item_id": 1, "vector": [1.0, 2.0]}]
 
 
@@ -248,10 +248,10 @@ def test_a_second_vector_in_another_file_and_an_overflow_are_named(tmp_path: Pat
     one = {"item_id": ["a"], "vector": [[1.0]]}
     with pytest.raises(DataError, match=r"1\.parquet: 1 items have a second vector: a, a also in .*0\.parquet"):
         own(tmp_path, one, one, items=["a"])
-    with pytest.raises(HealthError, match="do not fit into float16: a: .*embedding.storage = float32"):
-        own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage="float16")
+    with pytest.raises(HealthError, match="do not fit into float16: a: .*embedding.storage_dtype = float32"):
+        own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage_dtype="float16")
     (tmp_path / "bad.parquet").write_bytes(b"no table")
-    with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.vectors"):
+    with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.import_path"):
         own_item_ids([RawFile.local(tmp_path / "bad.parquet")], EmbeddingConfig())
 
 
@@ -303,10 +303,10 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
 def test_every_job_refuses_vectors_that_are_not_there_before_its_first_stage(
     job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [job, "embedding.vectors=/no/such/file.parquet", f"root={tmp_path}/runs"])
+    monkeypatch.setattr(sys, "argv", [job, "embedding.import_path=/no/such/file.parquet", f"root={tmp_path}/runs"])
     monkeypatch.delitem(sys.modules, f"jobs.{job}", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"jobs.{job}", run_name="__main__")
     assert ended.value.code == 3
-    assert "/no/such/file.parquet does not exist; correct embedding.vectors" in capsys.readouterr().err
+    assert "/no/such/file.parquet does not exist; correct embedding.import_path" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/catalog-*"))

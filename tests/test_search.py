@@ -38,9 +38,9 @@ def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "low must be less": {"space": {"tokenizer.latent": {"low": 2, "high": 1}}},
-    "needs low > 0": {"space": {"tokenizer.latent": {"low": 0, "high": 1, "log": True}}},
-    "either choices, or low and high": {"space": {"tokenizer.latent": {"low": 1}}},
+    "low must be less": {"space": {"tokenizer.latent_dim": {"low": 2, "high": 1}}},
+    "needs low > 0": {"space": {"tokenizer.latent_dim": {"low": 0, "high": 1, "log": True}}},
+    "either choices, or low and high": {"space": {"tokenizer.latent_dim": {"low": 1}}},
     "model.d_ff is no key": {"space": {"model.d_ff": {"choices": [1]}}},
     "grace = 5 is more than looks = 3": {"looks": 3, "grace": 5},
 }
@@ -53,15 +53,15 @@ def test_impossible_spaces_are_refused(message: str) -> None:
 
 
 def test_a_key_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?"):
-        apply(RunConfig(), {"tokenizer.latnt": 3}, 10)
+    with pytest.raises(ConfigError, match=r"unknown key tokenizer.latent_dm; did you mean tokenizer.latent_dim\?"):
+        apply(RunConfig(), {"tokenizer.latent_dm": 3}, 10)
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "search.space is empty": {},
-    r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?": {"tokenizer.latnt": {"choices": [1]}},
+    r"unknown key tokenizer.latent_dm; did you mean tokenizer.latent_dim\?": {"tokenizer.latent_dm": {"choices": [1]}},
     "tokenizer.dropout = 1.5: Input should be less than 1": {"tokenizer.dropout": {"low": 0, "high": 1.5}},
-    "set search.space.tokenizer.latent: integer = true": {"tokenizer.latent": {"low": 4, "high": 32}},
+    "set search.space.tokenizer.latent_dim: integer = true": {"tokenizer.latent_dim": {"low": 4, "high": 32}},
     "tokenizer.kind = 'rqvea': there is no module": {"tokenizer.kind": {"choices": ["rqvae", "rqvea"]}},
 }
 
@@ -88,12 +88,18 @@ class Noted:
 FIRST = {
     "integer choices for a float key": ({"tokenizer.dropout": {"choices": [0, 0.1, 0.2]}}, {"tokenizer.dropout": 0}),
     "a float bound for an integer key": (
-        {"tokenizer.latent": {"low": 0, "high": 32, "integer": True}},
-        {"tokenizer.latent": 0},
+        {"tokenizer.latent_dim": {"low": 0, "high": 32, "integer": True}},
+        {"tokenizer.latent_dim": 0},
     ),
-    "lists": ({"tokenizer.hidden": {"choices": [[8], [512, 256, 128]]}}, {"tokenizer.hidden": [512, 256, 128]}),
+    "lists": (
+        {"tokenizer.hidden_dims": {"choices": [[8], [512, 256, 128]]}},
+        {"tokenizer.hidden_dims": [512, 256, 128]},
+    ),
     "no choice of the space": ({"tokenizer.dropout": {"choices": [0.1, 0.2]}}, {"tokenizer.dropout": 0}),
-    "outside of the range": ({"tokenizer.commitment": {"low": 0.5, "high": 1}}, {"tokenizer.commitment": 0.25}),
+    "outside of the range": (
+        {"tokenizer.commitment_weight": {"low": 0.5, "high": 1}},
+        {"tokenizer.commitment_weight": 0.25},
+    ),
 }
 
 
@@ -123,7 +129,7 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
 
 def test_resources_do_not_make_another_sweep() -> None:
     def sweep(**changes: Any) -> TuningStageConfig:
-        search = build(TuningConfig, {"space": {"tokenizer.latent": {"choices": [8, 16]}}} | changes)
+        search = build(TuningConfig, {"space": {"tokenizer.latent_dim": {"choices": [8, 16]}}} | changes)
         return TuningStageConfig(tokenizer=RunConfig().tokenizer, search=search)
 
     for resource in ("concurrent", "workers_per_trial", "cpus_per_trial"):
@@ -242,14 +248,14 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
 
 
 def test_the_table_stands_in_columns_and_leaves_out_what_a_trial_has_not() -> None:
-    keys = ["tokenizer.hidden", "tokenizer.training.learning_rate"]
+    keys = ["tokenizer.hidden_dims", "tokenizer.training.learning_rate"]
     known = {"objective": 1.25, "unique_ratio": 0.875, "reconstruction_error": 0.25, "overlap@1": 0.625, "epochs": 40.0}
     rows = [
         {"trial": 11, "status": "finished", "looks": 10, **known, keys[0]: [512, 256], keys[1]: 0.00123},
         {"trial": None, "status": "running", "looks": 0, "epochs": 0.0, "objective": None, keys[0]: [8], keys[1]: 0.1},
     ]
     head, first, second = table(rows, keys)
-    assert head.split()[-2:] == ["hidden", "learning_rate"]
+    assert head.split()[-2:] == ["hidden_dims", "learning_rate"]
     assert " ".join(first.split()) == "11 finished 10 40 1.2500 0.8750 0.2500 0.6250 [512, 256] 0.00123"
     assert " ".join(second.split()) == "running 0 0 [8] 0.1"
     assert len(head) == len(first) == len(second)
@@ -265,7 +271,7 @@ def toy_sweep(folder: Path, search: str) -> list[str]:
     )
     (folder / "x.search.toml").write_text(
         f'looks = 3\ngrace = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
-        '[space."tokenizer.latent"]\nlow = 4\nhigh = 32\ninteger = true\n'
+        '[space."tokenizer.latent_dim"]\nlow = 4\nhigh = 32\ninteger = true\n'
     )
     return [sys.executable, "-m", "jobs.tune", str(folder / "x.toml")]
 
@@ -304,11 +310,11 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     for name, content in kept.items():
         entry = json.loads(content)
         row = next(row for row in rows if row["trial"] == int(name.removesuffix(".json")))
-        assert row["tokenizer.latent"] == entry["values"]["tokenizer.latent"]
+        assert row["tokenizer.latent_dim"] == entry["values"]["tokenizer.latent_dim"]
         assert row["objective"] == max(look["objective"] for look in entry["looks"])
     assert rows[0]["objective"] == max(row["objective"] for row in rows)
     best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
-    assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
+    assert best.tokenizer.model_dump()["latent_dim"] == rows[0]["tokenizer.latent_dim"]
     assert (sweep / "search.svg").read_text().count("<circle") == 10
 
 
@@ -350,6 +356,6 @@ def test_trials_as_process_groups_find_what_single_ones_find(tmp_path: Path) -> 
         assert done.returncode == 0, done.stderr[-3000:]
         sweep = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
         rows = pq.read_table(sweep / "trials.parquet").to_pylist()
-        found.append({row["tokenizer.latent"]: row["objective"] for row in rows})
+        found.append({row["tokenizer.latent_dim"]: row["objective"] for row in rows})
     assert found[0].keys() == found[1].keys()
     assert list(found[0].values()) == pytest.approx(list(found[1].values()), abs=0.05)

@@ -99,8 +99,8 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
             head = argument.partition(".")[0]
             overrides[head if head in sections else ""].append(argument)
         run = load(RunConfig, name, overrides[""], CONFIGS)
-        if run.embedding.vectors is not None:
-            expand([run.embedding.vectors], "embedding.vectors")  # before the first stage, which may take hours
+        if run.embedding.import_path is not None:
+            expand([run.embedding.import_path], "embedding.import_path")  # before the first stage, which may take hours
         further = {section: _section(name, section, sections[section], overrides[section]) for section in sections}
         log_file = logs.JsonLinesHandler(run.root, verb)
         logging.getLogger("tiger").addHandler(log_file)

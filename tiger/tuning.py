@@ -113,7 +113,7 @@ def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfi
     if looks is None:
         return build(RunConfig, plain)
     epochs = build(RunConfig, plain).tokenizer.training.epochs
-    plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
+    plain = with_override(plain, "tokenizer.training.validate_every_epochs", max(1.0, epochs / looks))
     return build(RunConfig, plain)
 
 

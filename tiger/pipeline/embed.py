@@ -1,6 +1,6 @@
 """Embed the catalog's texts on a pool of sentence-transformers actors (Ray Data).
 
-With embedding.vectors=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
+With embedding.import_path=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class OwnVectorsConfig(Config):
 
     vectors_id: str
     vectors_column: str
-    storage: Literal["float32", "float16"]
+    storage_dtype: Literal["float32", "float16"]
 
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
-    """Embed the catalog: its texts, or with `embedding.vectors` your own vectors of its items."""
+    """Embed the catalog: its texts, or with `embedding.import_path` your own vectors of its items."""
     config = run.embedding
-    if config.vectors is not None:
+    if config.import_path is not None:
         return join(run, catalog)
     identity = encoder_identity(config.model)
     encoder = {
         "model": identity["model"],
-        "prompt": config.prompt,
+        "prefix": config.prefix,
         "max_tokens": config.max_tokens,
         "precision": config.precision,
         "batch_tokens": config.batch_tokens,
@@ -60,7 +60,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             ["item_id", "text"],
             draft.folder.child("vectors"),
             EmbedShard,
-            {"storage": config.storage, **encoder},
+            {"storage_dtype": config.storage_dtype, **encoder},
             actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
             what="embed",
             scale=run.scale,
@@ -118,17 +118,19 @@ def adopt(run: RunConfig) -> Artifact:
 
 
 def own_vector_files(run: RunConfig) -> list[RawFile]:
-    """Return the files of `embedding.vectors`.
+    """Return the files of `embedding.import_path`.
 
     Raises:
         DataError: there is no such file.
     """
-    return expand([run.embedding.vectors or ""], "embedding.vectors")
+    return expand([run.embedding.import_path or ""], "embedding.import_path")
 
 
 def _own_config(run: RunConfig) -> OwnVectorsConfig:
     config = run.embedding
-    return OwnVectorsConfig(vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage=config.storage)
+    return OwnVectorsConfig(
+        vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage_dtype=config.storage_dtype
+    )
 
 
 def _identify(files: list[RawFile]) -> dict[str, str]:
@@ -158,8 +160,8 @@ def ensure_embeddings(run: RunConfig) -> Artifact:
 
     The default data are a generated sample, which cannot be what own vectors belong to.
     """
-    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
-        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+    if run.embedding.import_path is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.import_path, without a catalog")
         return adopt(run)
     return embed(run, prepare(run))
 

@@ -102,7 +102,7 @@ def compare_with_exact(run: RunConfig, model: Artifact, catalog: Catalog, users:
     With a dense head once for generation alone, and once for the order that the dense head gives: there the beam also
     decides what the head gets to see. Beams of 20 and of `evaluation.beam`.
     """
-    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
+    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.num_exact_users]
     if not len(drawn) or catalog.n_items > _EXACT_ITEMS:
         log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), catalog.n_items)
         return {}

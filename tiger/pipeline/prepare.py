@@ -41,12 +41,12 @@ def prepare(run: RunConfig) -> Artifact:
             sizes[role].append((file, entry["bytes"]))
         profile = catalog.make(
             run.catalog,
-            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_rows),
+            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_row_fraction),
             _read(
                 source.read_interactions(run.data, files, interactions),
                 sizes["interactions"],
                 interactions,
-                run.data.max_bad_rows,
+                run.data.max_bad_row_fraction,
             ),
             draft.folder,
         )
@@ -78,7 +78,7 @@ def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _read(
-    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_rows: float
+    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_row_fraction: float
 ) -> Iterator[pa.RecordBatch]:
     """Yield the batches of one role, show the progress in its files, and close its ledger."""
     progress = Progress(f"read {ledger.table}", None, "rows")
@@ -86,7 +86,7 @@ def _read(
         progress.add(batch.num_rows)
         yield batch
     progress.close()
-    ledger.close(max_bad_rows)
+    ledger.close(max_bad_row_fraction)
 
 
 job = prepare

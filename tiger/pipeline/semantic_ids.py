@@ -1,6 +1,7 @@
 """Train the tokenizer on the embeddings (Ray Train) and assign every item one unique tuple of codes.
 
-With embedding.vectors=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no text.
+With embedding.import_path=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no
+text.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         nearest = code_metrics(codes, config.codebook_size)
 
         def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            assert vectors is not None, "RunConfig refuses a streamed tokenizer with collisions = nearest"
+            assert vectors is not None, "RunConfig refuses a streamed tokenizer with collision_policy = nearest_free"
             return trained.last_level_costs(vectors[items]).numpy()
 
         ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
@@ -91,7 +92,7 @@ def build_semantic_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
 
 
 def _streamed(config: TokenizerConfig) -> bool:
-    return isinstance(config, rkmeans.Config) and config.streamed
+    return isinstance(config, rkmeans.Config) and config.streaming
 
 
 def _quantize(

@@ -26,7 +26,7 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
             model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
         )
         guessing = min(1.0, 10 / catalog.metrics["items"])
-        popular = popularity_recall(Catalog(catalog).histories, run.model.validation_users, run.model.seed)
+        popular = popularity_recall(Catalog(catalog).histories, run.model.training.validation_users, run.model.seed)
         draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
     return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
