@@ -227,13 +227,13 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
     for kind in ("amazon", "tables", "rkmeans"):
         assert f'kind = "{kind}":' in printed
     for key, *_ in describe(TuningConfig):
-        assert (f"  search.{key} = " in printed) == (job == "tune")
+        assert (f"  tuning.{key} = " in printed) == (job == "tune")
 
 
 ONE_LINE = {
     ("jobs.prepare", "tokenizer.num_levls=4"): "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels?",
-    ("jobs.tune", "search.trails=4"): "unknown key search.trails; did you mean search.trials?",
-    ("jobs.tune", "beauty"): "tiger/configs/beauty.search.toml does not exist",
+    ("jobs.tune", "tuning.num_trails=4"): "unknown key tuning.num_trails; did you mean tuning.num_trials?",
+    ("jobs.tune", "beauty"): "tiger/configs/beauty.tune.toml does not exist",
 }
 
 

@@ -25,16 +25,16 @@ from tiger.run import RunConfig
 from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, picture, require_possible, table
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
-SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
+SEARCHES = sorted(CONFIGS.glob("*.tune.toml"))
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
     search = load(TuningConfig, str(path), [], CONFIGS)
-    run = load(RunConfig, path.stem.removesuffix(".search"), [], CONFIGS)
+    run = load(RunConfig, path.stem.removesuffix(".tune"), [], CONFIGS)
     for key, space in search.space.items():
         for value in space.choices or [space.low, space.high]:
-            apply(run, {key: value}, search.looks)
+            apply(run, {key: value}, search.num_evaluations)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "needs low > 0": {"space": {"tokenizer.latent_dim": {"low": 0, "high": 1, "log": True}}},
     "either choices, or low and high": {"space": {"tokenizer.latent_dim": {"low": 1}}},
     "model.d_ff is no key": {"space": {"model.d_ff": {"choices": [1]}}},
-    "grace = 5 is more than looks = 3": {"looks": 3, "grace": 5},
+    "grace_period = 5 is more than num_evaluations = 3": {"num_evaluations": 3, "grace_period": 5},
 }
 
 
@@ -58,10 +58,10 @@ def test_a_key_that_does_not_exist_is_refused() -> None:
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
-    "search.space is empty": {},
+    "tuning.space is empty": {},
     r"unknown key tokenizer.latent_dm; did you mean tokenizer.latent_dim\?": {"tokenizer.latent_dm": {"choices": [1]}},
     "tokenizer.dropout = 1.5: Input should be less than 1": {"tokenizer.dropout": {"low": 0, "high": 1.5}},
-    "set search.space.tokenizer.latent_dim: integer = true": {"tokenizer.latent_dim": {"low": 4, "high": 32}},
+    "set tuning.space.tokenizer.latent_dim: integer = true": {"tokenizer.latent_dim": {"low": 4, "high": 32}},
     "tokenizer.kind = 'rqvea': there is no module": {"tokenizer.kind": {"choices": ["rqvae", "rqvea"]}},
 }
 
@@ -120,7 +120,7 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
         for n, given in enumerate(values):
             searcher.on_trial_result(f"t{n}", {"objective": n, "training_iteration": 1})
             searcher.on_trial_complete(f"t{n}", {"objective": n})
-            tune.apply(run, tune._decoded(given, search), search.looks)
+            tune.apply(run, tune._decoded(given, search), search.num_evaluations)
     tried = Noted(other, tune._standing(run, search)[0])
     assert all(tune._searcher(run, search, tried).suggest(f"t{n}") is not None for n in range(2))
     if "choices" not in space[key]:
@@ -130,14 +130,21 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
 def test_resources_do_not_make_another_sweep() -> None:
     def sweep(**changes: Any) -> TuningStageConfig:
         search = build(TuningConfig, {"space": {"tokenizer.latent_dim": {"choices": [8, 16]}}} | changes)
-        return TuningStageConfig(tokenizer=RunConfig().tokenizer, search=search)
+        return TuningStageConfig(tokenizer=RunConfig().tokenizer, tuning=search)
 
-    for resource in ("concurrent", "workers_per_trial", "cpus_per_trial"):
+    for resource in ("max_concurrent_trials", "workers_per_trial", "cpus_per_trial"):
         assert sweep(**{resource: 3}).identity() == sweep().identity()
     assert sweep(gpus_per_trial=0.5).identity() == sweep().identity()
-    for key, value in {"trials": 99, "sampler": "random", "looks": 9, "grace": 1, "reduction": 2, "seed": 1}.items():
+    for key, value in {
+        "num_trials": 99,
+        "sampler": "random",
+        "num_evaluations": 9,
+        "grace_period": 1,
+        "reduction_factor": 2,
+        "seed": 1,
+    }.items():
         assert sweep(**{key: value}).identity() != sweep().identity()
-        assert (sweep(**{key: value}).family("e") == sweep().family("e")) == (key == "trials")
+        assert (sweep(**{key: value}).family("e") == sweep().family("e")) == (key == "num_trials")
     assert sweep().family("e") != sweep().family("f")
 
 
@@ -187,7 +194,7 @@ def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(job, "load_embeddings", lambda _: None)
     monkeypatch.setattr(Artifact, "verify", lambda self: None)
     run = load(RunConfig, None, ["tokenizer.kind=rkmeans", f"root={tmp_path}"], CONFIGS)
-    search = build(TuningConfig, {"trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
+    search = build(TuningConfig, {"num_trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
     embeddings = Artifact(Folder(str(tmp_path)), {"fingerprint": "00000000", "kind": "embeddings"})
     artifacts_read: list[Any] = []
     monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
@@ -269,8 +276,8 @@ def toy_sweep(folder: Path, search: str) -> list[str]:
         f'root = "{folder}/runs"\n[embedding]\nvectors = "{folder}/vectors.parquet"\n'
         "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
     )
-    (folder / "x.search.toml").write_text(
-        f'looks = 3\ngrace = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
+    (folder / "x.tune.toml").write_text(
+        f'num_evaluations = 3\ngrace_period = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
         '[space."tokenizer.latent_dim"]\nlow = 4\nhigh = 32\ninteger = true\n'
     )
     return [sys.executable, "-m", "jobs.tune", str(folder / "x.toml")]
@@ -286,7 +293,7 @@ def journal(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     """The driver is killed after two trials; the same command runs the others, and none of the two again."""
-    command = toy_sweep(tmp_path, "trials = 5\nconcurrent = 1")
+    command = toy_sweep(tmp_path, "num_trials = 5\nmax_concurrent_trials = 1")
     root = CONFIGS.parents[1]
     first = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert first.stderr
@@ -315,7 +322,7 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert rows[0]["objective"] == max(row["objective"] for row in rows)
     best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
     assert best.tokenizer.model_dump()["latent_dim"] == rows[0]["tokenizer.latent_dim"]
-    assert (sweep / "search.svg").read_text().count("<circle") == 10
+    assert (sweep / "tuning.svg").read_text().count("<circle") == 10
 
 
 @pytest.mark.slow
@@ -323,12 +330,16 @@ def test_a_finished_sweep_is_continued_with_more_trials_and_other_resources(tmp_
     """Over residual k-means, which has nothing to train."""
     command = toy_sweep(tmp_path, "")
     (tmp_path / "x.toml").write_text((tmp_path / "x.toml").read_text().partition("[tokenizer.training]")[0])
-    (tmp_path / "x.search.toml").write_text(
+    (tmp_path / "x.tune.toml").write_text(
         'trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
     )
     command.append("tokenizer.kind=rkmeans")
     found: list[list[dict[str, Any]]] = []
-    for changes, made in ((["search.concurrent=1"], 2), (["search.cpus_per_trial=2"], 0), (["search.trials=4"], 2)):
+    for changes, made in (
+        (["tuning.max_concurrent_trials=1"], 2),
+        (["tuning.cpus_per_trial=2"], 0),
+        (["tuning.num_trials=4"], 2),
+    ):
         done = subprocess.run([*command, *changes], cwd=CONFIGS.parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(ENDED.findall(done.stderr)) == made, done.stderr[-3000:]
@@ -349,8 +360,10 @@ def test_trials_as_process_groups_find_what_single_ones_find(tmp_path: Path) -> 
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        command = toy_sweep(folder, f"trials = 2\nconcurrent = 1\nsampler = 'random'\nworkers_per_trial = {workers}")
-        search = folder / "x.search.toml"
+        command = toy_sweep(
+            folder, f"num_trials = 2\nmax_concurrent_trials = 1\nsampler = 'random'\nworkers_per_trial = {workers}"
+        )
+        search = folder / "x.tune.toml"
         search.write_text(search.read_text().replace("[0.1, 0.0]", "[0.0]"))
         done = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -76,6 +76,12 @@ RENAMED = {
     "sasrec.max_items": "sasrec.max_history_items",
     "sasrec.training.clip_norm": "sasrec.training.max_grad_norm",
     "sasrec.training.validate_every": "sasrec.training.validate_every_epochs",
+    "search": "tuning",
+    "tuning.trials": "tuning.num_trials",
+    "tuning.looks": "tuning.num_evaluations",
+    "tuning.grace": "tuning.grace_period",
+    "tuning.reduction": "tuning.reduction_factor",
+    "tuning.concurrent": "tuning.max_concurrent_trials",
 }
 """Keys of earlier versions, so that an old configuration is told the new name."""
 
