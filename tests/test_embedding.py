@@ -273,7 +273,7 @@ def shop(folder: Path, vectors: int = 20, **embedding: str) -> RunConfig:
     for number, part in enumerate((table[:8], table[8:])):
         pq.write_table(part, folder / f"vectors/{number}.parquet")
     values = {
-        "root": str(folder / "runs"), "embedding": {"vectors": str(folder / "vectors")},
+        "root": str(folder / "runs"), "embedding": {"import_path": str(folder / "vectors")},
         "data": {"kind": "tables", "items": str(folder / "items.csv"), "interactions": str(folder / "events.csv")},
         "catalog": {"text_fields": ["title"], "k_core": 0},
     }  # fmt: skip
@@ -293,7 +293,7 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     assert (
         tiger.pipeline.embed.ensure_embeddings(run).fingerprint == made.fingerprint
     )  # what jobs.semantic_ids and jobs.tune read
-    alone = build(RunConfig, {"root": run.root, "embedding": {"vectors": str(tmp_path / "vectors")}})
+    alone = build(RunConfig, {"root": run.root, "embedding": {"import_path": str(tmp_path / "vectors")}})
     adopted = tiger.pipeline.embed.ensure_embeddings(alone)
     assert adopted.fingerprint != made.fingerprint
     assert adopted.folder.read_table("items.parquet")["source_id"].to_pylist() == sorted(vector_of)

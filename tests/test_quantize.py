@@ -54,7 +54,8 @@ def test_passes_over_parts_equal_passes_in_memory(tmp_path: Path) -> None:
     settings = config(distance="euclidean", kmeans_sample=256)
     tokenizer = quantize.fit(settings, embeddings(tmp_path, array, 7))
     start = quantize.fit(
-        config(distance="euclidean", kmeans_sample=256, passes_per_level=1, levels=1), embeddings(tmp_path, array, 7)
+        config(distance="euclidean", kmeans_sample=256, passes_per_level=1, num_levels=1),
+        embeddings(tmp_path, array, 7),
     )
     standard = tokenizer.standardize(torch.from_numpy(array))
     codebook = start.codebooks[0]  # one pass made
@@ -92,7 +93,7 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
     tokenizer = {"kind": "rkmeans", "codebook_size": 32, "streaming": streamed, "passes_per_level": 1}
     run = build(
         RunConfig,
-        {"root": str(tmp_path / "runs"), "embedding": {"vectors": str(path)}, "tokenizer": tokenizer}
+        {"root": str(tmp_path / "runs"), "embedding": {"import_path": str(path)}, "tokenizer": tokenizer}
         | {"semantic_ids": {"collision_policy": "extra_code" if streamed else "nearest_free"}},
     )
     artifact = build_semantic_ids(run, ensure_embeddings(run))
