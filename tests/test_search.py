@@ -273,7 +273,7 @@ def toy_sweep(folder: Path, search: str) -> list[str]:
     names = [f"item {n:03d}" for n in range(400)]
     pq.write_table(pa.table({"item_id": names, "vector": list(clusters())}), folder / "vectors.parquet")
     (folder / "x.toml").write_text(
-        f'root = "{folder}/runs"\n[embedding]\nvectors = "{folder}/vectors.parquet"\n'
+        f'root = "{folder}/runs"\n[embedding]\nimport_path = "{folder}/vectors.parquet"\n'
         "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
     )
     (folder / "x.tune.toml").write_text(
@@ -331,7 +331,7 @@ def test_a_finished_sweep_is_continued_with_more_trials_and_other_resources(tmp_
     command = toy_sweep(tmp_path, "")
     (tmp_path / "x.toml").write_text((tmp_path / "x.toml").read_text().partition("[tokenizer.training]")[0])
     (tmp_path / "x.tune.toml").write_text(
-        'trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
+        'num_trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
     )
     command.append("tokenizer.kind=rkmeans")
     found: list[list[dict[str, Any]]] = []
