@@ -174,14 +174,14 @@ OVERRIDES: list[tuple[str, str]] = [
     ("model.num_user_tokens=5", "encoder = causal has no user token"), ("model.item_dropout=1", "less than 1"),
     ("model.softmax=best", "softmax = 'best'"), ("collaborative.weight=1", "less than 1"),
     ("tokenizer.kind=rqave", "there is no module tiger.tokenizers.rqave; shipped: opq, rkmeans, rqvae"),
-    ("tokenizer.levels=0", "levels = 0"), ("tokenizer.levels=9", "levels = 9"), ("tokenizer.codebook_size=1", "codebook_size = 1"),
+    ("tokenizer.num_levels=0", "num_levels = 0"), ("tokenizer.num_levels=9", "num_levels = 9"), ("tokenizer.codebook_size=1", "codebook_size = 1"),
     ("tokenizer.codebook_size=40000", "codebook_size = 40000"), ("tokenizer.distance=manhattan", "distance = 'manhattan'"),
-    ("tokenizer.levls=3", "unknown key tokenizer.levls; did you mean tokenizer.levels"), ("tokenizer.gradient=gumbel", "gradient = 'gumbel'"),
+    ("tokenizer.num_levls=3", "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels"), ("tokenizer.gradient_estimator=gumbel", "gradient_estimator = 'gumbel'"),
     ("data.kind=movielens", "there is no module"), ("data.kind=os.path", "Config"), ("data=1", "data"),
     ("evaluation.beam=10", "evaluation.beam = 10"), ("recommend.k=0", "recommend.k = 0"), ("recommend.temperature=-1", "temperature = -1"),
-    ("recommend.per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
-    ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collisions=ignore", "collisions = 'ignore'"),
-    ("embedding.storage=int8", "storage = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
+    ("recommend.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
+    ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collision_policy=ignore", "collision_policy = 'ignore'"),
+    ("embedding.storage_dtype=int8", "storage_dtype = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
 ]  # fmt: skip
 
 
@@ -256,7 +256,7 @@ MANIFESTS: list[Any] = [
     b"", b"{", b"null", b"[]", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 3_000, b"\x00" * 100,
     {"files": None}, {"files": []}, {"files": {"table.parquet": {}}}, {"files": {"table.parquet": None}},
     {"files": {"table.parquet": {"bytes": "many", "sha256": ""}}}, {"files": {}}, {"schema_version": "2"}, {"schema_version": 1},
-    {"schema_version": 99}, {"kind": "model"}, {"figures": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
+    {"schema_version": 99}, {"kind": "model"}, {"metrics": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
 ]  # fmt: skip
 
 

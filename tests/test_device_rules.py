@@ -184,19 +184,21 @@ def device_group() -> Iterator[None]:
 
 
 TOKENIZER = {"codebook_size": 8, "kmeans_iterations": 5}
-TRAINED = {"epochs": 3, "batch_size": 64, "validate_every": 1.0}
+TRAINED = {"epochs": 3, "batch_size": 64, "validate_every_epochs": 1.0}
 MODEL = {
     "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "dropout": 0.0,
     "item_dropout": 0.0, "max_history_items": 5,
-    "validation_users": 40, "validation_beam": 10,
-    "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "auto", "validate_every": 1.0},
+    "training": {
+        "epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "auto",
+        "validation_users": 40, "validation_beam": 10, "validate_every_epochs": 1.0,
+    },
 }  # fmt: skip
 PAPER = {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"}
 KINDS: dict[str, dict[str, Any]] = {
-    "rqvae": TOKENIZER | {"training": TRAINED, "refresh_every": 1},
-    "rqvae ema": TOKENIZER | {"codebook_update": "ema", "gradient": "rotation", "training": TRAINED},
+    "rqvae": TOKENIZER | {"training": TRAINED, "codebook_update_every": 1},
+    "rqvae ema": TOKENIZER | {"codebook_update": "ema", "gradient_estimator": "rotation", "training": TRAINED},
     "rkmeans": TOKENIZER | {"kind": "rkmeans"},
-    "opq": TOKENIZER | {"kind": "opq", "levels": 4},
+    "opq": TOKENIZER | {"kind": "opq", "num_levels": 4},
     "trie": {},
     "trie item dropout": {"item_dropout": 0.3},
     "trie bidirectional": {"encoder": "bidirectional"},
@@ -204,7 +206,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "paper users": PAPER | {"num_user_tokens": 7},
     "paper causal children": PAPER | {"encoder": "causal", "softmax_support": "children"},
-    "sasrec": {"dimension": 16, "max_items": 6, "dropout": 0.0, "training": TRAINED | {"batch_size": 16}},
+    "sasrec": {"embedding_dim": 16, "max_history_items": 6, "dropout": 0.0, "training": TRAINED | {"batch_size": 16}},
 }
 STEPPING = [kind for kind in KINDS if kind not in ("rkmeans", "opq")]
 

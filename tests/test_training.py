@@ -38,7 +38,11 @@ from tiger.training.checkpoints import CheckpointStore
 from tiger.training.loop import Callbacks, prefetch
 
 CPU = torch.device("cpu")
-TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
+TOKENIZER = {
+    "codebook_size": 16,
+    "dropout": 0.0,
+    "training": {"epochs": 4, "batch_size": 100, "validate_every_epochs": 1.0},
+}
 MODEL = {
     "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "dropout": 0.0,
     "item_dropout": 0.0, "max_history_items": 5,
@@ -50,8 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "paper": {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"},
 }
 SASREC = {
-    "dimension": 16, "max_items": 6, "dropout": 0.0,
-    "training": {"epochs": 4, "batch_size": 32, "validate_every": 1},
+    "embedding_dim": 16, "max_history_items": 6, "dropout": 0.0,
+    "training": {"epochs": 4, "batch_size": 32, "validate_every_epochs": 1},
 }  # fmt: skip
 
 
@@ -171,7 +175,7 @@ def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_averages_and_resets_are_the_same_on_every_worker(update: str, workers: int, tmp_path: Path) -> None:
     """551 rows in batches of 100: the last batch, of 51, is uneven on 2 and on 4 workers, and no row is lost."""
-    changes = {"codebook_update": update, "balance_last_level": True, "linear_path": False}
+    changes = {"codebook_update": update, "sinkhorn_last_level": True, "linear_skip": False}
     _, alone = learn("tokenizer", **changes)
     first, *others = group(workers, "tokenizer", tmp_path, **changes)
     assert all(other == first for other in others)

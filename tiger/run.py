@@ -31,7 +31,7 @@ class EvaluationConfig(Config):
 
     beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
     max_users: int | None = Field(None, ge=1, description="users per split, drawn by seed; none: all")
-    exact_users: int = Field(
+    num_exact_users: int = Field(
         300, ge=0, description="test users for whom the search is held against scoring every item; 0: none"
     )
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: two per GPU, or one per CPU core")
@@ -41,17 +41,19 @@ class EvaluationConfig(Config):
 class RecommendConfig(Config):
     """Recommendations after the users' whole histories."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed", "max_actors"})  # what the file holds counts
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"allowed_items_file", "max_actors"}
+    )  # what the file holds counts
 
     users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
     k: int = Field(10, ge=1, description="items per user")
     beam: int = Field(50, ge=1, description="width of the beam search")
     exclude_history: bool = Field(True, description="leave out what the user already had")
-    allowed: str | None = Field(
+    allowed_items_file: str | None = Field(
         None, description="a file of item names (source ids), one a line, UTF-8: only these come back; none: all items"
     )
     temperature: float = Field(0.0, ge=0, description="above 0: items are drawn, the higher the more freely")
-    per_first_code: int | None = Field(None, ge=1, description="items of one first code in a list, at most")
+    max_per_first_code: int | None = Field(None, ge=1, description="items of one first code in a list, at most")
     seed: int = Field(0, ge=0, description="seed of the draw")
     max_actors: int | None = Field(None, ge=1, description="decoders at most; none: two per GPU, or one per CPU core")
 
@@ -115,21 +117,21 @@ class RunConfig(Config):
     def _sections_fit(self) -> RunConfig:
         """Refuse sections that cannot be used together, before the first stage."""
         tokenizer, ids = self.tokenizer, self.semantic_ids
-        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streamed and ids.collisions == "nearest":
+        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streaming and ids.collision_policy == "nearest_free":
             raise ValueError(
-                "semantic_ids.collisions = nearest needs the vectors in memory, tokenizer.streamed = true keeps them "
-                "out of it; set semantic_ids.collisions = level"
+                "semantic_ids.collision_policy = nearest_free needs the vectors in memory, tokenizer.streaming = true "
+                "keeps them out of it; set semantic_ids.collision_policy = extra_code"
             )
-        sizes = [tokenizer.codebook_size] * tokenizer.levels
+        sizes = [tokenizer.codebook_size] * tokenizer.num_levels
         if math.prod(sizes) >= 2**63:
             raise ValueError(
-                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
-                "have 2^63 tuples or more; use fewer levels or smaller codebooks"
+                f"tokenizer.num_levels = {tokenizer.num_levels} of tokenizer.codebook_size = {tokenizer.codebook_size} "
+                "codes have 2^63 tuples or more; use fewer levels or smaller codebooks"
             )
-        if ids.collisions != "refuse" and math.prod([*sizes, ids.collision_codes]) >= 2**63:
+        if ids.collision_policy != "error" and math.prod([*sizes, ids.collision_codes]) >= 2**63:
             raise ValueError(
-                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
-                f"and a collision level of semantic_ids.collision_codes = {ids.collision_codes} have 2^63 tuples or "
-                "more; use fewer levels, or less of either"
+                f"tokenizer.num_levels = {tokenizer.num_levels} of tokenizer.codebook_size = {tokenizer.codebook_size} "
+                f"codes and a collision level of semantic_ids.collision_codes = {ids.collision_codes} have 2^63 "
+                "tuples or more; use fewer levels, or less of either"
             )
         return self

@@ -1,6 +1,6 @@
 """The search for a tokenizer: its space, its objective, and what it leaves behind. No Ray here.
 
-A search is a TOML file beside the configuration, `beauty-cpu.search.toml` beside `beauty-cpu.toml`.
+A search is a TOML file beside the configuration, `beauty-cpu.tune.toml` beside `beauty-cpu.toml`.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ class TuningConfig(Config):
     """
 
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"concurrent", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
+        {"max_concurrent_trials", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
     )
 
-    trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
+    num_trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
     sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random draws")
-    concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as there is room for")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="trials at a time; none: as many as there is room for"
+    )
     workers_per_trial: int = Field(1, ge=1, description="processes of a trial; more than one train it as a DDP group")
     cpus_per_trial: float = Field(1, gt=0, description="CPUs of each of these processes")
     gpus_per_trial: float = Field(0, ge=0, le=1, description="share of a GPU of each of these processes")
-    looks: int = Field(10, ge=2, description="times that a whole trial is looked at, and may be stopped early")
-    grace: int = Field(2, ge=1, description="looks before a trial may be stopped")
-    reduction: float = Field(3, gt=1, description="ASHA goes on with one in so many trials")
+    num_evaluations: int = Field(
+        10, ge=2, description="times that a whole trial is evaluated, and may be stopped early"
+    )
+    grace_period: int = Field(2, ge=1, description="evaluations before a trial may be stopped")
+    reduction_factor: float = Field(3, gt=1, description="ASHA goes on with one in so many trials")
     seed: int = Field(0, ge=0, description="seed of the sampler")
     weights: Weights = Weights()
     space: dict[str, Space] = Field({}, description="dotted keys of the configuration and their values")
@@ -81,8 +85,11 @@ class TuningConfig(Config):
         wrong = [key for key in self.space if not key.startswith("tokenizer.")]
         if wrong:
             raise ValueError(f"the search is over the tokenizer; {', '.join(wrong[:MAX_LISTED])} is no key of it")
-        if self.grace > self.looks:
-            raise ValueError(f"grace = {self.grace} is more than looks = {self.looks}: no trial could be stopped early")
+        if self.grace_period > self.num_evaluations:
+            raise ValueError(
+                f"grace_period = {self.grace_period} is more than num_evaluations = {self.num_evaluations}: no trial "
+                "could be stopped early"
+            )
         return self
 
 
@@ -90,7 +97,7 @@ class TuningStageConfig(Config):
     """What decides a search's outcome."""
 
     tokenizer: SerializeAsAny[TokenizerConfig]
-    search: TuningConfig
+    tuning: TuningConfig
 
     def family(self, embeddings: str) -> str:
         """Return a fingerprint of all that two sweeps have in common if one can continue the trials of the other.
@@ -99,7 +106,7 @@ class TuningStageConfig(Config):
             embeddings: the fingerprint of the embeddings.
         """
         identity = self.identity()
-        del identity["search"]["trials"]
+        del identity["tuning"]["num_trials"]
         return fingerprint(identity, embeddings)
 
 
@@ -113,19 +120,19 @@ def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfi
     if looks is None:
         return build(RunConfig, plain)
     epochs = build(RunConfig, plain).tokenizer.training.epochs
-    plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
+    plain = with_override(plain, "tokenizer.training.validate_every_epochs", max(1.0, epochs / looks))
     return build(RunConfig, plain)
 
 
-def require_possible(run: RunConfig, search: TuningConfig) -> None:
+def require_possible(run: RunConfig, tuning: TuningConfig) -> None:
     """Try the values of every key of the space, so that a mistake ends the sweep before its first trial.
 
     Raises:
         ConfigError: the space is empty, a key does not exist, or one of its values is impossible.
     """
-    if not search.space:
-        raise ConfigError("search.space is empty: name at least one key of the tokenizer, with choices or low and high")
-    for key, space in search.space.items():
+    if not tuning.space:
+        raise ConfigError("tuning.space is empty: name at least one key of the tokenizer, with choices or low and high")
+    for key, space in tuning.space.items():
         if space.choices is not None:
             for choice in space.choices:
                 apply(run, {key: choice}, None)
@@ -137,7 +144,7 @@ def require_possible(run: RunConfig, search: TuningConfig) -> None:
             try:
                 apply(run, {key: low + (high - low) / 3 + 1e-3 * (high - low)}, None)
             except ConfigError as error:
-                raise ConfigError(f"{error}; set search.space.{key}: integer = true for whole numbers") from None
+                raise ConfigError(f"{error}; set tuning.space.{key}: integer = true for whole numbers") from None
 
 
 def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:

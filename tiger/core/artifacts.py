@@ -43,7 +43,7 @@ __all__ = [  # Folder and its constants are in tiger.core.storage
     "stage_fingerprint",
 ]
 
-SCHEMA_VERSION = 4  # part of every fingerprint
+SCHEMA_VERSION = 5  # part of every fingerprint
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
 
@@ -67,8 +67,8 @@ class Artifact:
         return self.manifest["health"]
 
     @property
-    def figures(self) -> dict[str, Any]:
-        return self.manifest["figures"]
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest["metrics"]
 
     @property
     def home(self) -> Folder:
@@ -130,11 +130,11 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact being made: `folder` to write into; `figures` and `health` to fill for the manifest."""
+    """An artifact being made: `folder` to write into; `metrics` and `health` to fill for the manifest."""
 
     folder: Folder
     fingerprint: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -206,7 +206,7 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
     make(draft)
     folder.delete_partials()
     manifest = given | {
-        "figures": draft.figures,
+        "metrics": draft.metrics,
         "health": draft.health,
         "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
         "versions": {"tiger": tiger.__version__, "python": platform.python_version()}
@@ -230,10 +230,10 @@ _MADE_BY = {
     "tokenizer": "semantic_ids",
     "semantic_ids": "semantic_ids",
     "model": "train",
-    "metrics": "evaluate",
+    "evaluation": "evaluate",
     "recommendations": "recommend",
     "sasrec": "sasrec",
-    "sweep": "tune",
+    "tuning": "tune",
 }
 
 

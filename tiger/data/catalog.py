@@ -12,7 +12,7 @@ Rules, in the order in which they are applied; every row that one of them drops 
 6. A history is in time order, to the microsecond. Equal times are ordered by `ties`: as in the files, at random by
    `seed`, or by item id.
 7. leave-one-out: a user's last item is the test target, the one before it the validation target, the rest is for
-   training (TIGER, section 4.1). by-time: two moments cut all histories; the first item after each is a target.
+   training (TIGER, section 4.1). temporal: two moments cut all histories; the first item after each is a target.
 """
 
 from __future__ import annotations
@@ -52,15 +52,21 @@ class CatalogConfig(Config):
         ["title", "brand", "categories", "price", "description"], min_length=1, description="fields of an item's text"
     )
     k_core: int = Field(5, ge=0, description="least interactions of every user and item; 0 keeps all")
-    repeats: Literal["first", "all"] = Field("first", description="which of a user's events with one item to keep")
-    ties: Literal["file", "shuffle", "id"] = Field("file", description="order of a user's events at equal times")
-    split: Literal["leave-one-out", "by-time"] = Field("leave-one-out", description="how evaluation targets are chosen")
-    valid_share: float = Field(0.1, gt=0, lt=0.5, description="by-time: share of interactions that validate")
-    test_share: float = Field(0.1, gt=0, lt=0.5, description="by-time: share of interactions that test")
-    max_unknown_items: float = Field(0.05, ge=0, le=1, description="stop above this share of events without an item")
+    duplicates: Literal["first", "all"] = Field("first", description="which of a user's events with one item to keep")
+    tie_break: Literal["file", "shuffle", "id"] = Field("file", description="order of a user's events at equal times")
+    split: Literal["leave-one-out", "temporal"] = Field(
+        "leave-one-out", description="how evaluation targets are chosen"
+    )
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: share of interactions that validate")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: share of interactions that test")
+    max_unknown_item_fraction: float = Field(
+        0.05, ge=0, le=1, description="stop above this share of events without an item"
+    )
     seed: int = Field(0, ge=0, description="seed of shuffled ties")
 
-    unfingerprinted = frozenset({"max_unknown_items"})  # it stops the stage, and changes nothing that the stage writes
+    unfingerprinted = frozenset(
+        {"max_unknown_item_fraction"}
+    )  # it stops the stage, and changes nothing that the stage writes
 
 
 class Catalog:
@@ -70,7 +76,7 @@ class Catalog:
         if artifact.kind != "catalog":
             raise ArtifactError(f"{artifact.folder.uri} is a {artifact.kind} artifact where a catalog is needed")
         self.artifact = artifact
-        self.n_items: int = artifact.figures["items"]
+        self.n_items: int = artifact.metrics["items"]
 
     @cached_property
     def items(self) -> pa.Table:
@@ -239,11 +245,11 @@ def _index_interactions(
         times.append(np.asarray(batch["time"])[known])
         read += batch.num_rows
     dropped["interactions with unknown items"] = unknown
-    if unknown > config.max_unknown_items * max(read, 1):
+    if unknown > config.max_unknown_item_fraction * max(read, 1):
         raise DataError(
             f"{unknown:,} of {read:,} interactions are with items that have no row among the items, such as "
             f"{unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}: do the files belong "
-            f"together? catalog.max_unknown_items = {config.max_unknown_items} allows fewer"
+            f"together? catalog.max_unknown_item_fraction = {config.max_unknown_item_fraction} allows fewer"
         )
     del item_of
     user, item = (np.concatenate([np.empty(0, np.int32), *each]) for each in (users, items))
@@ -260,9 +266,9 @@ def _in_order(
     config: CatalogConfig, user: npt.NDArray[np.int32], item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Rule 6. The order of events: by user, time, and ties; events are given in file order, and sorting is stable."""
-    if config.ties == "file":
+    if config.tie_break == "file":
         return np.lexsort((time, user))
-    if config.ties == "id":
+    if config.tie_break == "id":
         return np.lexsort((item, time, user))
     return np.lexsort((np.random.default_rng(config.seed).permutation(len(user)), time, user))
 
@@ -283,8 +289,8 @@ def _deduplicate_interactions(
     ordered_time = time[order]
     equal = same & (ordered_time[1:] == ordered_time[:-1])
     dropped["equal interactions"] = int(equal.sum())
-    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.repeats == "first" else 0
-    drop = order[1:][same if config.repeats == "first" else equal]
+    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.duplicates == "first" else 0
+    drop = order[1:][same if config.duplicates == "first" else equal]
     if not len(drop):
         return user, item, time
     kept = np.ones(len(user), bool)
@@ -313,7 +319,7 @@ def _split(
     if config.split == "leave-one-out":
         enough = end - begin >= 3  # a shorter history only trains
         return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
-    shares = [1 - config.valid_share - config.test_share, 1 - config.test_share]
+    shares = [1 - config.valid_fraction - config.test_fraction, 1 - config.test_fraction]
     valid_from, test_from = np.quantile(time, shares, method="higher")
     before_valid = np.concatenate([[0], np.cumsum(time < valid_from)])
     before_test = np.concatenate([[0], np.cumsum(time < test_from)])
@@ -326,17 +332,17 @@ def _check_split(config: CatalogConfig, histories: Histories) -> None:
     Raises:
         DataError: nobody is left to validate or to test with.
     """
-    if config.split != "by-time":
+    if config.split != "temporal":
         return
     splits: tuple[tuple[Split, str, float], ...] = (
-        ("valid", "validation", config.valid_share),
-        ("test", "test", config.test_share),
+        ("valid", "validation", config.valid_fraction),
+        ("test", "test", config.test_fraction),
     )
     for split, name, share in splits:
         if not len(histories.evaluation(split)):
             raise DataError(
-                f'catalog.split = "by-time" leaves no {name} users: no user has events before and within the {name} '
-                f"period; choose another catalog.{split}_share than {share}, finer times, or leave-one-out"
+                f'catalog.split = "temporal" leaves no {name} users: no user has events before and within the {name} '
+                f"period; choose another catalog.{split}_fraction than {share}, finer times, or leave-one-out"
             )
 
 

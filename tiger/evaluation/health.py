@@ -77,8 +77,8 @@ def require(checks: Sequence[Check]) -> list[dict[str, Any]]:
 
 
 _NO_VALIDATION = (
-    "no history is long enough to be split; with catalog.split = by-time, both moments are the same because times are "
-    "too coarse: use finer times, other catalog.valid_share and catalog.test_share, or leave-one-out"
+    "no history is long enough to be split; with catalog.split = temporal, both moments are the same because times are "
+    "too coarse: use finer times, other catalog.valid_fraction and catalog.test_fraction, or leave-one-out"
 )
 
 
@@ -134,7 +134,7 @@ def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], c
 def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
     """The collision level is for exceptions."""
     share = float((collisions > 0).mean())
-    cause = "too few codes for the catalog: more tokenizer.levels or a larger tokenizer.codebook_size"
+    cause = "too few codes for the catalog: more tokenizer.num_levels or a larger tokenizer.codebook_size"
     return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
 
 
@@ -142,7 +142,7 @@ def popularity_recall(histories: Histories, validation_users: int, seed: int, cu
     """Return Recall of the items most frequent in training, on the users that choose the model, and how many these are.
 
     Args:
-        validation_users, seed: `model.validation_users` and `model.seed`, which say what users these are.
+        validation_users, seed: `model.training.validation_users` and `model.seed`, which say what users these are.
     """
     users = histories.evaluation("valid")
     users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
@@ -211,14 +211,14 @@ def table(artifact: Artifact) -> str:
             bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
             verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
             lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
-        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.figures)]
+        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.metrics)]
     return "\n".join([*lines, "", f"{'stage':<16} {'figure':<46} {'value':>12}", *figures])
 
 
 def _newest_run(root: str) -> Artifact:
     """The last run that was evaluated; where there is none, the last artifact of any kind."""
     try:
-        return newest(root, "metrics")
+        return newest(root, "evaluation")
     except ArtifactError:
         return newest(root)
 

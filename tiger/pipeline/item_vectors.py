@@ -36,7 +36,7 @@ def build_item_vectors(run: RunConfig, catalog: Artifact, embeddings: Artifact) 
         draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
         draft.folder.write_bytes("items.parquet", embeddings.folder.read_bytes("items.parquet"))
         vectors = sample_embeddings(draft.folder, _CHECKED_VECTORS).numpy()
-        draft.figures = {
+        draft.metrics = {
             "items": count_embeddings(draft.folder),
             "dimension": vectors.shape[1],
             "items_with_cooccurrence": int(fusion.cooccurrence.any(axis=1).sum()),
@@ -55,8 +55,8 @@ def ensure_item_vectors(run: RunConfig) -> Artifact:
 
     The default data are a generated sample, which cannot be what own vectors belong to.
     """
-    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
-        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+    if run.embedding.import_path is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.import_path, without a catalog")
         return adopt(run)
     catalog = prepare(run)
     return build_item_vectors(run, catalog, embed(run, catalog))

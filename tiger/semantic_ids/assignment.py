@@ -29,12 +29,14 @@ _COSTS_AT_ONCE = 16_384  # items
 class SemanticIdsConfig(Config):
     """How items of equal codes are told apart."""
 
-    collisions: Literal["level", "nearest", "refuse"] = Field(
-        "nearest",
-        description="level: one more code counts them; nearest: they move to the nearest free codes of the last level, "
-        "and one more code counts what is left; refuse: an error",
+    collision_policy: Literal["extra_code", "nearest_free", "error"] = Field(
+        "nearest_free",
+        description="extra_code: one more code counts them; nearest_free: they move to the nearest free codes of the "
+        "last level, and one more code counts what is left; error: stop",
     )
-    capacity: int = Field(1, ge=1, description="items that may keep one tuple of codes, with collisions = nearest")
+    items_per_id: int = Field(
+        1, ge=1, description="items that may keep one tuple of codes, with collision_policy = nearest_free"
+    )
     collision_codes: int = Field(256, ge=1, le=32_767, description="items of equal codes that one more level holds")
 
 
@@ -162,34 +164,34 @@ def assign(
 
     Args:
         codes: [N, L], row = item_id, each in [0, codebook_size).
-        costs: items [n] -> what each last code would cost them, [n, codebook_size]; needed by `nearest`.
+        costs: items [n] -> what each last code would cost them, [n, codebook_size]; needed by `nearest_free`.
 
     Raises:
-        DataError: the policy is `refuse` and items share codes, or more of them do than the level has codes; names the
+        DataError: the policy is `error` and items share codes, or more of them do than the level has codes; names the
             group and some of its items.
     """
-    if config.collisions == "nearest":
+    if config.collision_policy == "nearest_free":
         if costs is None:
-            raise ValueError("collisions = nearest needs the costs of the last level's codes")
-        codes = separate(codes, codebook_size, costs, config.capacity)
+            raise ValueError("collision_policy = nearest_free needs the costs of the last level's codes")
+        codes = separate(codes, codebook_size, costs, config.items_per_id)
     order, starts, sizes = _groups(packed(codes))
     largest = int(sizes.argmax())
-    if sizes[largest] > 1 and config.collisions == "refuse":
+    if sizes[largest] > 1 and config.collision_policy == "error":
         raise DataError(
-            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collisions is "
-            f"refuse; the largest group is {_named(codes, order, starts, sizes, largest)}"
+            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collision_policy "
+            f"is error; the largest group is {_named(codes, order, starts, sizes, largest)}"
         )
     if sizes[largest] > config.collision_codes:
         cure = "raise semantic_ids.collision_codes or tokenizer.codebook_size"
-        if config.collisions == "level":
-            cure = "set semantic_ids.collisions = nearest, or raise semantic_ids.collision_codes"
+        if config.collision_policy == "extra_code":
+            cure = "set semantic_ids.collision_policy = nearest_free, or raise semantic_ids.collision_codes"
         raise DataError(
             f"{sizes[largest]:,} items share their codes, the collision level tells {config.collision_codes} apart "
             f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
             f"If they should be, {cure}"
         )
     level_sizes = (codebook_size,) * codes.shape[1]
-    if config.collisions != "level" and sizes[largest] == 1:
+    if config.collision_policy != "extra_code" and sizes[largest] == 1:
         return SemanticIds(codes.astype(np.int16), level_sizes, codes.shape[1])
     collision = np.empty(len(codes), np.int16)
     collision[order] = np.arange(len(codes)) - np.repeat(starts, sizes)

@@ -29,7 +29,9 @@ class ResidualConfig(TokenizerConfig):
     distance: Literal["euclidean", "mixed", "cosine"] = Field(
         "cosine", description="what is compared: vectors, vectors and then directions of the rest, or directions alone"
     )
-    balance_last_level: bool = Field(False, description="Sinkhorn prices make the codes of the last level equally used")
+    sinkhorn_last_level: bool = Field(
+        False, description="Sinkhorn prices make the codes of the last level equally used"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class ResidualTokenizer(Tokenizer):
         self.iterations, self.distance, self.balanced = (
             config.kmeans_iterations,
             config.distance,
-            config.balance_last_level,
+            config.sinkhorn_last_level,
         )
-        self.register_buffer("lengths", torch.ones(config.levels, config.codebook_size))
+        self.register_buffer("lengths", torch.ones(config.num_levels, config.codebook_size))
         self.register_buffer("prices", torch.zeros(config.codebook_size))
 
     def decode_latent(self, latent: Tensor) -> Tensor:

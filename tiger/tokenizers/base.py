@@ -31,7 +31,7 @@ class TokenizerConfig(PluginConfig):
     default_kind: ClassVar[str] = "rqvae"
 
     kind: str = Field("rqvae", description="quantizer: rqvae, rkmeans, opq, or a dotted module name")
-    levels: int = Field(3, ge=1, le=8, description="codes per item, the collision code not counted")
+    num_levels: int = Field(3, ge=1, le=8, description="codes per item, the collision code not counted")
     codebook_size: int = Field(256, ge=2, le=32_767, description="codes to choose from at each level")
     kmeans_iterations: int = Field(50, ge=1, description="iterations of k-means per level, at most")
     kmeans_sample: int = Field(100_000, ge=256, description="items that k-means looks at, at most")
@@ -59,14 +59,14 @@ class Tokenizer(nn.Module):
 
     mean: Tensor
     scale: Tensor
-    refresh_every = 1
+    codebook_update_every = 1
     """Epochs between two calls of `refresh`."""
-    refresh_until = 1.0
+    codebook_update_until = 1.0
     """Share of the epochs after which there are no further calls."""
 
     def __init__(self, config: TokenizerConfig, dim: int) -> None:
         super().__init__()
-        self.levels, self.codebook_size, self.dim = config.levels, config.codebook_size, dim
+        self.levels, self.codebook_size, self.dim = config.num_levels, config.codebook_size, dim
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
@@ -80,7 +80,8 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def refresh(self, sample: Tensor) -> None:
-        """Brings state that is not learned by gradients up to date. Called on one worker, every `refresh_every` epochs.
+        """Brings state that is not learned by gradients up to date. Called on one worker, every
+        `codebook_update_every` epochs.
 
         Args:
             sample: the same as in `initialize`.

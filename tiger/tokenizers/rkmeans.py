@@ -17,15 +17,17 @@ class Config(ResidualConfig):
     """Knobs of k-means over catalogs beyond memory, beside those of residual quantization."""
 
     kind: str = Field("rkmeans", description="quantizer: residual k-means")
-    streamed: bool = Field(False, description="read the vectors part by part, on all nodes: for catalogs beyond memory")
-    passes: int = Field(10, ge=1, description="passes over all vectors per level, with streamed = true")
+    streaming: bool = Field(
+        False, description="read the vectors part by part, on all nodes: for catalogs beyond memory"
+    )
+    passes_per_level: int = Field(10, ge=1, description="passes over all vectors per level, with streaming = true")
     training: NoTrainingConfig = NoTrainingConfig()
 
 
 class ResidualKMeans(ResidualTokenizer):
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, dim))
+        self.register_buffer("codebooks", torch.zeros(config.num_levels, config.codebook_size, dim))
 
 
 def build(config: Config, dim: int) -> ResidualKMeans:

@@ -34,8 +34,8 @@ class RQVAETraining(TrainingConfig):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    validate_every: float = Field(10.0, gt=0, description="epochs between two looks at usage and reconstruction")
+    max_grad_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+    validate_every_epochs: float = Field(10.0, gt=0, description="epochs between two looks at usage and reconstruction")
     patience: int = Field(10, ge=1, description="looks without a better reconstruction before training stops")
 
 
@@ -43,24 +43,28 @@ class Config(ResidualConfig):
     """Shape of the autoencoder, its loss, and its training."""
 
     kind: str = Field("rqvae", description="quantizer: residual-quantized autoencoder")
-    hidden: tuple[int, ...] = Field(
+    hidden_dims: tuple[int, ...] = Field(
         (512, 256, 128), description="widths of the encoder's layers; the decoder mirrors them"
     )
-    latent: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
-    linear_path: bool = Field(True, description="a linear path beside the layers, started as principal directions")
+    latent_dim: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
+    linear_skip: bool = Field(True, description="a linear path beside the layers, started as principal directions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
-    commitment: float = Field(0.25, ge=0, description="weight of the loss that draws the latent to its codes (beta)")
+    commitment_weight: float = Field(
+        0.25, ge=0, description="weight of the loss that draws the latent to its codes (beta)"
+    )
     codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
         "lloyd", description="gradients and now and then a k-means iteration; moving averages; gradients alone"
     )
-    refresh_every: int = Field(2, ge=1, description="epochs between two k-means iterations, or resets of dead codes")
-    refresh_until: float = Field(0.6, ge=0, le=1, description="share of the epochs after which that ends")
+    codebook_update_every: int = Field(
+        2, ge=1, description="epochs between two k-means iterations, or resets of dead codes"
+    )
+    codebook_update_until: float = Field(0.6, ge=0, le=1, description="share of the epochs after which that ends")
     ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
-    reset_dead: bool = Field(True, description="codes that no item has move to badly represented items")
-    gradient: Literal["straight-through", "rotation"] = Field(
+    reset_dead_codes: bool = Field(True, description="codes that no item has move to badly represented items")
+    gradient_estimator: Literal["straight-through", "rotation"] = Field(
         "straight-through", description="how the gradient passes the quantization"
     )
-    reconstruction: Literal["sum", "mean"] = Field("sum", description="the squared error, over dimensions")
+    reconstruction_reduction: Literal["sum", "mean"] = Field("sum", description="the squared error, over dimensions")
     training: RQVAETraining = RQVAETraining()
 
 
@@ -81,10 +85,10 @@ def _mlp(widths: list[int], dropout: float, last_is_zero: bool) -> nn.Sequential
 class _MLPWithSkip(nn.Module):
     """Encoder or decoder: layers, and a linear path beside them."""
 
-    def __init__(self, widths: list[int], dropout: float, linear_path: bool) -> None:
+    def __init__(self, widths: list[int], dropout: float, linear_skip: bool) -> None:
         super().__init__()
-        self.layers = _mlp(widths, dropout, linear_path)
-        self.linear = nn.Linear(widths[0], widths[-1]) if linear_path else None
+        self.layers = _mlp(widths, dropout, linear_skip)
+        self.linear = nn.Linear(widths[0], widths[-1]) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layers(x)
@@ -97,16 +101,20 @@ class RQVAE(ResidualTokenizer):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        latent = config.latent or dim
-        widths = [dim, *config.hidden, latent]
-        self.encoder = _MLPWithSkip(widths, config.dropout, config.linear_path)
-        self.decoder = _MLPWithSkip(widths[::-1], config.dropout, config.linear_path)
-        self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
-        self.config, self.refresh_every, self.refresh_until = config, config.refresh_every, config.refresh_until
+        latent = config.latent_dim or dim
+        widths = [dim, *config.hidden_dims, latent]
+        self.encoder = _MLPWithSkip(widths, config.dropout, config.linear_skip)
+        self.decoder = _MLPWithSkip(widths[::-1], config.dropout, config.linear_skip)
+        self.codebooks = nn.Parameter(torch.zeros(config.num_levels, config.codebook_size, latent))
+        self.config, self.codebook_update_every, self.codebook_update_until = (
+            config,
+            config.codebook_update_every,
+            config.codebook_update_until,
+        )
         if config.codebook_update == "ema":
             self.codebooks.requires_grad_(False)
             self.register_buffer("ema_sums", torch.zeros_like(self.codebooks))
-            self.register_buffer("ema_counts", torch.zeros(config.levels, config.codebook_size))
+            self.register_buffer("ema_counts", torch.zeros(config.num_levels, config.codebook_size))
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
@@ -137,7 +145,7 @@ class RQVAE(ResidualTokenizer):
         else:
             before = self.codebooks.clone()
             self.refit(
-                sample, _reset_dead_codes if self.config.reset_dead else lambda points, codebook: (codebook, None)
+                sample, _reset_dead_codes if self.config.reset_dead_codes else lambda points, codebook: (codebook, None)
             )
             if self.config.codebook_update == "ema":
                 moved = (self.codebooks != before).any(dim=2)
@@ -156,14 +164,14 @@ class RQVAE(ResidualTokenizer):
         latent_BZ = self.encoder(batch)
         levels = list(self.quantize(latent_BZ))
         quantization_B, passed_BZ = QuantizeWithCommitment.apply(
-            latent_BZ, self.codebooks, levels, self.config.commitment
+            latent_BZ, self.codebooks, levels, self.config.commitment_weight
         )
-        if self.config.gradient == "rotation":
+        if self.config.gradient_estimator == "rotation":
             passed_BZ = rotation_trick(latent_BZ, passed_BZ.detach())
         error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
             self._ema_update(levels)
-        return quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
+        return quantization_B + (error_B if self.config.reconstruction_reduction == "sum" else error_B / self.dim)
 
     @torch.no_grad()
     def _ema_update(self, levels: list[Level]) -> None:

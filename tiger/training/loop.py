@@ -44,8 +44,8 @@ class TrainingConfig(Config):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    clip_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    validate_every: float = Field(1.0, gt=0, description="epochs between two validations")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between two validations")
     patience: int = Field(10, ge=1, description="validations without a better one before training stops")
     precision: Precision = Field("float32", description="auto: the faster one, by measurement")
 
@@ -88,7 +88,7 @@ class Schedule:
     @property
     def validate_every(self) -> int:
         """Steps between two validations."""
-        return max(1, round(self.config.validate_every * self.steps_per_epoch))
+        return max(1, round(self.config.validate_every_epochs * self.steps_per_epoch))
 
     def learning_rate(self, step: int) -> float:
         """A linear warm-up, then a cosine to zero at the last step."""
@@ -254,10 +254,10 @@ def fit(
                 thorough, decisive = is_validation_step or state.step % 50 == 0, loss.detach()
                 # In a group the norm decides at every step: it is the same on all workers, who must stop together; a
                 # loss is a worker's own.
-                if config.clip_norm or thorough or world_size() > 1:
+                if config.max_grad_norm or thorough or world_size() > 1:
                     decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-                    if config.clip_norm:
-                        nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
+                    if config.max_grad_norm:
+                        nn.utils.clip_grads_with_norm_(module.parameters(), config.max_grad_norm, decisive)
                 # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the
                 # weights.
                 if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):

@@ -68,9 +68,11 @@ class DatasetConfig(PluginConfig):
     default_kind: ClassVar[str] = "synthetic"
 
     kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    max_bad_rows: float = Field(0.01, ge=0, le=1, description="stop above this share of rows that cannot be read")
+    max_bad_row_fraction: float = Field(
+        0.01, ge=0, le=1, description="stop above this share of rows that cannot be read"
+    )
 
-    unfingerprinted = frozenset({"max_bad_rows"})  # it stops a stage, and changes nothing that the stage writes
+    unfingerprinted = frozenset({"max_bad_row_fraction"})  # it stops a stage, and changes nothing that the stage writes
 
 
 def field_name(name: str) -> str:

@@ -37,7 +37,9 @@ class ModelTraining(TrainingConfig):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(200, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    validate_every: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
+    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
+    validation_users: int = Field(2000, ge=1, description="maximum number of users that choose the best weights")
+    validation_beam: int = Field(20, ge=10, description="beam of that validation")
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before training stops")
     precision: Precision = Field("auto", description="auto: the faster one, by measurement")
 
@@ -88,8 +90,6 @@ class ModelConfig(Config):
     num_user_tokens: int | None = Field(
         None, ge=0, description="buckets of a token for the user (the paper: 2,000); 0: none"
     )
-    validation_users: int = Field(2000, ge=1, description="users that choose the best weights, at most")
-    validation_beam: int = Field(20, ge=10, description="beam of that validation")
     training: ModelTraining = ModelTraining()
     seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
 

@@ -77,9 +77,9 @@ def fit_model(
 def validation(config: ModelConfig, model: TigerModel, histories: Histories, device: torch.device) -> Any:
     """Return the function that `fit` validates with: beam search for a sample of validation users."""
     users = histories.evaluation("valid")
-    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
+    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.training.validation_users]
     users = users.take(np.sort(chosen))
-    context = config.context_items
+    context, beam = config.context_items, config.training.validation_beam
     lengths = np.minimum(users.end - users.begin, context)
     own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
     tokens = user_token_ids(histories.source_ids, config.num_user_tokens) if config.num_user_tokens else None
@@ -92,7 +92,7 @@ def validation(config: ModelConfig, model: TigerModel, histories: Histories, dev
             begins = np.maximum(users.begin[rows], users.end[rows] - context)
             history = pad_histories(users.items, begins, users.end[rows]).to(device)
             token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
-            items, _ = beam_search(model, history, beam=config.validation_beam, node_vectors=node_vectors, user=token)
+            items, _ = beam_search(model, history, beam=beam, node_vectors=node_vectors, user=token)
             ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
         shared = training.all_reduce_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
         return ranking(shared, cutoffs=(10,))
