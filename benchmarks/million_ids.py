@@ -3,7 +3,7 @@
     uv run python benchmarks/million_ids.py [items=10000000]
 
 Codes are drawn at random from 3 x 256, so that at 10 million items six of ten collide. Searches are by an untrained
-model of the preset `small`, 64 histories of 10 items, beams of 50.
+model as published (softmax = codes) of the size `small`, 64 histories of 10 items, beams of 50.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 from tiger.core.config import build
 from tiger.models.tiger.beam_search import beam_search
-from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.model import TigerModel
 from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign
 from tiger.semantic_ids.trie import Trie
 
@@ -40,16 +41,15 @@ def expand_seconds(trie: Trie, level: int, nodes: int, rounds: int = 50) -> floa
 
 def users_per_second(ids: SemanticIds, trie: Trie, rounds: int = 5) -> float:
     torch.manual_seed(0)
-    model = TigerModel(build(ModelConfig, {}), ids.level_sizes).eval()
-    drawn = np.random.default_rng(0).integers(0, len(ids), (64, 10))
-    history = torch.from_numpy(ids.codes[drawn].astype(np.int64))
+    model = TigerModel(build(ModelConfig, {"softmax": "codes"}), trie).eval()
+    history = torch.from_numpy(np.random.default_rng(0).integers(0, len(ids), (64, 10)))
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()
-        found, _ = beam_search(model, trie, history, beam=50)
+        found, _ = beam_search(model, history, beam=50)
         times.append(time.perf_counter() - begin)
         assert (found >= 0).all(), "a beam that is no item"
-    return len(drawn) / float(np.median(times))
+    return len(history) / float(np.median(times))
 
 
 def main() -> None:
@@ -76,8 +76,9 @@ def main() -> None:
         counts = [len(each.get_buffer(f"first_child_{level}")) - 1 for each in (small, trie)]
         seconds = [expand_seconds(each, level, count) for each, count in zip((small, trie), counts, strict=True)]
         print(
-            f"level {level}: {counts[0]:,} and {counts[1]:,} nodes, at most {small.widest[level]} and "
-            f"{trie.widest[level]} children, expanding 1,600 beams {seconds[0] * 1e3:.2f} and {seconds[1] * 1e3:.2f} ms"
+            f"level {level}: {counts[0]:,} and {counts[1]:,} nodes, at most {small.max_children[level]} and "
+            f"{trie.max_children[level]} children, expanding 1,600 beams "
+            f"{seconds[0] * 1e3:.2f} and {seconds[1] * 1e3:.2f} ms"
         )
 
 

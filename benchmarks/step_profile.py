@@ -1,15 +1,16 @@
 """Where a training step's time goes: stages, kernels, and the share of what the device's matrix products can do.
 
     uv run python benchmarks/step_profile.py [preset=small] [batch=1024] [steps=30] [device=cuda] [threads=1]
-        [encoder_input=items] [data.path=FOLDER]
+        [data.path=FOLDER]
 
-Both modes, in float32 (TensorFloat-32 on a GPU) and, where the hardware has it, in bfloat16, with the measured ratio
-that decides `precision = "auto"`. Stages are timed with the device waited for after each; the whole step is timed as in
-training, without waiting and with batches from `training.on_device` (pinned and made in a thread for a GPU), so the
-difference is what overlaps. Work is counted by PyTorch's FlopCounterMode over forward and backward; the limit is a
-product of two square matrices of 4,096 (2,048 on a CPU) of the same precision. On a GPU the share of the time in which
-kernels run is given as well, from torch.profiler, and how often a step waits for the device (should be 0).
-Histories are those of Beauty where the files are given, else of the sample; IDs are random, which changes no speed.
+The default and TIGER as published, in float32 (TensorFloat-32 on a GPU) and, where the hardware has it, in bfloat16,
+with the measured ratio that decides `precision = "auto"`. Stages are timed with the device waited for after each; the
+whole step is timed as in training, without waiting and with batches from `training.on_device` (pinned and made in a
+thread for a GPU), so the difference is what overlaps. Work is counted by PyTorch's FlopCounterMode over forward and
+backward; the limit is a product of two square matrices of 4,096 (2,048 on a CPU) of the same precision. On a GPU the
+share of the time in which kernels run is given as well, from torch.profiler, and how often a step waits for the
+device (should be 0). Histories are those of Beauty where the files are given, else of the sample; IDs are random,
+which changes no speed.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_speed import histories, random_ids
+from train_speed import KINDS, histories, random_ids, text_embeddings
 
 from tiger.core.config import build
 from tiger.core.precision import allow_tf32, has_bfloat16, node_speedup
-from tiger.models.tiger.batches import SequenceExamples, TargetExamples
-from tiger.models.tiger.model import ModelConfig, TigerModel
+from tiger.data.histories import Histories
+from tiger.models.tiger.batches import make_examples
+from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.model import TigerModel
 from tiger.models.tiger.train import model_shapes
 from tiger.semantic_ids.assignment import SemanticIds
+from tiger.semantic_ids.trie import Trie
 from tiger.training.loop import Batch, on_device
 
 KERNELS = 8
@@ -42,11 +46,11 @@ KERNELS = 8
 class Step:
     """One model with its batches; a step in stages that can be timed."""
 
-    def __init__(
-        self, config: ModelConfig, data: SequenceExamples | TargetExamples, ids: SemanticIds, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, past: Histories, ids: SemanticIds, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model = TigerModel(config, ids.level_sizes).to(device)
+        model = TigerModel(config, Trie(ids), text_embeddings(len(ids)))
+        known = model.set_training_counts(torch.from_numpy(past.training_counts(len(ids))))
+        data, self.model = make_examples(past, config, Trie(ids), known), model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.device, self.seconds = device, defaultdict[str, float](float)
         self.rows, self.collate = cycle(data.order(0, 0, config.training.batch_size)), data.collate
@@ -56,7 +60,9 @@ class Step:
     def batches(self) -> Iterator[Batch]:
         for rows in self.rows:
             inputs = self.collate(rows)
-            targets = int(inputs[1].sum()) if self.model.fast else len(inputs[0])  # on the CPU: no wait for the device
+            targets = (
+                int(inputs[1].sum()) if self.model.encoder.causal else len(inputs[0])
+            )  # on the CPU: no wait for the device
             yield Batch(inputs, torch.ones(len(inputs[0])), float(targets))
 
     def wait(self) -> None:
@@ -84,7 +90,7 @@ class Step:
         with self.stage("forward", timed):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 losses = self.model(*batch.inputs)
-            loss = (losses.float() * batch.weights).sum() / batch.total_weight
+            loss = (losses.float().sum(1) * batch.weights).sum() / batch.total_weight
         with self.stage("backward", timed):
             loss.backward()
         with self.stage("clip", timed):
@@ -146,7 +152,7 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     device = torch.device(settings.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
     preset, batch = settings.pop("preset", "small"), int(settings.pop("batch", "1024"))
-    count, encoder_input = int(settings.pop("steps", "30")), settings.pop("encoder_input", "codes")
+    count = int(settings.pop("steps", "30"))
     if "threads" in settings:
         torch.set_num_threads(int(settings.pop("threads")))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
@@ -156,25 +162,19 @@ def main() -> None:
     allow_tf32(device)
     on_gpu = device.type == "cuda"
     native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bfloat16()
-    for mode in ("bidirectional", "causal"):
-        values = {"preset": preset, "encoder": mode, "encoder_input": encoder_input, "training": {"batch_size": batch}}
-        config = build(ModelConfig, values)
-        data = (
-            SequenceExamples(past, ids, config.max_history_items)
-            if mode == "causal"
-            else TargetExamples(past, ids, config.max_history_items, 0)
-        )
+    for kind, changes in KINDS.items():
+        config = build(ModelConfig, {"preset": preset, "training": {"batch_size": batch}} | changes)
         speeds = [
-            report(Step(config, data, ids, device), mode, precision, count)
+            report(Step(config, past, ids, device), kind, precision, count)
             for precision in [torch.float32, *([torch.bfloat16] if native else [])]
         ]
         if native:
             print(f"  bfloat16 is {speeds[1] / speeds[0]:.2f} times as fast as float32", end="")
-            predicted = "" if on_gpu else f"; auto measured {node_speedup(Step(config, data, ids, device).shapes):.2f}"
+            predicted = "" if on_gpu else f"; auto measured {node_speedup(Step(config, past, ids, device).shapes):.2f}"
             print(predicted)
 
 
-def report(step: Step, mode: str, precision: torch.dtype, count: int) -> float:
+def report(step: Step, kind: str, precision: torch.dtype, count: int) -> float:
     """Print one line of speeds and where the time goes; return the targets per second."""
     with closing(on_device(step.batches(), step.device)) as ready:
         for _ in range(3):
@@ -192,7 +192,7 @@ def report(step: Step, mode: str, precision: torch.dtype, count: int) -> float:
             step.run(precision)
     limit, work = matrix_limit(precision, step.device), counter.get_total_flops() / seconds
     share, kernels = busy_share(lambda: step.run(precision), step.device, min(count, 10))
-    print(f"\n{mode}, {str(precision).removeprefix('torch.')}: {targets / seconds:,.0f} targets/s", end=", ")
+    print(f"\n{kind}, {str(precision).removeprefix('torch.')}: {targets / seconds:,.0f} targets/s", end=", ")
     print(f"{seconds / count * 1e3:.1f} ms a step; {work / 1e9:,.1f} of {limit / 1e9:,.1f} GFLOP/s", end=", ")
     print(f"{work / limit:.1%} of the limit; busy {share:.0%}", end="")
     print("" if waited_for is None else f"; {waited_for} waits for the device in a step")
