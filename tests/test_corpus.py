@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import random_ids
+from factories import model_of_random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoding import SIZES, small_model
 
 from tiger.core.artifacts import Draft, build, open_artifact
 from tiger.core.config import Config, load
@@ -274,12 +273,12 @@ def test_a_bad_manifest_is_refused(content: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recommender() -> Recommender:
-    return Recommender(small_model(SIZES), random_ids(np.random.default_rng(0), 40, SIZES), device="cpu")
+    return Recommender(model_of_random_ids(40), device="cpu")
 
 
 REQUESTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-    ([[]], {}, DataError, "history 0 is empty"),
-    ([[1], []], {}, DataError, "history 1 is empty"),
+    ([[1]], {"new_item_boost": float("nan")}, ValueError, "new_item_boost = nan"),
+    ([[1]], {"new_item_boost": float("inf")}, ValueError, "new_item_boost = inf"),
     ([[40]], {}, DataError, "history 0 holds an item outside of 0 .. 39"),
     ([[0], [1], [-1]], {}, DataError, "history 2 holds an item outside"),
     ([[2**40]], {}, DataError, "outside"),
