@@ -288,7 +288,7 @@ def test_reading_shows_how_long_it_will_take(
     for role, rows in (("items", 500), ("interactions", 20_000)):
         lines = [record.message for record in caplog.records if record.message.startswith(f"read {role}: ")]
         assert lines[-1].startswith(f"read {role}: {rows:,} rows, ")
-        shares = [int(each[1]) for line in lines if (each := re.search(r", (\d+)%, [\d,]+ s to go", line))]
+        shares = [int(each[1]) for line in lines if (each := re.search(r", (\d+)%, ETA [\d,]+ s", line))]
         assert shares == sorted(shares)
         assert shares[-1] == 100
         if role == "interactions" and form != "json":  # a document is read as a whole
@@ -308,7 +308,7 @@ def test_the_time_to_go_follows_the_share_that_was_read(
         reading.at(0.25)
     assert [record.message for record in caplog.records] == [
         "read interactions: 3,000 rows, 100.0/s",  # nothing is known yet of the whole
-        "read interactions: 3,000 rows, 66.7/s, 25%, 135 s to go",
+        "read interactions: 3,000 rows, 66.7/s, 25%, ETA 135 s",
     ]
 
 

@@ -157,4 +157,4 @@ def test_embeddings_are_judged_whatever_their_scale(scale: float) -> None:
 def test_the_command_explains_itself_and_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     assert d.main(["--help"]) == 0
     assert d.main([str(tmp_path)]) == 4
-    assert "holds no finished" in capsys.readouterr().err
+    assert "contains no finished" in capsys.readouterr().err

@@ -261,5 +261,5 @@ def test_processes_download_one_url_at_once(server: str, tmp_path: Path) -> None
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"/file/.*a part of this path is a file.*TIGER_CACHE names the folder"):
+    with pytest.raises(StorageError, match=r"/file/.*a component of this path is a file.*TIGER_CACHE names the folder"):
         download("http://127.0.0.1:9/x.csv", tmp_path / "file")

@@ -269,7 +269,7 @@ def test_altered_objects_are_named(root: str) -> None:
     with pytest.raises(ArtifactError, match="notes.json"):
         open_artifact(artifact.folder.uri).verify()
     artifact.home.filesystem.delete_file(artifact.home.join(MANIFEST))
-    with pytest.raises(ArtifactError, match="holds no finished artifact"):
+    with pytest.raises(ArtifactError, match="is not a finished artifact"):
         open_artifact(artifact.home.uri)
 
 
