@@ -72,7 +72,7 @@ def test_texts_are_cleaned_and_joined(tmp_path: Path) -> None:
 
 
 def test_a_text_field_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="text_fields names color; the items have source_id, title"):
+    with pytest.raises(DataError, match="text_fields contains color; the items have source_id, title"):
         made(tmp_path, ["a"], [("u", "a", 0)], text_fields=["title", "color"])
 
 
@@ -150,7 +150,7 @@ def test_k_core_is_iterative(tmp_path: Path) -> None:
 
 
 def test_nothing_left_after_the_k_core(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no user and item with 5 interactions each is left of 1"):
+    with pytest.raises(DataError, match="no user and item with 5 interactions each is left out of 1"):
         made(tmp_path, ["a"], [("u", "a", 0)], k_core=5)
 
 

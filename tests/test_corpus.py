@@ -39,7 +39,7 @@ from tiger.run import RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 NEITHER, NOT_UTF8, SURROGATE = "neither JSON nor a Python literal", "not UTF-8", "lone surrogate in a string"
-NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is overlong or unprintable"
+NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is too long or unprintable"
 
 # --- lines of items -----------------------------------------------------------------------------------------------
 
@@ -131,12 +131,12 @@ def test_a_bad_time_has_its_reason(value: Any, reason: str) -> None:
 GOOD = b'{"asin": "B1", "title": "T"}\n' * 50
 ZIPPED = gzip.compress(GOOD)
 FILES: list[tuple[bytes, str]] = [
-    *[(ZIPPED[:cut], "the gzip file is (cut off|damaged)") for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)],
+    *[(ZIPPED[:cut], "the gzip file is (truncated|damaged)") for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)],
     (ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:], "the gzip file is damaged"),  # checksum
     (ZIPPED[:-4] + b"\1\0\0\0", "the gzip file is damaged"),  # length
     (ZIPPED + b"trailing garbage", "the gzip file is damaged"),
-    (ZIPPED + ZIPPED[:15], "the gzip file is cut off"),
-    (b"\x1f\x8b", "the gzip file is cut off"),
+    (ZIPPED + ZIPPED[:15], "the gzip file is truncated"),
+    (b"\x1f\x8b", "the gzip file is truncated"),
     (b"\x1f\x8b\x07" + bytes(20), "the gzip file is damaged"),
     (gzip.compress(bytes(30_000_000)), "the gzip file expands to more than 900 times its size"),
 ]

@@ -217,9 +217,9 @@ def test_vectors_without_a_catalog_are_numbered_by_their_ids(tmp_path: Path) -> 
 
 MANY = [f"i{n:02d}" for n in range(14)]
 BAD_JOINS: dict[str, tuple[dict[str, object], type[Exception]]] = {
-    "0.parquet: no column vector; columns found: item_id, emb. Name yours with embedding.vectors_column": (
+    "0.parquet: no column vector; columns found: item_id, emb. Set embedding.vectors_column": (
         {"item_id": MANY, "emb": [[1.0]] * 14}, DataError),
-    "0.parquet: no column item_id; columns found: sku, vector. Name yours with embedding.vectors_id": (
+    "0.parquet: no column item_id; columns found: sku, vector. Set embedding.vectors_id": (
         {"sku": MANY, "vector": [[1.0]] * 14}, DataError),
     "0.parquet: 12 of 14 items of the catalog have no vector: i02, i03, i04, i05, i06, i07, i08, i09, i10, i11 and 2 "
     "more; ids of the file that the catalog does not have: 1, such as 'x'. embedding.vectors_id names": (

@@ -431,7 +431,7 @@ def test_the_catalog_of_files_in_a_store_is_the_same_artifact(root: str, tmp_pat
     ("tables", "s3://", r"s3://.*; correct data.interactions"),
     ("amazon", "{}/none", r"{}/none does not exist; correct data.path"),
     ("amazon", "{}/items.parquet", r"{}/items.parquet is a file, not a folder; correct data.path"),
-    ("amazon", "{}/events", r"{}/events needs meta_.*it holds _SUCCESS, part-0.csv.*; correct data.path"),
+    ("amazon", "{}/events", r"{}/events needs meta_.*it contains _SUCCESS, part-0.csv.*; correct data.path"),
     ("amazon", "s3://no-such-bucket/x", r"s3://no-such-bucket/x does not exist; correct data.path"),
 ])  # fmt: skip
 def test_missing_raw_data_in_a_store_is_one_line(what: str, name: str, message: str, root: str, tmp_path: Path) -> None:
