@@ -113,9 +113,9 @@ def test_equal_items_up_to_five_percent_are_told_apart(equal: int) -> None:
 
 def test_a_group_that_no_level_holds_has_a_cure() -> None:
     costs = costs_of(np.zeros((9, 2)))
-    with pytest.raises(DataError, match="raise semantic_ids.collision_codes or tokenizer.codebook_size"):
+    with pytest.raises(DataError, match="increase semantic_ids.collision_codes or tokenizer.codebook_size"):
         assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_codes=4), costs)
-    with pytest.raises(DataError, match="set semantic_ids.collisions = nearest, or raise"):
+    with pytest.raises(DataError, match="set semantic_ids.collisions = nearest, or increase"):
         assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collisions="level", collision_codes=4))
 
 

@@ -1,9 +1,9 @@
-"""All semantic IDs as a tree of prefixes in flat arrays, so that a whole beam asks at once which codes may follow.
+"""Trie of all semantic IDs in flat arrays, supporting vectorized lookup of the valid continuations of a whole beam.
 
-Sorting the IDs puts the children of a node next to each other: a node needs no more than the number of its first child.
-Memory is one integer per node and one code per child; the work of a step is beams x the largest number of children at
-that depth (at most the codebook's size), whatever the size of the catalog. STATIC (arXiv 2602.22647) uses the same
-idea with dense tables for the first levels.
+In sorted order, the children of a node are contiguous, so each node stores only its first child's index. Memory is one
+integer per node and one code per child; the work per step is beams x the maximum number of children at that depth (at
+most the codebook size), regardless of the size of the catalog. STATIC (arXiv 2602.22647) uses the same idea with dense
+tables for the first levels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tiger.semantic_ids.assignment import SemanticIds
 
 
 class Trie(nn.Module):
-    """Nodes of depth d are numbered in sorted order of their prefixes; node 0 of depth 0 is the root.
+    """Prefix tree; nodes of depth d are numbered in sorted order of their prefixes, and node 0 of depth 0 is the root.
 
-    A module without parameters, so that `.to(device)` moves it along with the model.
+    It is a module without parameters, so that `.to(device)` moves it along with the model.
     """
 
     leaf_items: Tensor
@@ -28,7 +28,7 @@ class Trie(nn.Module):
         order = ids.sorted_items
         ordered = ids.codes[order].astype(np.int64)
         self.depth = ordered.shape[1]
-        self.widest: list[int] = []  # most children of any node, per depth
+        self.widest: list[int] = []  # maximum number of children of any node, per depth
         differs = np.zeros(len(ordered), bool)
         differs[:1] = True
         parent = np.zeros(len(ordered), np.int64)  # node of each ID at the depth above
@@ -44,15 +44,16 @@ class Trie(nn.Module):
         self.register_buffer("leaf_items", torch.from_numpy(order), persistent=False)
 
     def expand(self, nodes: Tensor, level: int, alive: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The children of nodes of depth `level`.
+        """Return the children of nodes of depth `level`.
 
         Args:
             nodes: int64 [...].
-            alive: bool [children of the level], those that count as existing; see `reachable`.
+            level: depth of the nodes.
+            alive: bool [children of the level], those to treat as existing; see `reachable`.
 
         Returns:
-            children int64 [..., W], their codes int64 [..., W], and which of them exist, bool [..., W]; W is the
-            largest number of children at this depth. A child that does not exist has some valid node and code.
+            children int64 [..., W], their codes int64 [..., W], and whether they exist, bool [..., W]; W is the maximum
+            number of children at this depth. A child that does not exist has an arbitrary valid node and code.
         """
         first_child, code = self.get_buffer(f"first_child_{level}"), self.get_buffer(f"code_{level}")
         begin, end = first_child[nodes], first_child[nodes + 1]
@@ -64,10 +65,9 @@ class Trie(nn.Module):
         return children, code[children], exists
 
     def reachable(self, allowed: Tensor) -> list[Tensor]:
-        """Which nodes lead to an allowed item: per level bool [children of that level], for `expand`.
+        """Return which nodes lead to an allowed item: per level bool [children of that level], for `expand`.
 
-        A filter is so a matter of a millisecond a million items, and a beam that follows it holds nothing but prefixes
-        of items that may come back.
+        This takes about 1 ms per million items; a filtered beam then contains only prefixes of allowed items.
 
         Args:
             allowed: bool [items].
@@ -82,13 +82,13 @@ class Trie(nn.Module):
         return masks
 
     def max_over_descendants(self, values: Tensor, allowed: Tensor | None = None) -> list[Tensor]:
-        """The greatest value of any item below every node: per level float32 [B, children of that level].
+        """Return the maximum value over each node's descendants: per level float32 [B, children of that level].
 
-        It bounds what a prefix can lead to, so that a beam that adds it does not drop the prefix of a good item.
+        It is an upper bound for guided search: a beam that adds it does not drop the prefix of a good item.
 
         Args:
             values: float32 [B, items].
-            allowed: bool [leaves, in the order of `leaf_items`], all others count as -inf.
+            allowed: bool [leaves, in the order of `leaf_items`]; the values of all others are treated as -inf.
         """
         best = values[:, self.leaf_items]
         if allowed is not None:
