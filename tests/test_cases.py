@@ -310,7 +310,11 @@ def test_nested_values_become_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("user_id", [["a"]] * 40, r"e.parquet: column user_id has type list<.*>; an id must be text or a number. Set data.user_id"),
+        (
+            "user_id",
+            [["a"]] * 40,
+            r"e.parquet: column user_id has type list<.*>; an id must be text or a number. Set data.user_id",
+        ),
         ("user_id", [True] * 40, r"column user_id has type bool"),
         ("timestamp", [{"a": 1}] * 40, r"column timestamp has type struct<.*>, not times; set data.time"),
         ("timestamp", ["soon"] * 40, r"e.parquet:1: timestamp is not a time \('soon'; set data.time_format"),
@@ -510,9 +514,7 @@ def test_ordinals_and_no_time(tmp_path: Path) -> None:
     assert histories(run(tmp_path, items_csv(tmp_path), path, time_unit="order")) == truth(rows)
     path = events_csv(tmp_path, [row[:2] for row in EVENTS], header="user_id,item_id")
     assert histories(run(tmp_path, items_csv(tmp_path), path, time="")) == truth()
-    with pytest.raises(
-        DataError, match="no column timestamp; columns found: user_id, item_id. Set data.time"
-    ):
+    with pytest.raises(DataError, match="no column timestamp; columns found: user_id, item_id. Set data.time"):
         run(tmp_path, items_csv(tmp_path), path)
 
 
@@ -540,9 +542,7 @@ def test_the_id_may_have_another_name_among_the_items(tmp_path: Path) -> None:
         "".join(f"{{u'id': u'{i}', u'title': u'{t}', u'maker': u'm'}}\n" for i, t in zip(ITEMS, TITLES, strict=True)),
     )
     events = events_csv(tmp_path, header="user_id,product_id,timestamp")
-    with pytest.raises(
-        DataError, match=r"no column product_id; columns found: id, title, maker\. Set .*data.items_id"
-    ):
+    with pytest.raises(DataError, match=r"no column product_id; columns found: id, title, maker\. Set .*data.items_id"):
         run(tmp_path, items, events, item_id="product_id")
     assert histories(run(tmp_path, items, events, item_id="product_id", items_id="id")) == truth()
 

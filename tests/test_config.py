@@ -115,8 +115,8 @@ def test_written_toml_holds_any_text(prompt: str, tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
-    ("tokenizer.levels=8",): "tokenizer.levels = 8 of tokenizer.codebook_size = 256 codes have 2^63 tuples or more",
-    ("tokenizer.levels=7",): "a collision level of semantic_ids.collision_codes = 256 have 2^63 tuples or more",
+    ("tokenizer.levels=8",): "tokenizer.levels = 8 of tokenizer.codebook_size = 256 codes give 2^63 tuples or more",
+    ("tokenizer.levels=7",): "a collision level of semantic_ids.collision_codes = 256 give 2^63 tuples or more",
     ("tokenizer.kind=rkmeans", "tokenizer.streamed=true"): "set semantic_ids.collisions = level",
     ("tokenizer.kmeans_sample=256", "tokenizer.codebook_size=2048"): "kmeans_sample = 256 is less than codebook_size",
     tuple(f"x{number}=1" for number in range(30)): "unknown key x9; and 20 more",

@@ -131,7 +131,10 @@ def test_a_bad_time_has_its_reason(value: Any, reason: str) -> None:
 GOOD = b'{"asin": "B1", "title": "T"}\n' * 50
 ZIPPED = gzip.compress(GOOD)
 FILES: list[tuple[bytes, str]] = [
-    *[(ZIPPED[:cut], "the gzip file is (truncated|damaged)") for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)],
+    *[
+        (ZIPPED[:cut], "the gzip file is (truncated|damaged)")
+        for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)
+    ],
     (ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:], "the gzip file is damaged"),  # checksum
     (ZIPPED[:-4] + b"\1\0\0\0", "the gzip file is damaged"),  # length
     (ZIPPED + b"trailing garbage", "the gzip file is damaged"),

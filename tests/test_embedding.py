@@ -146,7 +146,9 @@ def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         return encoded
 
     monkeypatch.setattr(worker.encoder, "encode", with_nan)
-    with pytest.raises(HealthError, match=r"embeddings of 1 items are NaN, infinite or zero, for example of items \[8\]"):
+    with pytest.raises(
+        HealthError, match=r"embeddings of 1 items are NaN, infinite or zero, for example of items \[8\]"
+    ):
         worker(pa.table({"item_id": pa.array([7, 8], pa.int32()), "text": ["a", "b"]}))
 
 
@@ -168,7 +170,7 @@ def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Pa
     assert sample_embeddings(folder, 4)[:, 0].tolist() == [0, 25, 50, 75]
     folder.write_table("vectors/part-00010.parquet", folder.read_table("vectors/part-00003.parquet"))
     for read in (count_embeddings, load_embeddings):
-        with pytest.raises(ArtifactError, match="missing or doubled"):
+        with pytest.raises(ArtifactError, match="missing or duplicated"):
             read(folder)
 
 
@@ -229,7 +231,7 @@ BAD_JOINS: dict[str, tuple[dict[str, object], type[Exception]]] = {
     "0.parquet: a vector has 2 dimensions, the previous ones (from": (
         {"item_id": MANY, "vector": [[1.0]] * 13 + [[1.0, 2.0]]}, DataError),
     "0.parquet: 1 rows without item_id": ({"item_id": [*MANY, None], "vector": [[1.0]] * 15}, DataError),
-    "0.parquet: 1 rows without vector, of items i13": ({"item_id": MANY, "vector": [[1.0]] * 13 + [None]}, DataError),
+    "0.parquet: 1 rows without vector, for items i13": ({"item_id": MANY, "vector": [[1.0]] * 13 + [None]}, DataError),
     "0.parquet: vectors of 2 items are NaN, infinite or zero: i12, i13": (
         {"item_id": MANY, "vector": [[1.0]] * 12 + [[float("nan")], [0.0]]}, HealthError),
     "0.parquet: column item_id has type list": ({"item_id": [[1]] * 14, "vector": [[1.0]] * 14}, DataError),

@@ -38,7 +38,7 @@ def test_unknown_ids_have_no_item() -> None:
 def test_a_group_that_outgrows_its_level_is_named() -> None:
     codes = np.zeros((300, 3), np.int64)
     codes[0] = 7
-    with pytest.raises(DataError, match=r"299 items share.*256 apart.*\(0, 0, 0\).*\[1, 2, 3, 4, 5\]"):
+    with pytest.raises(DataError, match=r"299 items share.*256 codes.*\(0, 0, 0\).*\[1, 2, 3, 4, 5\]"):
         assign(codes, 8, SemanticIdsConfig(collisions="level", collision_codes=256))
 
 
