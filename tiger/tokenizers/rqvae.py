@@ -169,7 +169,8 @@ class RQVAE(ResidualTokenizer):
         error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
             self._ema_update(levels)
-        return quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
+        loss_B: Tensor = quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
+        return loss_B
 
     @torch.no_grad()
     def _ema_update(self, levels: list[Level]) -> None:
