@@ -408,7 +408,7 @@ def _what_cannot_be_answered_says_why(server: Running) -> int:
     of_a_value = [
         ({"history": ["a", "b"]}, 422, "history: none of its 2 ids is in the catalog"),
         ({"history": ["a"], "k": 21}, 422, "k: must be at most 20, the beam of this server"),
-        ({"history": ["a" * 200] * 400}, 413, "a body of at most 64 KiB is read"),
+        ({"history": ["a" * 200] * 400}, 413, "request body exceeds 64 KiB"),
     ]
     for body, status, detail in of_a_value:
         assert server.recommend(**body) == (status, {"detail": detail})
