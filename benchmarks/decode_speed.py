@@ -39,7 +39,7 @@ def hugging_face(
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=sum(SIZES) + 1, eos_token_id=None, d_model=config.d_model, d_kv=config.head_dim,
-            d_ff=config.d_ff, num_layers=config.layers, num_heads=config.heads, pad_token_id=0,
+            d_ff=config.d_ff, num_layers=config.num_layers, num_heads=config.num_heads, pad_token_id=0,
             decoder_start_token_id=0,
         )
     ).eval()  # fmt: skip
@@ -110,7 +110,7 @@ def main() -> None:
     theirs = hugging_face(config, ids, their_batch)
     evaluation = past.evaluation("test").histories()
     drawn = np.random.default_rng(0).permutation(len(evaluation))[:n_users]
-    taken = [evaluation[user][-config.max_items :].astype(np.int64) for user in drawn]
+    taken = [evaluation[user][-config.max_history_items :].astype(np.int64) for user in drawn]
     for beam in (10, 50):
         rates: dict[str, list[float]] = {"Hugging Face": [], "ours": []}
         for _ in range(ROUNDS):

@@ -61,7 +61,7 @@ def ray_data(texts: list[str], actors: int) -> tuple[float, float]:
         table = pa.table({"item_id": np.arange(len(texts), dtype=np.int32), "text": texts})
         source.write_table("items.parquet", table, row_group_size=PART)
         pool = ActorPool(minimum=actors, maximum=actors, cpus=1, gpus=0)
-        settings = {"storage": "float32"}
+        settings = {"storage_dtype": "float32"}
         begin = time.perf_counter()
         map_shards(source, "items.parquet", ["item_id", "text"], source.child("out"), EmbedShard, settings,
                   actors=pool, what="embed")  # fmt: skip

@@ -2,7 +2,7 @@
 
     uv run python benchmarks/gpu_pipeline.py [config=beauty] [root=FOLDER] [data.path=FOLDER] [key=value ...]
 
-Runs `python -m jobs.pipeline` with the packaged text encoder in a fresh root, and samples `nvidia-smi` once per second
+Runs `python -m jobs.pipeline` with the bundled text encoder in a fresh root, and samples `nvidia-smi` once per second
 meanwhile. A stage is what passes between two artifacts: utilization is the mean over its samples and all GPUs, memory
 the maximum of any GPU. Training speed next to the device's limit: `benchmarks/step_profile.py`. Without a GPU the
 seconds are reported alone.
@@ -34,7 +34,7 @@ def main() -> None:
     overrides = dict(argument.split("=", 1) for argument in sys.argv[1:])
     config = overrides.pop("config", "beauty")
     root = Path(overrides.pop("root", "") or tempfile.mkdtemp(prefix="tiger-gpu-"))
-    overrides.setdefault("embedding.model", "packaged")
+    overrides.setdefault("embedding.model", "bundled")
     samples: list[tuple[float, float, float]] = []
     over = threading.Event()
     thread = threading.Thread(target=sample, args=(samples, over), daemon=True)

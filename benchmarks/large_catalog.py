@@ -37,7 +37,7 @@ def measure(name: str, values: dict[str, Any], items: int, dim: int) -> None:
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     encoded = time.perf_counter() - begin - trained
     costs = lambda rows: tokenizer.last_level_costs(vectors[rows]).numpy()  # noqa: E731
-    assign(codes, 256, SemanticIdsConfig(collisions="nearest", collision_codes=32_767), costs)
+    assign(codes, 256, SemanticIdsConfig(collision_policy="nearest_free", collision_codes=32_767), costs)
     assigned = time.perf_counter() - begin - trained - encoded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     figures = code_metrics(codes, 256)
@@ -55,7 +55,7 @@ def main() -> None:
     items, dim, epochs = settings.get("items", 259_000), settings.get("dim", 384), settings.get("epochs", 4)
     for name, values in {
         "residual k-means": {"kind": "rkmeans"},
-        "RQ-VAE": {"kind": "rqvae", "training": {"epochs": epochs, "validate_every": 1.0}},
+        "RQ-VAE": {"kind": "rqvae", "training": {"epochs": epochs, "validate_every_epochs": 1.0}},
     }.items():
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, values, items, dim))
         process.start()

@@ -57,7 +57,7 @@ def main() -> None:
     codes = np.random.default_rng(0).integers(0, 256, (items, 3), dtype=np.int16)
     before = peak_gigabytes()
     begin = time.perf_counter()
-    ids = assign(codes, 256, SemanticIdsConfig(collisions="level"))
+    ids = assign(codes, 256, SemanticIdsConfig(collision_policy="extra_code"))
     seconds = time.perf_counter() - begin
     said = f"{seconds:.1f} s, {items / seconds:,.0f} items/s, peak {peak_gigabytes():.2f} GB ({before:.2f} before)"
     print(f"unique IDs of {items:,} items: {said}")
@@ -65,7 +65,7 @@ def main() -> None:
     trie = Trie(ids)
     seconds = time.perf_counter() - begin
     print(f"trie: {seconds:.1f} s, {items / seconds:,.0f} items/s, peak {peak_gigabytes():.2f} GB")
-    few = assign(codes[:12_000], 256, SemanticIdsConfig(collisions="level"))
+    few = assign(codes[:12_000], 256, SemanticIdsConfig(collision_policy="extra_code"))
     small = Trie(few)
     rates = users_per_second(few, small), users_per_second(ids, trie)
     print(

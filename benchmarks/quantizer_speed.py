@@ -33,11 +33,11 @@ def perceptron(*widths: int) -> nn.Sequential:
 
 
 class Plain(nn.Module):
-    def __init__(self, dim: int, hidden: tuple[int, ...], latent: int, linear_path: bool) -> None:
+    def __init__(self, dim: int, hidden: tuple[int, ...], latent: int, linear_skip: bool) -> None:
         super().__init__()
         self.encoder, self.decoder = perceptron(dim, *hidden, latent), perceptron(latent, *hidden[::-1], dim)
         self.codebooks = nn.Parameter(torch.randn(3, 256, latent))
-        self.beside = nn.ModuleList([nn.Linear(dim, latent), nn.Linear(latent, dim)]) if linear_path else None
+        self.beside = nn.ModuleList([nn.Linear(dim, latent), nn.Linear(latent, dim)]) if linear_skip else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = self.encoder(x) + (self.beside[0](x) if self.beside else 0)
@@ -51,8 +51,8 @@ class Plain(nn.Module):
         return loss + F.mse_loss(self.decoder(q) + (self.beside[1](q) if self.beside else 0), x)
 
 
-def plain(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int, linear_path: bool) -> float:
-    model = Plain(vectors.shape[1], hidden, latent, linear_path)
+def plain(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int, linear_skip: bool) -> float:
+    model = Plain(vectors.shape[1], hidden, latent, linear_skip)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     begin = time.perf_counter()
     for _ in range(EPOCHS):
@@ -64,10 +64,10 @@ def plain(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: in
     return time.perf_counter() - begin
 
 
-def ours(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int, linear_path: bool) -> float:
+def ours(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int, linear_skip: bool) -> float:
     """Seconds from the look before the first step to the end of training."""
     config = TokenizerConfig.resolve(
-        {"hidden": hidden, "latent": latent, "linear_path": linear_path, "kmeans_iterations": 1}
+        {"hidden_dims": hidden, "latent_dim": latent, "linear_skip": linear_skip, "kmeans_iterations": 1}
         | {"training": {"epochs": EPOCHS, "batch_size": batch}}
     )
     started: list[float] = []
@@ -81,15 +81,15 @@ def main() -> None:
     dim, batch = settings.get("dim", 384), settings.get("batch", 256)
     torch.set_num_threads(2)
     vectors = torch.randn(ITEMS, dim, generator=torch.Generator().manual_seed(0))
-    for hidden, latent, linear_path in (((512, 256, 128), dim, True), ((512, 256, 128), 64, False)):
+    for hidden, latent, linear_skip in (((512, 256, 128), dim, True), ((512, 256, 128), 64, False)):
         seconds: dict[str, list[float]] = {"plain": [], "ours": []}
         for _ in range(ROUNDS):
-            seconds["plain"].append(plain(vectors, hidden, latent, batch, linear_path))
-            seconds["ours"].append(ours(vectors, hidden, latent, batch, linear_path))
+            seconds["plain"].append(plain(vectors, hidden, latent, batch, linear_skip))
+            seconds["ours"].append(ours(vectors, hidden, latent, batch, linear_skip))
         rates = {name: ITEMS * EPOCHS / np.median(values) for name, values in seconds.items()}
         ratios = np.array(seconds["plain"]) / np.array(seconds["ours"])
         print(
-            f"layers {hidden}, latent {latent}, {'with' if linear_path else 'no'} linear path: plain "
+            f"layers {hidden}, latent {latent}, {'with' if linear_skip else 'no'} linear path: plain "
             f"{rates['plain']:,.0f}, ours {rates['ours']:,.0f} items/s; ours / plain {np.median(ratios):.2f} "
             f"({ratios.min():.2f} to {ratios.max():.2f})",
             flush=True,

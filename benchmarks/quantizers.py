@@ -4,9 +4,9 @@
         [only=REGEX] [threads=2]
 
 `unique` is the share of distinct tuples of nearest codes, `error` the reconstruction error relative to the variance;
-`moved` is the error after `semantic_ids.collisions = nearest` has made every tuple unique. `overlap` is the share of
-an item's ten nearest neighbors (cosine) with the same first code, and with the same first two. Means over seeds, with
-the least and the largest where they differ; `objective` is that of `jobs.tune` with its default weights.
+`moved` is the error after `semantic_ids.collision_policy = nearest_free` has made every tuple unique. `overlap` is the
+share of an item's ten nearest neighbors (cosine) with the same first code, and with the same first two. Means over
+seeds, with the least and the largest where they differ; `objective` is that of `jobs.tune` with its default weights.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual k-means, Euclidean": {"kind": "rkmeans", "distance": "euclidean"},
     "residual k-means, mixed": {"kind": "rkmeans", "distance": "mixed"},
     "residual k-means, cosine": {"kind": "rkmeans", "distance": "cosine"},
-    "residual k-means, cosine, Sinkhorn last level": {"kind": "rkmeans", "balance_last_level": True},
+    "residual k-means, cosine, Sinkhorn last level": {"kind": "rkmeans", "sinkhorn_last_level": True},
     "OPQ": {"kind": "opq"},
     "**RQ-VAE, the default**": {},
     "RQ-VAE, Euclidean": {"distance": "euclidean"},
     "RQ-VAE, mixed": {"distance": "mixed"},
-    "RQ-VAE, codebooks by gradient alone": {"codebook_update": "gradient", "reset_dead": False},
+    "RQ-VAE, codebooks by gradient alone": {"codebook_update": "gradient", "reset_dead_codes": False},
     "RQ-VAE, gradient and dead-code reset": {"codebook_update": "gradient"},
     "RQ-VAE, EMA codebooks": {"codebook_update": "ema"},
-    "RQ-VAE, rotation trick": {"gradient": "rotation"},
-    "RQ-VAE, Sinkhorn last level": {"balance_last_level": True},
-    "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction": "mean"},
-    "RQ-VAE, latent 128": {"latent": 128},
-    "RQ-VAE, layers 256-128": {"hidden": (256, 128)},
+    "RQ-VAE, rotation trick": {"gradient_estimator": "rotation"},
+    "RQ-VAE, Sinkhorn last level": {"sinkhorn_last_level": True},
+    "RQ-VAE, reconstruction averaged over dimensions": {"reconstruction_reduction": "mean"},
+    "RQ-VAE, latent 128": {"latent_dim": 128},
+    "RQ-VAE, layers 256-128": {"hidden_dims": (256, 128)},
     "RQ-VAE, layers 512-256, latent 256, commitment 0.35 (the winner of an earlier sweep)": {
-        "hidden": (512, 256), "latent": 256, "commitment": 0.3526760100985247,
+        "hidden_dims": (512, 256), "latent_dim": 256, "commitment_weight": 0.3526760100985247,
         "training": {"learning_rate": 0.0010098324695192984},
     },
     "RQ-VAE, dropout 0.1": {"dropout": 0.1},
-    "RQ-VAE, commitment 1": {"commitment": 1.0},
-    "RQ-VAE, no linear path": {"linear_path": False, "distance": "mixed"},
+    "RQ-VAE, commitment 1": {"commitment_weight": 1.0},
+    "RQ-VAE, no linear path": {"linear_skip": False, "distance": "mixed"},
     "RQ-VAE, no linear path, latent 64, gradient alone": {
-        "linear_path": False, "latent": 64, "codebook_update": "gradient", "reset_dead": False, "distance": "euclidean",
+        "linear_skip": False, "latent_dim": 64, "codebook_update": "gradient", "reset_dead_codes": False,
+        "distance": "euclidean",
     },
 }  # fmt: skip
 
@@ -68,13 +69,13 @@ def measure(values: dict[str, Any], vectors: torch.Tensor, neighbors: Any, seed:
     seconds = time.perf_counter() - begin
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     found = code_metrics(codes, config.codebook_size) | neighbor_prefix_agreement(codes, neighbors)
-    for level in range(config.levels):
+    for level in range(config.num_levels):
         found[f"gini@{level + 1}"] = gini(np.bincount(codes[:, level], minlength=config.codebook_size))
     found["largest"] = int(np.unique(packed(codes), return_counts=True)[1].max())
     moved = assign(
         codes,
         config.codebook_size,
-        SemanticIdsConfig(collisions="nearest"),
+        SemanticIdsConfig(collision_policy="nearest_free"),
         lambda items: tokenizer.last_level_costs(vectors[items]).numpy(),
     )
     errors = tokenizer.errors(vectors, torch.from_numpy(moved.codes[:, : moved.levels]).long())

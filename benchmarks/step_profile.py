@@ -1,7 +1,7 @@
 """Where a training step's time goes: stages, kernels, and the share of what the device's matrix products can do.
 
     uv run python benchmarks/step_profile.py [preset=small] [batch=1024] [steps=30] [device=cuda] [threads=1]
-        [item_tokens=true] [data.path=FOLDER]
+        [encoder_input=items] [data.path=FOLDER]
 
 Both modes, in float32 (TensorFloat-32 on a GPU) and, where the hardware has it, in bfloat16, with the measured ratio
 that decides `precision = "auto"`. Stages are timed with the device waited for after each; the whole step is timed as in
@@ -146,7 +146,7 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     device = torch.device(settings.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
     preset, batch = settings.pop("preset", "small"), int(settings.pop("batch", "1024"))
-    count, item_tokens = int(settings.pop("steps", "30")), settings.pop("item_tokens", "false") == "true"
+    count, encoder_input = int(settings.pop("steps", "30")), settings.pop("encoder_input", "codes")
     if "threads" in settings:
         torch.set_num_threads(int(settings.pop("threads")))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
@@ -156,13 +156,13 @@ def main() -> None:
     allow_tf32(device)
     on_gpu = device.type == "cuda"
     native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bfloat16()
-    for mode in ("faithful", "fast"):
-        values = {"preset": preset, "mode": mode, "item_tokens": item_tokens, "training": {"batch_size": batch}}
+    for mode in ("bidirectional", "causal"):
+        values = {"preset": preset, "encoder": mode, "encoder_input": encoder_input, "training": {"batch_size": batch}}
         config = build(ModelConfig, values)
         data = (
-            SequenceExamples(past, ids, config.max_items)
-            if mode == "fast"
-            else TargetExamples(past, ids, config.max_items, 0)
+            SequenceExamples(past, ids, config.max_history_items)
+            if mode == "causal"
+            else TargetExamples(past, ids, config.max_history_items, 0)
         )
         speeds = [
             report(Step(config, data, ids, device), mode, precision, count)

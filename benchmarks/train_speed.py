@@ -50,9 +50,9 @@ def ours(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
     model = TigerModel(config, ids.level_sizes)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     data = (
-        SequenceExamples(past, ids, config.max_items)
-        if config.mode == "fast"
-        else TargetExamples(past, ids, config.max_items, 0)
+        SequenceExamples(past, ids, config.max_history_items)
+        if config.encoder == "causal"
+        else TargetExamples(past, ids, config.max_history_items, 0)
     )
 
     def endless() -> Iterator[tuple[tuple[torch.Tensor, ...], float]]:
@@ -83,15 +83,15 @@ def hugging_face(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step
             d_model=config.d_model,
             d_kv=config.head_dim,
             d_ff=config.d_ff,
-            num_layers=config.layers,
-            num_heads=config.heads,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
             dropout_rate=config.dropout,
             pad_token_id=0,
             decoder_start_token_id=0,
         )
     )
     optimizer = torch.optim.AdamW(model.parameters())
-    examples, random = TargetExamples(past, ids, config.max_items, 0), np.random.default_rng(0)
+    examples, random = TargetExamples(past, ids, config.max_history_items, 0), np.random.default_rng(0)
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0) + 1
 
     def step() -> int:
@@ -114,8 +114,8 @@ def main() -> None:
     ids = random_ids(n_items)
     torch.manual_seed(0)
     steps = {"Hugging Face T5": hugging_face(build(ModelConfig, {"preset": preset}), past, ids)}
-    for mode in ("faithful", "fast"):
-        steps[mode] = ours(build(ModelConfig, {"preset": preset, "mode": mode}), past, ids)
+    for mode in ("bidirectional", "causal"):
+        steps[mode] = ours(build(ModelConfig, {"preset": preset, "encoder": mode}), past, ids)
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():

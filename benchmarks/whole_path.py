@@ -32,7 +32,7 @@ SETTINGS = [
     "catalog.k_core=0",
     "embedding.max_tokens=8",
     "tokenizer.training.epochs=2",
-    "tokenizer.training.validate_every=1",
+    "tokenizer.training.validate_every_epochs=1",
 ]
 _SAMPLE_SECONDS = 0.5
 

@@ -23,7 +23,7 @@ def fill(draft: Draft) -> None:
     draft.folder.write_table("table.parquet", pa.table({"x": [1, 2]}))
     draft.folder.write_json("more/notes.json", {"a": 1})
     draft.folder.write_json(f"{SCRATCH}/state.json", {})
-    draft.figures = {"rows": 2}
+    draft.metrics = {"rows": 2}
 
 
 def made(root: Path, size: int = 1, inputs: dict[str, Artifact] | None = None, kind: str = "catalog") -> Artifact:
@@ -62,7 +62,7 @@ def test_a_stage_that_fails_leaves_nothing_to_read(tmp_path: Path) -> None:
         build(str(tmp_path), "catalog", Knobs(), {}, fail)
     with pytest.raises(ArtifactError, match=r"is not a finished artifact; create it with `python -m jobs.prepare`"):
         open_artifact(str(next(tmp_path.glob("catalog-*"))))
-    assert made(tmp_path).figures == {"rows": 2}
+    assert made(tmp_path).metrics == {"rows": 2}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "add"])

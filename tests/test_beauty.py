@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 def test_the_numbers_of_the_paper(tmp_path: Path) -> None:
     run = load(RunConfig, "beauty-cpu", [f"data.path={BEAUTY}", f"root={tmp_path}"], CONFIGS)
     artifact = prepare(run)
-    assert {name: artifact.figures[name] for name in ("users", "items", "interactions", "training_examples")} == {
+    assert {name: artifact.metrics[name] for name in ("users", "items", "interactions", "training_examples")} == {
         "users": 22_363,
         "items": 12_101,
         "interactions": 198_502,
@@ -28,4 +28,4 @@ def test_the_numbers_of_the_paper(tmp_path: Path) -> None:
     catalog = Catalog(artifact)
     assert sum("&amp;" in title for title in catalog.titles) == 0
     assert len(catalog.histories.evaluation("test")) == 22_363
-    assert not any(record["skipped"] for record in artifact.figures["rows"].values())
+    assert not any(record["skipped"] for record in artifact.metrics["rows"].values())

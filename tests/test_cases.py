@@ -77,7 +77,7 @@ def truth(rows: Any = EVENTS) -> dict[str, list[str]]:
 
 
 def rows_of(artifact: Artifact, table: str = "interactions") -> dict[str, Any]:
-    return artifact.figures["rows"][table]
+    return artifact.metrics["rows"][table]
 
 
 # --- 02: quotes ---------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_stray_quote_spoils_its_own_line_only(tmp_path: Path) -> None:
     lines = events_csv(tmp_path).read_text().splitlines()
     lines[7], lines[22] = '"' + lines[7], '"' + lines[22]
     path = put(tmp_path / "stray.csv", "\n".join(lines) + "\n")
-    artifact = run(tmp_path, items_csv(tmp_path), path, max_bad_rows=0.1)
+    artifact = run(tmp_path, items_csv(tmp_path), path, max_bad_row_fraction=0.1)
     record = rows_of(artifact)
     assert (record["read"], record["kept"], record["lines"], record["extra_lines"]) == (40, 38, 41, 1)
     assert record["examples"][0].startswith(f"{path}:8: a quote opens here")
@@ -99,7 +99,7 @@ def test_a_stray_quote_that_closes_thirty_rows_later_swallows_none_of_them(tmp_p
     lines = events_csv(tmp_path).read_text().splitlines()
     lines[3] = lines[3].replace(",p", ',"p', 1)
     lines[33] = lines[33].rpartition(",")[0] + '",1'  # closes at the end of an id: the joined row has three fields
-    artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", "\n".join(lines)), max_bad_rows=0.1)
+    artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", "\n".join(lines)), max_bad_row_fraction=0.1)
     assert rows_of(artifact)["kept"] == 38
 
 
@@ -114,7 +114,7 @@ def test_lines_breaks_in_quotes_are_one_row_and_lines_stay_physical(tmp_path: Pa
     rest = "p01,Lamp\np02,Lamp of tin,m\np03,Jug,m\np04,Pan,m\n"
     path = put(tmp_path / "i.csv", f'item_id,title,maker\np00,"Bowl\nof, oak",m\n\n{rest}')
     events = events_csv(tmp_path, [("u", name, START + n) for n, name in enumerate(["p00", "p02", "p03", "p04"])])
-    artifact = run(tmp_path, path, events, max_bad_rows=0.5)
+    artifact = run(tmp_path, path, events, max_bad_row_fraction=0.5)
     assert Catalog(artifact).items["title"].to_pylist() == ["Bowl of, oak", "Lamp of tin", "Jug", "Pan"]
     assert rows_of(artifact, "items")["examples"] == [f"{path}:5: 2 columns instead of 3"]
 
@@ -122,7 +122,7 @@ def test_lines_breaks_in_quotes_are_one_row_and_lines_stay_physical(tmp_path: Pa
 def test_one_undecodable_byte_and_one_overlong_line_are_two_bad_rows(tmp_path: Path) -> None:
     lines = events_csv(tmp_path).read_bytes().splitlines()
     lines[4], lines[9] = lines[4].replace(b"c", b"\xe9"), b"x" * (9 << 20)
-    artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", b"\n".join(lines)), max_bad_rows=0.1)
+    artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", b"\n".join(lines)), max_bad_row_fraction=0.1)
     assert rows_of(artifact)["skipped"] == {"not UTF-8": 1, "line longer than 8,388,608 bytes": 1}
     assert ":5: not UTF-8" in rows_of(artifact)["examples"][0]
     assert ":10: line longer" in rows_of(artifact)["examples"][1]
@@ -144,7 +144,7 @@ def test_the_order_within_a_second_is_the_truth(unit: str, tmp_path: Path) -> No
     scale = {"ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
     rows = [(f"c{u}", ITEMS[n], START * scale + (5 * n) % 12 * scale // 20) for u in range(3) for n in range(12)]
     artifact = run(
-        tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), time_unit=unit, catalog={"repeats": "all"}
+        tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), time_unit=unit, catalog={"duplicates": "all"}
     )
     assert histories(artifact) == truth(rows)
 
@@ -154,9 +154,9 @@ def test_plays_within_a_second_are_not_equal(tmp_path: Path) -> None:
         ("c1", ITEMS[1], START * 1000 + n) for n in range(5)
     ]
     artifact = run(
-        tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), time_unit="ms", catalog={"repeats": "all"}
+        tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), time_unit="ms", catalog={"duplicates": "all"}
     )
-    assert artifact.figures["interactions"] == 35
+    assert artifact.metrics["interactions"] == 35
 
 
 # --- 05 and 17: ids -----------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_nan_is_no_user_and_big_numbers_are_whole_in_every_part(tmp_path: Path) 
         columns = {"user_id": users, "item_id": [e[1] for e in EVENTS], "timestamp": [e[2] + part for e in EVENTS]}
         parts.append(tmp_path / f"part-{part}.parquet")
         pq.write_table(pa.table(columns), parts[-1])
-    artifact = run(tmp_path, items_csv(tmp_path), parts, max_bad_rows=0.1)
+    artifact = run(tmp_path, items_csv(tmp_path), parts, max_bad_row_fraction=0.1)
     assert list(histories(artifact)) == [f"7000000000{n}" for n in range(8)]
     assert rows_of(artifact)["skipped"] == {"no user_id or item_id": 4}
 
@@ -189,7 +189,7 @@ def test_a_number_is_one_id_in_every_format(tmp_path: Path) -> None:
         parts.append(tmp_path / f"e{n}.parquet")
         pq.write_table(pa.table({"user_id": [user], "item_id": [item], "timestamp": [START + 7 + n]}), parts[-1])
     items = put(tmp_path / "i.csv", "item_id,title,maker\n17.0,Walnut bowl,m\n017,Copper lamp,m\n1e1,Slate stool,m\n")
-    artifact = run(tmp_path, items, [csv, jsonl, *parts], catalog={"repeats": "all"})
+    artifact = run(tmp_path, items, [csv, jsonl, *parts], catalog={"duplicates": "all"})
     assert histories(artifact) == {"07": ["017"], "7": ["17"] * 7, "7.5": ["1e1", "017"]}
 
 
@@ -359,7 +359,7 @@ def test_one_odd_row_is_one_bad_row(tmp_path: Path) -> None:
     rows[6] |= {"timestamp": {"at": 1}}
     rows[7] |= {"user_id": False}
     path = put(tmp_path / "e.jsonl", "\ufeff" + "\r".join(json.dumps(row) for row in rows))
-    artifact = run(tmp_path, items_csv(tmp_path), path, max_bad_rows=0.1)
+    artifact = run(tmp_path, items_csv(tmp_path), path, max_bad_row_fraction=0.1)
     record = rows_of(artifact)
     assert (record["kept"], sum(record["skipped"].values())) == (37, 3)
     assert [example.removeprefix(f"{path}:")[:18] for example in record["examples"]] == [
@@ -682,5 +682,7 @@ def test_empty_parts_are_passed_over(tmp_path: Path) -> None:
 
 def test_a_split_by_time_without_validation_users_is_refused(tmp_path: Path) -> None:
     rows = [(user, item, START + 86_400 * (step % 2)) for step, (user, item, _) in enumerate(EVENTS)]
-    with pytest.raises(DataError, match='catalog.split = "by-time" leaves no validation users.*catalog.valid_share'):
-        run(tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), catalog={"split": "by-time"})
+    with pytest.raises(
+        DataError, match='catalog.split = "temporal" leaves no validation users.*catalog.valid_fraction'
+    ):
+        run(tmp_path, items_csv(tmp_path), events_csv(tmp_path, rows), catalog={"split": "temporal"})

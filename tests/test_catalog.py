@@ -126,7 +126,7 @@ def test_long_ids_of_several_batches_are_numbers(tmp_path: Path) -> None:
             )
 
     items = pa.RecordBatch.from_pydict({"source_id": [f"i{n}" for n in range(7)], "title": [f"t{n}" for n in range(7)]})
-    config = build(CatalogConfig, {"text_fields": ["title"], "k_core": 0, "repeats": "all"})
+    config = build(CatalogConfig, {"text_fields": ["title"], "k_core": 0, "duplicates": "all"})
     profile = make(config, [items], batches(), Folder(str(tmp_path)))
     assert (profile["users"], profile["interactions"]) == (3, 40)
 
@@ -136,7 +136,7 @@ def test_repeated_interactions(tmp_path: Path) -> None:
     first, histories = made(tmp_path / "first", ["a", "b", "c"], events)
     assert named(tmp_path / "first", histories) == {"u": ["a", "b", "c"]}
     assert (first["dropped"]["equal interactions"], first["dropped"]["repeated interactions"]) == (1, 1)
-    _, histories = made(tmp_path / "all", ["a", "b", "c"], events, repeats="all")
+    _, histories = made(tmp_path / "all", ["a", "b", "c"], events, duplicates="all")
     assert named(tmp_path / "all", histories) == {"u": ["a", "b", "a", "c"]}
 
 
@@ -157,11 +157,11 @@ def test_nothing_left_after_the_k_core(tmp_path: Path) -> None:
 def test_ties(tmp_path: Path) -> None:
     events = [("u", item, 0) for item in "cabed"]
     for ties, expected in (("file", "cabed"), ("id", "abcde")):
-        _, histories = made(tmp_path / ties, list("abcde"), events, ties=ties)
+        _, histories = made(tmp_path / ties, list("abcde"), events, tie_break=ties)
         assert named(tmp_path / ties, histories)["u"] == list(expected)
     orders = set()
     for seed in range(5):
-        _, histories = made(tmp_path / f"s{seed}", list("abcde"), events, ties="shuffle", seed=seed)
+        _, histories = made(tmp_path / f"s{seed}", list("abcde"), events, tie_break="shuffle", seed=seed)
         orders.add(tuple(named(tmp_path / f"s{seed}", histories)["u"]))
     assert len(orders) > 1
     assert all(sorted(order) == list("abcde") for order in orders)
@@ -177,7 +177,7 @@ def test_the_result_does_not_depend_on_the_order_of_files_with_ties_by_id(tmp_pa
             tmp_path / str(index),
             [f"i{n}" for n in rng.permutation(12)],
             [events[i] for i in order],
-            ties="id",
+            tie_break="id",
             k_core=3,
         )
         results.append((tmp_path / str(index) / "histories.parquet").read_bytes())
@@ -186,7 +186,7 @@ def test_the_result_does_not_depend_on_the_order_of_files_with_ties_by_id(tmp_pa
 
 def test_unknown_items_are_counted_and_too_many_stop(tmp_path: Path) -> None:
     events = [("u", item, time) for time, item in enumerate("abcx")]
-    profile, histories = made(tmp_path, list("abc"), events, max_unknown_items=0.3)
+    profile, histories = made(tmp_path, list("abc"), events, max_unknown_item_fraction=0.3)
     assert profile["dropped"]["interactions with unknown items"] == 1
     assert named(tmp_path, histories)["u"] == list("abc")
     with pytest.raises(DataError, match="1 of 4 interactions are with items that have no row.*'x'"):
@@ -207,7 +207,7 @@ def test_leave_one_out(tmp_path: Path) -> None:
 def test_by_time(tmp_path: Path) -> None:
     """Two moments cut all histories; a target is the first item after one, with a history before it."""
     events = [("u", item, time) for time, item in enumerate("abcdefghij")] + [("late", "j", 9), ("late", "a", 99)]
-    _, histories = made(tmp_path, list("abcdefghij"), events, split="by-time", valid_share=0.2, test_share=0.2)
+    _, histories = made(tmp_path, list("abcdefghij"), events, split="temporal", valid_fraction=0.2, test_fraction=0.2)
     times = np.asarray(Folder(str(tmp_path)).read_table("histories.parquet")["times"].combine_chunks().flatten())
     begins, ends = histories.offsets[:-1], histories.offsets[1:]
     newest_training = max(times[b:e].max(initial=0) for b, e in zip(begins, histories.train_end, strict=True))
@@ -221,7 +221,7 @@ def test_by_time(tmp_path: Path) -> None:
 def test_no_target_is_ever_a_training_item(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     events = [(f"u{rng.integers(30)}", f"i{rng.integers(40)}", int(rng.integers(1000))) for _ in range(600)]
-    for split in ("leave-one-out", "by-time"):
+    for split in ("leave-one-out", "temporal"):
         _, histories = made(tmp_path / split, [f"i{n}" for n in range(40)], events, split=split)
         assert (histories.offsets[:-1] <= histories.train_end).all()
         assert (histories.train_end <= histories.valid_end).all()

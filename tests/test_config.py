@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tiger.core.config import build, describe, dump_toml, load
+from tiger.core.config import RENAMED, Config, build, describe, dump_toml, load
 from tiger.core.errors import ConfigError
 from tiger.run import RunConfig
 from tiger.tuning import TuningConfig
@@ -29,8 +31,8 @@ def test_every_shipped_file_loads(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_overrides_beat_the_file(name: str) -> None:
-    run = load(RunConfig, name, ["tokenizer.levels=4", "model.training.learning_rate=3e-4", "root=/x/y"], CONFIGS)
-    assert (run.tokenizer.levels, run.model.training.learning_rate, run.root) == (4, 3e-4, "/x/y")
+    run = load(RunConfig, name, ["tokenizer.num_levels=4", "model.training.learning_rate=3e-4", "root=/x/y"], CONFIGS)
+    assert (run.tokenizer.num_levels, run.model.training.learning_rate, run.root) == (4, 3e-4, "/x/y")
 
 
 def test_a_plugin_section_takes_the_keys_of_its_kind() -> None:
@@ -58,20 +60,35 @@ def test_another_kind_drops_the_keys_of_the_former(name: str | None, overrides: 
 
 def test_another_kind_keeps_the_keys_that_all_kinds_share(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(
-        "[tokenizer]\nlevels = 4\ncodebook_size = 64\nlatent = 32\nseed = 7\n[tokenizer.training]\nepochs = 3\n"
+        "[tokenizer]\nnum_levels = 4\ncodebook_size = 64\nlatent_dim = 32\nseed = 7\n[tokenizer.training]\nepochs = 3\n"
     )
     for kind in ("rkmeans", "opq"):
         tokenizer = load(RunConfig, str(tmp_path / "x.toml"), [f"tokenizer.kind={kind}"], CONFIGS).tokenizer
-        assert (tokenizer.kind, tokenizer.levels, tokenizer.codebook_size, tokenizer.seed) == (kind, 4, 64, 7)
+        assert (tokenizer.kind, tokenizer.num_levels, tokenizer.codebook_size, tokenizer.seed) == (kind, 4, 64, 7)
         assert tokenizer.training.epochs == 0
     same = load(RunConfig, str(tmp_path / "x.toml"), ["tokenizer.kind=rqvae"], CONFIGS).tokenizer
-    assert (same.model_dump()["latent"], same.training.epochs) == (32, 3)
+    assert (same.model_dump()["latent_dim"], same.training.epochs) == (32, 3)
 
 
 def test_another_kind_hides_no_mistyped_key(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("[tokenizer]\nlevls = 4\n")
-    with pytest.raises(ConfigError, match="unknown key tokenizer.levls; did you mean tokenizer.levels"):
+    (tmp_path / "x.toml").write_text("[tokenizer]\nnum_levls = 4\n")
+    with pytest.raises(ConfigError, match="unknown key tokenizer.num_levls; did you mean tokenizer.num_levels"):
         load(RunConfig, str(tmp_path / "x.toml"), ["tokenizer.kind=rkmeans"], CONFIGS)
+
+
+def test_a_renamed_key_is_told_its_new_name() -> None:
+    """Also in the section of a plug-in, and of each key that the table has; the new names exist."""
+    for old, new in RENAMED.items():
+        section = "tuning" if old.startswith("tuning.") else ""
+        model: type[Config] = TuningConfig if section else RunConfig
+        key = old.removeprefix("tuning.")
+        given = ["tokenizer.kind=rkmeans"] if old in ("tokenizer.streamed", "tokenizer.passes") else []
+        given += ["tokenizer.kind=opq"] if old == "tokenizer.rotations" else []
+        with pytest.raises(ConfigError, match=rf"unknown key {re.escape(old)}; it was renamed to {re.escape(new)}$"):
+            load(model, None, [*given, f"{key}=1"], CONFIGS, prefix=f"{section}." if section else "")
+        values: dict[str, Any] = {"tokenizer": {"kind": given[0].partition("=")[2]}} if given else {}
+        known = {f"{section}.{key}".strip(".") for key, *_ in describe(model, values)}
+        assert new in known | {"tuning"}
 
 
 def test_text_may_look_like_a_number(tmp_path: Path) -> None:
@@ -108,21 +125,23 @@ def test_byte_order_marks_are_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["find \U0001f525: ", "a\x7f\x00\t", 'quo"te\\', "\ufeff", "line\nbreak"], ids=ascii)
 def test_written_toml_holds_any_text(prompt: str, tmp_path: Path) -> None:
-    run = build(RunConfig, {"embedding": {"prompt": prompt}})
+    run = build(RunConfig, {"embedding": {"prefix": prompt}})
     (tmp_path / "x.toml").write_bytes(dump_toml(run.model_dump(mode="json", serialize_as_any=True)).encode())
     assert load(RunConfig, str(tmp_path / "x.toml"), [], CONFIGS) == run
     assert tomllib.loads(dump_toml({"a": {"b": None, "c": [1, 2]}})) == {"a": {"c": [1, 2]}}
 
 
 IMPOSSIBLE = {
-    ("tokenizer.levels=8",): "tokenizer.levels = 8 of tokenizer.codebook_size = 256 codes give 2^63 tuples or more",
-    ("tokenizer.levels=7",): "a collision level of semantic_ids.collision_codes = 256 give 2^63 tuples or more",
-    ("tokenizer.kind=rkmeans", "tokenizer.streamed=true"): "set semantic_ids.collisions = level",
+    (
+        "tokenizer.num_levels=8",
+    ): "tokenizer.num_levels = 8 of tokenizer.codebook_size = 256 codes give 2^63 tuples or more",
+    ("tokenizer.num_levels=7",): "a collision level of semantic_ids.collision_codes = 256 give 2^63 tuples or more",
+    ("tokenizer.kind=rkmeans", "tokenizer.streaming=true"): "set semantic_ids.collision_policy = extra_code",
     ("tokenizer.kmeans_sample=256", "tokenizer.codebook_size=2048"): "kmeans_sample = 256 is less than codebook_size",
     tuple(f"x{number}=1" for number in range(30)): "unknown key x9; and 20 more",
     ("a=1\nroot=2",): "unknown key a",
-    ("tokenizer.levels=" + "9" * 5000,): "tokenizer.levels = '999",
-    ("tokenizer.levels=" + "[" * 5000,): "tokenizer.levels = '[[[",
+    ("tokenizer.num_levels=" + "9" * 5000,): "tokenizer.num_levels = '999",
+    ("tokenizer.num_levels=" + "[" * 5000,): "tokenizer.num_levels = '[[[",
     ("root.x=1", "root.y=2"): "root",
 }
 
@@ -137,19 +156,19 @@ def test_what_cannot_be_used_together_is_refused_before_the_first_stage(override
 
 def test_what_can_be_used_together_is_not_refused() -> None:
     for overrides in (
-        ["tokenizer.levels=7", "semantic_ids.collisions=refuse"],
-        ["tokenizer.levels=7", "semantic_ids.collision_codes=127"],
-        ["tokenizer.kind=rkmeans", "tokenizer.streamed=true", "semantic_ids.collisions=level"],
+        ["tokenizer.num_levels=7", "semantic_ids.collision_policy=error"],
+        ["tokenizer.num_levels=7", "semantic_ids.collision_codes=127"],
+        ["tokenizer.kind=rkmeans", "tokenizer.streaming=true", "semantic_ids.collision_policy=extra_code"],
         ["tokenizer.kmeans_sample=256", "tokenizer.codebook_size=256"],
     ):
         load(RunConfig, None, overrides, CONFIGS)
 
 
 REFUSED = {
-    "tokenizer.levls=4": "unknown key tokenizer.levls; did you mean tokenizer.levels?",
+    "tokenizer.num_levls=4": "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels?",
     "modell.d_ff=4": "unknown key modell",
-    "tokenizer.levels=0": "tokenizer.levels = 0: Input should be greater than or equal to 1",
-    "tokenizer.levels=three": "tokenizer.levels = 'three': Input should be a valid integer",
+    "tokenizer.num_levels=0": "tokenizer.num_levels = 0: Input should be greater than or equal to 1",
+    "tokenizer.num_levels=three": "tokenizer.num_levels = 'three': Input should be a valid integer",
     "model.preset=huge": "model.preset = 'huge': Input should be 'small', 'medium', 'tiger-paper' or 'tiger-tuned'",
     "data.kind=amzon": "there is no module tiger.data.sources.amzon; shipped: amazon, synthetic, tables",
     "data.kind=amazon": "set path (a folder), category (to download), or both items and interactions",
@@ -208,13 +227,13 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
     for kind in ("amazon", "tables", "rkmeans"):
         assert f'kind = "{kind}":' in printed
     for key, *_ in describe(TuningConfig):
-        assert (f"  search.{key} = " in printed) == (job == "tune")
+        assert (f"  tuning.{key} = " in printed) == (job == "tune")
 
 
 ONE_LINE = {
-    ("jobs.prepare", "tokenizer.levls=4"): "unknown key tokenizer.levls; did you mean tokenizer.levels?",
-    ("jobs.tune", "search.trails=4"): "unknown key search.trails; did you mean search.trials?",
-    ("jobs.tune", "beauty"): "tiger/configs/beauty.search.toml does not exist",
+    ("jobs.prepare", "tokenizer.num_levls=4"): "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels?",
+    ("jobs.tune", "tuning.num_trails=4"): "unknown key tuning.num_trails; did you mean tuning.num_trials?",
+    ("jobs.tune", "beauty"): "tiger/configs/beauty.tune.toml does not exist",
 }
 
 

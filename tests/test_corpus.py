@@ -167,24 +167,24 @@ def test_an_empty_file_has_no_lines_and_closes_with_an_error(content: bytes, tmp
 OVERRIDES: list[tuple[str, str]] = [
     ("", "an override is written"), ("x", "an override is written"), ("=1", "an override is written"),
     ("rot=1", "unknown key rot; did you mean root"), ("root=", "root = ''"), ("root=[1]", "root = [1]"),
-    ("root.a=1", "root"), ("model=1", "model = 1"), ("model.layers=0", "greater than or equal to 1"),
-    ("model.layers=1.5", "model.layers = 1.5"), ("model.layers=many", "model.layers = 'many'"),
+    ("root.a=1", "root"), ("model=1", "model = 1"), ("model.num_layers=0", "greater than or equal to 1"),
+    ("model.num_layers=1.5", "model.num_layers = 1.5"), ("model.num_layers=many", "model.num_layers = 'many'"),
 ("model.dropout=1", "less than 1"), ("model.dropout=-0.1", "greater than"),
     ("model.dropout=nan", "model.dropout"), ("model.preset=huge", "model.preset = 'huge'"),
     ("model.training.learning_rate=0", "greater than 0"), ("model.training.learning_rate=-1", "greater than 0"),
     ("model.training.learning_rate=inf", "learning_rate"), ("model.training.batch_size=0", "batch_size = 0"),
     ("model.training.epochs=-1", "epochs = -1"), ("model.training.precision=fp8", "precision = 'fp8'"),
-    ("model.dense=0.5", "needs item_tokens"), ("model.dense_share=2", "less than or equal to 1"),
+    ("model.dense=0.5", "needs encoder_input"), ("model.dense_share=2", "less than or equal to 1"),
     ("model.dense_search=best", "dense_search = 'best'"), ("model.dense_negatives=0", "dense_negatives = 0"),
     ("tokenizer.kind=rqave", "there is no module tiger.tokenizers.rqave; shipped: opq, rkmeans, rqvae"),
-    ("tokenizer.levels=0", "levels = 0"), ("tokenizer.levels=9", "levels = 9"), ("tokenizer.codebook_size=1", "codebook_size = 1"),
+    ("tokenizer.num_levels=0", "num_levels = 0"), ("tokenizer.num_levels=9", "num_levels = 9"), ("tokenizer.codebook_size=1", "codebook_size = 1"),
     ("tokenizer.codebook_size=40000", "codebook_size = 40000"), ("tokenizer.distance=manhattan", "distance = 'manhattan'"),
-    ("tokenizer.levls=3", "unknown key tokenizer.levls; did you mean tokenizer.levels"), ("tokenizer.gradient=gumbel", "gradient = 'gumbel'"),
+    ("tokenizer.num_levls=3", "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels"), ("tokenizer.gradient_estimator=gumbel", "gradient_estimator = 'gumbel'"),
     ("data.kind=movielens", "there is no module"), ("data.kind=os.path", "Config"), ("data=1", "data"),
     ("evaluation.beam=10", "evaluation.beam = 10"), ("recommend.k=0", "recommend.k = 0"), ("recommend.temperature=-1", "temperature = -1"),
-    ("recommend.per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
-    ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collisions=ignore", "collisions = 'ignore'"),
-    ("embedding.storage=int8", "storage = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
+    ("recommend.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
+    ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collision_policy=ignore", "collision_policy = 'ignore'"),
+    ("embedding.storage_dtype=int8", "storage_dtype = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
 ]  # fmt: skip
 
 
@@ -259,7 +259,7 @@ MANIFESTS: list[Any] = [
     b"", b"{", b"null", b"[]", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 3_000, b"\x00" * 100,
     {"files": None}, {"files": []}, {"files": {"table.parquet": {}}}, {"files": {"table.parquet": None}},
     {"files": {"table.parquet": {"bytes": "many", "sha256": ""}}}, {"files": {}}, {"schema_version": "2"}, {"schema_version": 1},
-    {"schema_version": 99}, {"kind": "model"}, {"figures": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
+    {"schema_version": 99}, {"kind": "model"}, {"metrics": {"rows": 3}}, {"inputs": {"catalog": "../../etc"}}, {"digest": "0" * 64},
 ]  # fmt: skip
 
 

@@ -18,13 +18,13 @@ from tiger.semantic_ids.trie import Trie
 SIZES = (4, 5, 3)
 
 
-DENSE = {"mode": "fast", "item_tokens": True, "dense": 0.5}
+DENSE = {"encoder": "causal", "encoder_input": "items", "dense": 0.5}
 
 
 def small_model(sizes: tuple[int, ...], seed: int = 0, items: int = 0, **changes: object) -> TigerModel:
     """Untrained; `items` of them have text embeddings, for a dense head."""
     torch.manual_seed(seed)
-    config = build(ModelConfig, {"d_model": 8, "heads": 2, "head_dim": 4, "d_ff": 16, "layers": 1, **changes})
+    config = build(ModelConfig, {"d_model": 8, "num_heads": 2, "head_dim": 4, "d_ff": 16, "num_layers": 1, **changes})
     model = TigerModel(config, sizes, torch.randn(items, 6) if items else None).eval()
     if config.dense:
         torch.nn.init.normal_(model.item_embedding.weight)  # as different as training would make them
@@ -48,12 +48,12 @@ def histories(rng: np.random.Generator, codes: np.ndarray, users: int, longest: 
     extra=st.integers(0, 5),
     kind=st.sampled_from(
         [
-            {"mode": "faithful"},
-            {"mode": "fast"},
+            {"encoder": "bidirectional"},
+            {"encoder": "causal"},
             {**DENSE, "dense_share": 1.0},
             {**DENSE, "dense_share": 0.4},
             {**DENSE, "dense_share": 0.0},
-            {**DENSE, "mode": "faithful"},
+            {**DENSE, "encoder": "bidirectional"},
             {**DENSE, "dense_search": "candidates"},
             {**DENSE, "dense_search": "candidates", "dense_share": 1.0},
         ]
@@ -199,7 +199,7 @@ def test_results_do_not_depend_on_the_batch() -> None:
 def test_user_tokens_change_the_answer() -> None:
     rng = np.random.default_rng(2)
     ids = random_ids(rng, 40, SIZES)
-    model, trie = small_model(SIZES, user_tokens=16), Trie(ids)
+    model, trie = small_model(SIZES, num_user_tokens=16), Trie(ids)
     history = histories(rng, ids.codes, users=1, longest=5)
     scores = [beam_search(model, trie, history, beam=5, user=torch.tensor([user]))[1] for user in (0, 1)]
     assert not torch.allclose(scores[0], scores[1])

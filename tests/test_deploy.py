@@ -306,12 +306,12 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
     assert importlib.util.find_spec(command.program), f"there is no module {command.program}"
     arguments = [argument for argument in command.arguments if argument not in ("--debug", "--help")]
     arguments = [re.sub(r"=N$", "=1", argument) for argument in arguments]  # "model.seed=N"
-    searched = [argument for argument in arguments if argument.startswith("search.")]
+    searched = [argument for argument in arguments if argument.startswith("tuning.")]
     arguments = [argument for argument in arguments if argument not in searched]
     name = arguments.pop(0) if arguments and "=" not in arguments[0] else "sample"
     if command.program == "jobs.tune":
-        space = [argument.removeprefix("search.") for argument in searched]
-        assert load(TuningConfig, str(CONFIGS / f"{name}.search.toml"), space, CONFIGS).space
+        space = [argument.removeprefix("tuning.") for argument in searched]
+        assert load(TuningConfig, str(CONFIGS / f"{name}.tune.toml"), space, CONFIGS).space
     else:
         assert not searched
     file = written[Path(name).name] if name.endswith(".toml") else name

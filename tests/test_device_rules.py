@@ -184,24 +184,26 @@ def device_group() -> Iterator[None]:
 
 
 TOKENIZER = {"codebook_size": 8, "kmeans_iterations": 5}
-TRAINED = {"epochs": 3, "batch_size": 64, "validate_every": 1.0}
+TRAINED = {"epochs": 3, "batch_size": 64, "validate_every_epochs": 1.0}
 MODEL = {
-    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "dropout": 0.0, "max_items": 5,
-    "validation_users": 40, "validation_beam": 10,
-    "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "auto", "validate_every": 1.0},
+    "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "dropout": 0.0, "max_history_items": 5,
+    "training": {
+        "epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "auto",
+        "validation_users": 40, "validation_beam": 10, "validate_every_epochs": 1.0,
+    },
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "rqvae": TOKENIZER | {"training": TRAINED, "refresh_every": 1},
-    "rqvae ema": TOKENIZER | {"codebook_update": "ema", "gradient": "rotation", "training": TRAINED},
+    "rqvae": TOKENIZER | {"training": TRAINED, "codebook_update_every": 1},
+    "rqvae ema": TOKENIZER | {"codebook_update": "ema", "gradient_estimator": "rotation", "training": TRAINED},
     "rkmeans": TOKENIZER | {"kind": "rkmeans"},
-    "opq": TOKENIZER | {"kind": "opq", "levels": 4},
-    "faithful": {},
-    "faithful users": {"user_tokens": 7},
-    "faithful dense": {"item_tokens": True, "dense": 0.5},
-    "fast": {"mode": "fast"},
-    "fast dense": {"mode": "fast", "item_tokens": True, "dense": 0.5},
-    "fast sampled": {"mode": "fast", "item_tokens": True, "dense": 0.5, "dense_negatives": 20},
-    "sasrec": {"dimension": 16, "max_items": 6, "dropout": 0.0, "training": TRAINED | {"batch_size": 16}},
+    "opq": TOKENIZER | {"kind": "opq", "num_levels": 4},
+    "bidirectional": {},
+    "bidirectional users": {"num_user_tokens": 7},
+    "bidirectional dense": {"encoder_input": "items", "dense": 0.5},
+    "causal": {"encoder": "causal"},
+    "causal dense": {"encoder": "causal", "encoder_input": "items", "dense": 0.5},
+    "causal sampled": {"encoder": "causal", "encoder_input": "items", "dense": 0.5, "dense_negatives": 20},
+    "sasrec": {"embedding_dim": 16, "max_history_items": 6, "dropout": 0.0, "training": TRAINED | {"batch_size": 16}},
 }
 STEPPING = [kind for kind in KINDS if kind not in ("rkmeans", "opq")]
 
@@ -316,7 +318,7 @@ def test_forward_and_backward_run_on_tensors_without_data(kind: str) -> None:
 
 def test_without_places_of_the_targets_they_are_found() -> None:
     """The index of a batch is an optimization: losses are the same, bit by bit."""
-    for kind in ("fast", "fast dense", "sasrec"):
+    for kind in ("causal", "causal dense", "sasrec"):
         module, batch = example_batches(kind)
         assert isinstance(module, TigerModel | SASRec)
         assert torch.equal(module(*batch.inputs), module(*batch.inputs[:-1]))

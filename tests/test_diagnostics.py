@@ -88,7 +88,7 @@ COLLAPSES = {
     ),
     "no validation users": (
         lambda: d.check_catalog(PROFILE | {"validation_users": 0}),
-        r"validation users is 0, at least 1 is required; .*by-time, both split times are equal.*valid_share",
+        r"validation users is 0, at least 1 is required; .*temporal, both split times are equal.*valid_fraction",
     ),
     "items outside of the catalog": (
         lambda: d.check_recommendations(np.array([[0, 1, 99]]), 50),

@@ -154,7 +154,7 @@ def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_is_not_there_names_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'packaged'"):
+    with pytest.raises(ResourceError, match=r"cannot be loaded.*embedding.model to a local path or to 'bundled'"):
         TextEncoder(f"{tmp_path}/no-such-model")
 
 
@@ -213,7 +213,7 @@ def test_an_own_id_of_any_type_is_the_same_text(ids: pa.Array, tmp_path: Path) -
 
 def test_vectors_without_a_catalog_are_numbered_by_their_ids(tmp_path: Path) -> None:
     table = {"item_id": ["b", "a"], "vector": [[1.0, 2.0], [3.0, 4.0]]}
-    rows = own(tmp_path, table, storage="float16")
+    rows = own(tmp_path, table, storage_dtype="float16")
     assert rows == [{"item_id": 0, "vector": [3.0, 4.0]}, {"item_id": 1, "vector": [1.0, 2.0]}]
 
 
@@ -250,10 +250,10 @@ def test_a_second_vector_in_another_file_and_an_overflow_are_named(tmp_path: Pat
     one = {"item_id": ["a"], "vector": [[1.0]]}
     with pytest.raises(DataError, match=r"1\.parquet: 1 duplicate items: a, a also in .*0\.parquet"):
         own(tmp_path, one, one, items=["a"])
-    with pytest.raises(HealthError, match="cannot be stored as float16: a: .*embedding.storage = float32"):
-        own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage="float16")
+    with pytest.raises(HealthError, match="cannot be stored as float16: a: .*embedding.storage_dtype = float32"):
+        own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage_dtype="float16")
     (tmp_path / "bad.parquet").write_bytes(b"no table")
-    with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.vectors"):
+    with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.import_path"):
         own_item_ids([RawFile.local(tmp_path / "bad.parquet")], EmbeddingConfig())
 
 
@@ -275,7 +275,7 @@ def shop(folder: Path, vectors: int = 20, **embedding: str) -> RunConfig:
     for number, part in enumerate((table[:8], table[8:])):
         pq.write_table(part, folder / f"vectors/{number}.parquet")
     values = {
-        "root": str(folder / "runs"), "embedding": {"vectors": str(folder / "vectors")},
+        "root": str(folder / "runs"), "embedding": {"import_path": str(folder / "vectors")},
         "data": {"kind": "tables", "items": str(folder / "items.csv"), "interactions": str(folder / "events.csv")},
         "catalog": {"text_fields": ["title"], "k_core": 0},
     }  # fmt: skip
@@ -286,7 +286,7 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     run = shop(tmp_path)
     catalog = tiger.pipeline.prepare.prepare(run)
     made = tiger.pipeline.embed.embed(run, catalog)
-    assert (made.figures["items"], made.figures["dimension"]) == (20, 16)
+    assert (made.metrics["items"], made.metrics["dimension"]) == (20, 16)
     assert made.folder.read_bytes("items.parquet") == catalog.folder.read_bytes("items.parquet")
     given = pa.concat_tables([pq.read_table(tmp_path / f"vectors/{n}.parquet") for n in (0, 1)]).to_pylist()
     vector_of = {row["item_id"]: row["vector"] for row in given}
@@ -295,7 +295,7 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
     assert (
         tiger.pipeline.embed.ensure_embeddings(run).fingerprint == made.fingerprint
     )  # what jobs.semantic_ids and jobs.tune read
-    alone = build(RunConfig, {"root": run.root, "embedding": {"vectors": str(tmp_path / "vectors")}})
+    alone = build(RunConfig, {"root": run.root, "embedding": {"import_path": str(tmp_path / "vectors")}})
     adopted = tiger.pipeline.embed.ensure_embeddings(alone)
     assert adopted.fingerprint != made.fingerprint
     assert adopted.folder.read_table("items.parquet")["source_id"].to_pylist() == sorted(vector_of)
@@ -305,10 +305,10 @@ def test_own_vectors_and_own_histories_are_one_catalog(tmp_path: Path) -> None:
 def test_every_job_refuses_vectors_that_are_not_there_before_its_first_stage(
     job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [job, "embedding.vectors=/no/such/file.parquet", f"root={tmp_path}/runs"])
+    monkeypatch.setattr(sys, "argv", [job, "embedding.import_path=/no/such/file.parquet", f"root={tmp_path}/runs"])
     monkeypatch.delitem(sys.modules, f"jobs.{job}", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"jobs.{job}", run_name="__main__")
     assert ended.value.code == 3
-    assert "/no/such/file.parquet does not exist; correct embedding.vectors" in capsys.readouterr().err
+    assert "/no/such/file.parquet does not exist; correct embedding.import_path" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/catalog-*"))

@@ -40,12 +40,12 @@ SMALL = ["data.items=200", "data.users=300"]
 
 # --- every key --------------------------------------------------------------------------------------------------
 
-TOKENIZER = "tokenizer sweep"
+TOKENIZER = "tokenizer tuning"
 KEYS: dict[str, tuple[str, str]] = {
     # key: (another value, the stages whose own identity it changes; what follows from them changes by their inputs)
     "root": ("elsewhere", ""),
     "data.kind": ("", "catalog"),  # see test_another_source_is_another_catalog
-    "data.max_bad_rows": ("0.5", ""),
+    "data.max_bad_row_fraction": ("0.5", ""),
     "data.items": ("201", "catalog"),
     "data.users": ("301", "catalog"),
     "data.mean_length": ("8", "catalog"),
@@ -54,28 +54,28 @@ KEYS: dict[str, tuple[str, str]] = {
     "data.seed": ("1", "catalog"),
     "catalog.text_fields": ('["title"]', "catalog"),
     "catalog.k_core": ("4", "catalog"),
-    "catalog.repeats": ("all", "catalog"),
-    "catalog.ties": ("id", "catalog"),
-    "catalog.split": ("by-time", "catalog"),
-    "catalog.valid_share": ("0.2", "catalog"),
-    "catalog.test_share": ("0.2", "catalog"),
-    "catalog.max_unknown_items": ("0.5", ""),
+    "catalog.duplicates": ("all", "catalog"),
+    "catalog.tie_break": ("id", "catalog"),
+    "catalog.split": ("temporal", "catalog"),
+    "catalog.valid_fraction": ("0.2", "catalog"),
+    "catalog.test_fraction": ("0.2", "catalog"),
+    "catalog.max_unknown_item_fraction": ("0.5", ""),
     "catalog.seed": ("1", "catalog"),
-    "embedding.vectors": ("", ""),  # its content counts, see test_vectors_from_elsewhere_count_by_content
+    "embedding.import_path": ("", ""),  # its content counts, see test_vectors_from_elsewhere_count_by_content
     "embedding.vectors_id": ("sku", ""),  # counts for own vectors alone, as in the same test
     "embedding.vectors_column": ("image", ""),
     "embedding.model": ("", "embeddings"),  # its content counts, see the tests of encoders below
-    "embedding.prompt": ("passage: ", "embeddings"),
+    "embedding.prefix": ("passage: ", "embeddings"),
     "embedding.max_tokens": ("64", "embeddings"),
     "embedding.precision": ("float32", "embeddings"),
-    "embedding.storage": ("float16", "embeddings"),
+    "embedding.storage_dtype": ("float16", "embeddings"),
     "embedding.batch_tokens": ("512", ""),
     "embedding.min_actors": ("2", ""),
     "embedding.max_actors": ("2", ""),
     "embedding.cpus_per_actor": ("2", ""),
     "embedding.gpus_per_actor": ("0.25", ""),
     "tokenizer.kind": ("opq", TOKENIZER),
-    "tokenizer.levels": ("4", TOKENIZER),
+    "tokenizer.num_levels": ("4", TOKENIZER),
     "tokenizer.codebook_size": ("128", TOKENIZER),
     "tokenizer.kmeans_iterations": ("51", TOKENIZER),
     "tokenizer.kmeans_sample": ("90000", TOKENIZER),
@@ -84,83 +84,83 @@ KEYS: dict[str, tuple[str, str]] = {
     "tokenizer.training.learning_rate": ("2e-3", TOKENIZER),
     "tokenizer.training.weight_decay": ("2e-4", TOKENIZER),
     "tokenizer.training.warmup_steps": ("101", TOKENIZER),
-    "tokenizer.training.clip_norm": ("1.0", TOKENIZER),
-    "tokenizer.training.validate_every": ("5.0", TOKENIZER),
+    "tokenizer.training.max_grad_norm": ("1.0", TOKENIZER),
+    "tokenizer.training.validate_every_epochs": ("5.0", TOKENIZER),
     "tokenizer.training.patience": ("11", TOKENIZER),
     "tokenizer.training.precision": ("bfloat16", TOKENIZER),
     "tokenizer.seed": ("1", TOKENIZER),
     "tokenizer.distance": ("mixed", TOKENIZER),
-    "tokenizer.balance_last_level": ("true", TOKENIZER),
-    "tokenizer.hidden": ("[256, 128]", TOKENIZER),
-    "tokenizer.latent": ("16", TOKENIZER),
-    "tokenizer.linear_path": ("false", TOKENIZER),
+    "tokenizer.sinkhorn_last_level": ("true", TOKENIZER),
+    "tokenizer.hidden_dims": ("[256, 128]", TOKENIZER),
+    "tokenizer.latent_dim": ("16", TOKENIZER),
+    "tokenizer.linear_skip": ("false", TOKENIZER),
     "tokenizer.dropout": ("0.1", TOKENIZER),
-    "tokenizer.commitment": ("0.5", TOKENIZER),
+    "tokenizer.commitment_weight": ("0.5", TOKENIZER),
     "tokenizer.codebook_update": ("gradient", TOKENIZER),
-    "tokenizer.refresh_every": ("3", TOKENIZER),
-    "tokenizer.refresh_until": ("0.5", TOKENIZER),
+    "tokenizer.codebook_update_every": ("3", TOKENIZER),
+    "tokenizer.codebook_update_until": ("0.5", TOKENIZER),
     "tokenizer.ema_decay": ("0.9", TOKENIZER),
-    "tokenizer.reset_dead": ("false", TOKENIZER),
-    "tokenizer.gradient": ("rotation", TOKENIZER),
-    "tokenizer.reconstruction": ("mean", TOKENIZER),
-    "semantic_ids.collisions": ("level", "semantic_ids"),
-    "semantic_ids.capacity": ("2", "semantic_ids"),
+    "tokenizer.reset_dead_codes": ("false", TOKENIZER),
+    "tokenizer.gradient_estimator": ("rotation", TOKENIZER),
+    "tokenizer.reconstruction_reduction": ("mean", TOKENIZER),
+    "semantic_ids.collision_policy": ("extra_code", "semantic_ids"),
+    "semantic_ids.items_per_id": ("2", "semantic_ids"),
     "semantic_ids.collision_codes": ("128", "semantic_ids"),
     "model.preset": ("medium", "model"),
     "model.d_model": ("96", "model"),
-    "model.heads": ("2", "model"),
+    "model.num_heads": ("2", "model"),
     "model.head_dim": ("8", "model"),
     "model.d_ff": ("64", "model"),
-    "model.layers": ("1", "model"),
+    "model.num_layers": ("1", "model"),
     "model.dropout": ("0.3", "model"),
-    "model.mode": ("fast", "model"),
-    "model.item_tokens": ("true", "model"),
+    "model.encoder": ("causal", "model"),
+    "model.encoder_input": ("items", "model"),
     "model.dense": ("0.5", "model"),
     "model.dense_share": ("0.8", "model"),
     "model.dense_search": ("candidates", "model"),
     "model.dense_negatives": ("64", "model"),
     "model.dense_repeats": ("false", "model"),
-    "model.mark_first": ("false", "model"),
-    "model.max_items": ("10", "model"),
-    "model.user_tokens": ("100", "model"),
-    "model.validation_users": ("1000", "model"),
-    "model.validation_beam": ("30", "model"),
+    "model.start_of_history_embedding": ("false", "model"),
+    "model.max_history_items": ("10", "model"),
+    "model.num_user_tokens": ("100", "model"),
+    "model.training.validation_users": ("1000", "model"),
+    "model.training.validation_beam": ("30", "model"),
     "model.training.epochs": ("31", "model"),
     "model.training.batch_size": ("128", "model"),
     "model.training.learning_rate": ("2e-3", "model"),
     "model.training.weight_decay": ("0.02", "model"),
     "model.training.warmup_steps": ("201", "model"),
-    "model.training.clip_norm": ("2.0", "model"),
-    "model.training.validate_every": ("2.0", "model"),
+    "model.training.max_grad_norm": ("2.0", "model"),
+    "model.training.validate_every_epochs": ("2.0", "model"),
     "model.training.patience": ("6", "model"),
     "model.training.precision": ("float32", "model"),
     "model.seed": ("1", "model"),
-    "evaluation.beam": ("60", "metrics"),
-    "evaluation.max_users": ("100", "metrics sasrec"),
-    "evaluation.exact_users": ("100", "metrics"),
+    "evaluation.beam": ("60", "evaluation"),
+    "evaluation.max_users": ("100", "evaluation sasrec"),
+    "evaluation.num_exact_users": ("100", "evaluation"),
     "evaluation.max_actors": ("2", ""),
-    "evaluation.seed": ("1", "metrics sasrec"),
+    "evaluation.seed": ("1", "evaluation sasrec"),
     "recommend.users": ("50", "recommendations"),
     "recommend.k": ("5", "recommendations"),
     "recommend.beam": ("60", "recommendations"),
     "recommend.exclude_history": ("false", "recommendations"),
-    "recommend.allowed": ("", "recommendations"),  # its content counts, see test_a_filter_counts_by_content
+    "recommend.allowed_items_file": ("", "recommendations"),  # its content counts, see test_a_filter_counts_by_content
     "recommend.temperature": ("0.5", "recommendations"),
-    "recommend.per_first_code": ("2", "recommendations"),
+    "recommend.max_per_first_code": ("2", "recommendations"),
     "recommend.seed": ("1", "recommendations"),
     "recommend.max_actors": ("2", ""),
-    "sasrec.dimension": ("64", "sasrec"),
-    "sasrec.layers": ("1", "sasrec"),
-    "sasrec.heads": ("1", "sasrec"),
+    "sasrec.embedding_dim": ("64", "sasrec"),
+    "sasrec.num_layers": ("1", "sasrec"),
+    "sasrec.num_heads": ("1", "sasrec"),
     "sasrec.dropout": ("0.2", "sasrec"),
-    "sasrec.max_items": ("20", "sasrec"),
+    "sasrec.max_history_items": ("20", "sasrec"),
     "sasrec.training.epochs": ("61", "sasrec"),
     "sasrec.training.batch_size": ("128", "sasrec"),
     "sasrec.training.learning_rate": ("2e-3", "sasrec"),
     "sasrec.training.weight_decay": ("0.1", "sasrec"),
     "sasrec.training.warmup_steps": ("101", "sasrec"),
-    "sasrec.training.clip_norm": ("2.0", "sasrec"),
-    "sasrec.training.validate_every": ("1.0", "sasrec"),
+    "sasrec.training.max_grad_norm": ("2.0", "sasrec"),
+    "sasrec.training.validate_every_epochs": ("1.0", "sasrec"),
     "sasrec.training.patience": ("6", "sasrec"),
     "sasrec.training.precision": ("bfloat16", "sasrec"),
     "sasrec.seed": ("1", "sasrec"),
@@ -183,7 +183,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "tracking.experiment": ("other", ""),
 }
 
-NEEDS = {"model.dense": "model.item_tokens=true"}
+NEEDS = {"model.dense": "model.encoder_input=items"}
 """What must be set for the other value to be possible."""
 
 
@@ -194,7 +194,7 @@ def _run(*overrides: str) -> RunConfig:
 def _stand_in(kind: str, inputs: dict[str, Artifact] | None = None) -> Artifact:
     """An artifact that is always the same, so that only a stage's own part of its identity can change."""
     manifest = {
-        "kind": kind, "fingerprint": "0" * 8, "figures": {"items": 40, "dimension": 8}, "inputs": {},
+        "kind": kind, "fingerprint": "0" * 8, "metrics": {"items": 40, "dimension": 8}, "inputs": {},
         "files": {"items.parquet": {"bytes": 1, "sha256": "0" * 64}},
     }  # fmt: skip
     artifact = Artifact(Folder("/nowhere"), manifest)
@@ -256,9 +256,9 @@ def test_a_key_changes_the_identity_of_exactly_its_stages(key: str, base: dict[s
 
 UNFINGERPRINTED: dict[str, set[str]] = {
     # of the other sources and tokenizers: keys that say where files are, or when to stop, or how fast to go
-    "tiger.data.sources.synthetic": {"max_bad_rows"},
-    "tiger.data.sources.tables": {"max_bad_rows", "items", "interactions"},
-    "tiger.data.sources.amazon": {"max_bad_rows", "path", "items", "interactions", "category", "version"},
+    "tiger.data.sources.synthetic": {"max_bad_row_fraction"},
+    "tiger.data.sources.tables": {"max_bad_row_fraction", "items", "interactions"},
+    "tiger.data.sources.amazon": {"max_bad_row_fraction", "path", "items", "interactions", "category", "version"},
     "tiger.tokenizers.rqvae": set(),
     "tiger.tokenizers.rkmeans": set(),
     "tiger.tokenizers.opq": set(),
@@ -313,7 +313,7 @@ def test_every_raw_file_counts_by_role_order_and_content_and_never_by_name(tmp_p
     items = _items(tmp_path / "items/data.parquet")
     first, second = _events(tmp_path / "1/data.parquet", "a", 1), _events(tmp_path / "2/data.parquet", "b", 2)
     one = _prepared(tmp_path, [items], [first, second])
-    assert one.figures["users"] == 40
+    assert one.metrics["users"] == 40
     recorded = one.manifest["raw_files"]
     assert [(file["role"], file["position"], file["name"]) for file in recorded] == [
         ("items", 0, "data.parquet"),
@@ -329,7 +329,7 @@ def test_every_raw_file_counts_by_role_order_and_content_and_never_by_name(tmp_p
     _events(first, "c", 3, count=25)
     changed = _prepared(tmp_path, [items], [first, second])
     assert changed.fingerprint != one.fingerprint
-    assert changed.figures["users"] == 45
+    assert changed.metrics["users"] == 45
     _items(items, shift=1)
     assert _prepared(tmp_path, [items], [first, second]).fingerprint != changed.fingerprint
 
@@ -366,13 +366,15 @@ def test_vectors_from_elsewhere_count_by_content(tmp_path: Path) -> None:
         pq.write_table(
             pa.table({"item_id": ids, "vector": vectors.tolist(), "sku": ids, "image": (vectors * 2).tolist()}), path
         )
-        return tiger.pipeline.embed.adopt(_run(f"embedding.vectors={path}", f"root={tmp_path}/runs", *more)).fingerprint
+        return tiger.pipeline.embed.adopt(
+            _run(f"embedding.import_path={path}", f"root={tmp_path}/runs", *more)
+        ).fingerprint
 
     one = adopted("a.parquet", 1)
     assert adopted("renamed.parquet", 1) == one
     assert adopted("a.parquet", 2) != one
-    assert adopted("a.parquet", 1, "embedding.prompt=x", "embedding.model=y", "embedding.max_tokens=9") == one  # unused
-    for key in ("storage=float16", "vectors_id=sku", "vectors_column=image"):
+    assert adopted("a.parquet", 1, "embedding.prefix=x", "embedding.model=y", "embedding.max_tokens=9") == one  # unused
+    for key in ("storage_dtype=float16", "vectors_id=sku", "vectors_column=image"):
         assert adopted("a.parquet", 1, f"embedding.{key}") != one
 
 
@@ -384,12 +386,12 @@ def test_joined_vectors_count_by_content_and_by_the_items_of_the_catalog(tmp_pat
         table = pa.table({"item_id": [f"i{n}" for n in range(count)], "vector": vectors, "other": vectors})
         pq.write_table(table, tmp_path / "v.parquet")
         return tiger.pipeline.embed.embed(
-            _run(f"embedding.vectors={tmp_path}/v.parquet", f"root={tmp_path}/runs", *more), catalog
+            _run(f"embedding.import_path={tmp_path}/v.parquet", f"root={tmp_path}/runs", *more), catalog
         ).fingerprint
 
     catalog = _prepared(tmp_path, [items], [events])
     one = joined(catalog, 1)
-    assert joined(catalog, 1, "embedding.prompt=x", "embedding.model=y") == one  # unused
+    assert joined(catalog, 1, "embedding.prefix=x", "embedding.model=y") == one  # unused
     assert len({one, joined(catalog, 2), joined(catalog, 1, "embedding.vectors_column=other")}) == 3
     _items(items, shift=1)
     assert joined(_prepared(tmp_path, [items], [events]), 1) != one
@@ -400,11 +402,15 @@ def test_a_filter_counts_by_content(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("i1\ni3\n")
     none, a, b = (
         _identities(_run(*more))["recommendations"]
-        for more in ([], [f"recommend.allowed={tmp_path}/a.txt"], [f"recommend.allowed={tmp_path}/b.txt"])
+        for more in (
+            [],
+            [f"recommend.allowed_items_file={tmp_path}/a.txt"],
+            [f"recommend.allowed_items_file={tmp_path}/b.txt"],
+        )
     )
     assert len({none, a, b}) == 3
     (tmp_path / "renamed.txt").write_text("i2\ni1\n")
-    assert _identities(_run(f"recommend.allowed={tmp_path}/renamed.txt"))["recommendations"] == a
+    assert _identities(_run(f"recommend.allowed_items_file={tmp_path}/renamed.txt"))["recommendations"] == a
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------
@@ -412,7 +418,7 @@ def test_a_filter_counts_by_content(tmp_path: Path) -> None:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """A folder of an encoder, of which every file is a link to the packaged one until a test writes to it."""
+    """A folder of an encoder, of which every file is a link to the bundled one until a test writes to it."""
     folder = tmp_path / "my-encoder"
     shutil.copytree(model_path(BUNDLED), folder, copy_function=os.symlink)
     return folder
@@ -482,7 +488,7 @@ def test_a_hub_model_counts_by_its_commit(hub: dict[str, str]) -> None:
 
 
 def test_a_model_that_nobody_has_is_one_error(hub: dict[str, str]) -> None:
-    with pytest.raises(ResourceError, match=r"'org/other@main' cannot be loaded: no route.*to 'packaged'"):
+    with pytest.raises(ResourceError, match=r"'org/other@main' cannot be loaded: no route.*to 'bundled'"):
         encoder_identity("org/other")
 
 
@@ -568,7 +574,7 @@ def test_a_change_of_split_or_of_interactions_embeds_nothing_again(
     embeddings = tiger.pipeline.embed.embed(run, first)
     made = counted.made
     assert made > 0
-    by_time = _prepared(tmp_path, [items], events, "catalog.split=by-time", "catalog.valid_share=0.2")
+    by_time = _prepared(tmp_path, [items], events, "catalog.split=temporal", "catalog.valid_fraction=0.2")
     more = _prepared(tmp_path, [items], [*events, _events(tmp_path / "2.parquet", "b", 2)])
     assert len({first.fingerprint, by_time.fingerprint, more.fingerprint}) == 3
     for catalog in (by_time, more):
@@ -589,7 +595,7 @@ def test_embeddings_outlive_the_catalog_that_they_were_made_from(tmp_path: Path,
     made = tiger.pipeline.embed.embed(run, first)
     assert [part.kind for part in made.lineage()] == ["catalog", "embeddings"]
     assert made.manifest["read_from"] == {"catalog": first.fingerprint}
-    second = _prepared(tmp_path, [items], events, "catalog.split=by-time")
+    second = _prepared(tmp_path, [items], events, "catalog.split=temporal")
 
     def model_of(embeddings: Artifact, catalog: Artifact) -> Artifact:
         """What follows, with nothing in it but its lineage."""
@@ -658,5 +664,5 @@ def test_what_a_killed_driver_left_among_the_vectors_is_not_read(tmp_path: Path,
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tiger.pipeline.embed, "map_shards", leave)
         made = tiger.pipeline.embed.embed(run, catalog)
-    assert len(load_embeddings(made.folder)) == catalog.figures["items"]
+    assert len(load_embeddings(made.folder)) == catalog.metrics["items"]
     assert not list(Path(made.folder.uri).rglob(".reachable-*"))

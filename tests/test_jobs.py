@@ -34,8 +34,8 @@ TINY = [
     "model.training.batch_size=64",
     "model.training.learning_rate=3e-3",
     "model.training.warmup_steps=50",
-    "model.training.validate_every=4",
-    "model.validation_users=100",
+    "model.training.validate_every_epochs=4",
+    "model.training.validation_users=100",
     "evaluation.max_actors=1",
     "recommend.users=20",
     "recommend.max_actors=1",
@@ -69,7 +69,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
         "tokenizer",
         "semantic_ids",
         "model",
-        "metrics",
+        "evaluation",
     ]
     for part in finished.lineage():
         part.verify()
@@ -78,12 +78,12 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
     assert any("popularity" in check["name"] for check in finished.inputs["model"].health)
     figures = finished.folder.read_json("metrics.json")
     assert (
-        figures["test"]["tiger"]["unmasked"]["recall@10"] > 3 * figures["test"]["popularity"]["unmasked"]["recall@10"]
+        figures["test"]["tiger"]["all_items"]["recall@10"] > 3 * figures["test"]["popularity"]["all_items"]["recall@10"]
     )
-    search = figures["search"]["generation"]
-    assert set(search) == {"beam 20", "beam 50", "exact"}
-    assert abs(search["beam 50"] - search["exact"]) < 0.05
-    assert set(figures["valid"]["tiger"]["unmasked"]) == {
+    search = figures["exact_search"]["generation"]
+    assert set(search) == {"beam_20", "beam_50", "exact"}
+    assert abs(search["beam_50"] - search["exact"]) < 0.05
+    assert set(figures["valid"]["tiger"]["all_items"]) == {
         f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 20, 50)
     }
 
@@ -91,7 +91,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
 def test_embeddings_are_one_row_an_item(finished: Artifact) -> None:
     embeddings = next(part for part in finished.lineage() if part.kind == "embeddings")
     items = np.sort(np.asarray(embeddings.folder.read_table("vectors")["item_id"]))
-    assert np.array_equal(items, np.arange(embeddings.inputs["catalog"].figures["items"]))
+    assert np.array_equal(items, np.arange(embeddings.inputs["catalog"].metrics["items"]))
 
 
 def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pyt
         "tokenizer",
         "semantic_ids",
         "model",
-        "metrics",
+        "evaluation",
         "recommendations",
     ]
 
@@ -157,7 +157,7 @@ def test_other_settings_of_one_stage_redo_only_what_follows(
     names = Catalog(finished.inputs["model"].inputs["catalog"]).source_ids
     (tmp_path / "in-stock.txt").write_text("\n".join([*names[::2], "no item"]))
     with caplog.at_level("INFO"):
-        run_pipeline(root, "recommend.k=3", f"recommend.allowed={tmp_path}/in-stock.txt")
+        run_pipeline(root, "recommend.k=3", f"recommend.allowed_items_file={tmp_path}/in-stock.txt")
     assert {path.name.partition("-")[0] for path in root.iterdir() if path.name not in before} == {"recommendations"}
     found = newest(str(root), "recommendations").folder.read_table("recommendations")["items"].to_pylist()
     assert all(item % 2 == 0 for items in found for item in items)
@@ -172,7 +172,7 @@ def test_a_filter_that_cannot_be_is_refused(content: bytes, message: str, finish
     file = tmp_path / "names.txt"
     file.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        run_pipeline(Path(finished.folder.uri).parent, f"recommend.allowed={file}")
+        run_pipeline(Path(finished.folder.uri).parent, f"recommend.allowed_items_file={file}")
 
 
 def test_a_split_by_time_without_validation_users_stops_before_the_training(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_split_by_time_without_validation_users_stops_before_the_training(tmp_
     events = [f"u{n % 10},i{n // 4:02d},{1_600_000_000 + 86_400 * (n // 50)}" for n in range(100)]
     (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]))
     files = [f'data.items=["{tmp_path}/items.csv"]', f'data.interactions=["{tmp_path}/events.csv"]']
-    rules = ['catalog.text_fields=["title"]', "catalog.k_core=0", "catalog.split=by-time", f"root={tmp_path}/runs"]
+    rules = ['catalog.text_fields=["title"]', "catalog.k_core=0", "catalog.split=temporal", f"root={tmp_path}/runs"]
     run = load(RunConfig, None, ["data.kind=tables", *files, *rules], ROOT / "tiger/configs")
     with pytest.raises((DataError, HealthError), match="validation users.*finer times.*leave-one-out"):
         prepare(run)
@@ -229,7 +229,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     artifact = open_artifact(json.loads(second.stdout.splitlines()[-1])["artifact"])
     artifact.verify()
     items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))
-    assert np.array_equal(items, np.arange(artifact.figures["items"]))
+    assert np.array_equal(items, np.arange(artifact.metrics["items"]))
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 

@@ -21,7 +21,7 @@ from tiger.models.tiger.train import fit_model
 
 CPU = torch.device("cpu")
 MODEL = {
-    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "max_items": 5,
+    "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "max_history_items": 5,
     "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
 }  # fmt: skip
 
@@ -39,11 +39,11 @@ def with_other(histories: Histories, positions: np.ndarray) -> Histories:
 
 def learn(histories: Histories, mode: str) -> tuple[dict[str, torch.Tensor], Any]:
     ids = random_ids(np.random.default_rng(1), 40, (4, 4, 4))
-    model, result = fit_model(build(ModelConfig, MODEL | {"mode": mode}), histories, ids, device=CPU)
+    model, result = fit_model(build(ModelConfig, MODEL | {"encoder": mode}), histories, ids, device=CPU)
     return model.state_dict(), result
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_test_items_change_neither_training_nor_the_choice_of_the_checkpoint(mode: str) -> None:
     histories = world()
     weights, result = learn(histories, mode)
@@ -53,7 +53,7 @@ def test_test_items_change_neither_training_nor_the_choice_of_the_checkpoint(mod
     assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_validation_items_change_the_choice_but_no_loss(mode: str) -> None:
     histories = world()
     _, result = learn(histories, mode)
@@ -63,9 +63,9 @@ def test_validation_items_change_the_choice_but_no_loss(mode: str) -> None:
     assert [look["ndcg@10"] for look in result.log] != [look["ndcg@10"] for look in other.log]
 
 
-@pytest.mark.parametrize("mode", ["faithful", "fast"])
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_training_on_the_validation_item_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = TargetExamples if mode == "faithful" else SequenceExamples
+    kind = TargetExamples if mode == "bidirectional" else SequenceExamples
     original = kind.__init__
 
     def leaking(self: Any, histories: Histories, *rest: Any) -> None:

@@ -24,7 +24,7 @@ from tiger.models.tiger.train import fit_model
 from tiger.training.loop import FitResult
 from tiger.training.weights import save_training_result
 
-TRAINING = {"epochs": 8, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "validate_every": 4}
+TRAINING = {"epochs": 8, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50, "validate_every_epochs": 4}
 
 
 @pytest.mark.parametrize(("choice", "recorded"), [
@@ -49,7 +49,7 @@ def test_recall_against_popularity(noise: float, tmp_path: Path) -> None:
     n_items = make(CatalogConfig(), *raw, folder)["items"]
     histories = read_histories(folder)
     ids = random_ids(np.random.default_rng(0), n_items, (32, 32, 2))
-    model_config = build(ModelConfig, {"d_model": 32, "validation_users": 1000, "training": TRAINING})
+    model_config = build(ModelConfig, {"d_model": 32, "training": TRAINING | {"validation_users": 1000}})
     model, _ = fit_model(model_config, histories, ids, device=torch.device("cpu"))
     users = histories.evaluation("test")
     found = Recommender(model, ids, device="cpu").recommend(users.histories(), k=50).items

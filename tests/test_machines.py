@@ -84,7 +84,7 @@ def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path
     assert re.search(r"decode lists: \d+ shards?, (1 to )?\d actors? with 1 CPU and 0.5 GPUs", printed)
     assert "experimental" not in printed
     assert "Traceback" not in printed
-    newest(str(tmp_path), "metrics").verify()
+    newest(str(tmp_path), "evaluation").verify()
     newest(str(tmp_path), "recommendations").verify()
 
 

@@ -11,7 +11,7 @@ from tiger.core.errors import ConfigError
 from tiger.models.tiger.batches import PAD, columns, user_token_ids
 from tiger.models.tiger.model import PRESETS, ModelConfig, TigerModel
 
-KINDS = [{}, {"item_tokens": True}, {"item_tokens": True, "dense": 0.5}]
+KINDS = [{}, {"encoder_input": "items"}, {"encoder_input": "items", "dense": 0.5}]
 
 
 def model_and_items(kind: dict[str, object], **changes: object) -> tuple[TigerModel, np.ndarray]:
@@ -32,7 +32,7 @@ def test_padding_changes_nothing(kind: dict[str, object]) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_fast_one_pass_equals_one_example_per_target(kind: dict[str, object]) -> None:
     """Nothing of a target or of what follows it reaches its history; padding changes nothing."""
-    (model, items), rng = model_and_items(kind, mode="fast", max_items=6), np.random.default_rng(0)
+    (model, items), rng = model_and_items(kind, encoder="causal", max_history_items=6), np.random.default_rng(0)
     sequence = torch.from_numpy(items[rng.integers(0, 20, (3, 7))])
     together = model(sequence, torch.full((3,), 6))
     alone = sum(model(sequence[:, : length + 1], torch.ones(3, dtype=torch.int64)) for length in range(1, 7))
@@ -47,7 +47,7 @@ def test_fast_one_pass_equals_one_example_per_target(kind: dict[str, object]) ->
 
 def test_fast_targets_see_the_most_recent_items_only() -> None:
     """With an encoder that carries nothing from item to item, an item before the window changes nothing."""
-    model, rng = small_model(SIZES, mode="fast", max_items=2), np.random.default_rng(0)
+    model, rng = small_model(SIZES, encoder="causal", max_history_items=2), np.random.default_rng(0)
     torch.nn.init.zeros_(model.encoder[0].attention.out.weight)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
     sequence, one = torch.from_numpy(codes[rng.integers(0, 20, (1, 6))]), torch.ones(1, dtype=torch.int64)
@@ -64,7 +64,7 @@ def test_the_mark_stands_on_the_first_item_that_is_read_and_on_no_other() -> Non
     history = torch.from_numpy(codes[[[1, 2, 3, 4], [5, 6, 7, 8]]])
     history[1, :2] = PAD
     for mark in (False, True):
-        model = small_model(SIZES, mode="fast", mark_first=mark, item_tokens=True)
+        model = small_model(SIZES, encoder="causal", start_of_history_embedding=mark, encoder_input="items")
         torch.nn.init.zeros_(model.encoder[0].attention.out.weight)
         states.append(model._encode_causal(history)[0])
     differs = (states[0] - states[1]).abs().sum(2) > 1e-6
@@ -72,7 +72,7 @@ def test_the_mark_stands_on_the_first_item_that_is_read_and_on_no_other() -> Non
 
 
 def test_only_the_most_recent_items_are_read() -> None:
-    model, rng = small_model(SIZES, max_items=4), np.random.default_rng(0)
+    model, rng = small_model(SIZES, max_history_items=4), np.random.default_rng(0)
     codes = random_ids(rng, 20, SIZES).codes.astype(np.int64)
     history, target = torch.from_numpy(codes[rng.integers(0, 20, (2, 9))]), torch.from_numpy(codes[:2])
     torch.testing.assert_close(model(history, target), model(history[:, -4:], target))
@@ -105,7 +105,7 @@ def test_probabilities_of_all_ids_sum_to_one() -> None:
 def test_presets_build(preset: str) -> None:
     config = build(ModelConfig, {"preset": preset, "dropout": 0.3})
     assert config.dropout == 0.3
-    assert config.layers == PRESETS[preset]["layers"]
+    assert config.num_layers == PRESETS[preset]["num_layers"]
     model = TigerModel(config, (4, 4, 4))
     assert model(torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)).shape == (2,)
 
@@ -121,7 +121,7 @@ def test_user_tokens_are_stable() -> None:
 
 def test_an_item_token_is_the_sum_of_its_codes() -> None:
     """The order of an item's codes over its levels cannot matter to a sum, and which codes they are must."""
-    model = small_model((4, 4), item_tokens=True)
+    model = small_model((4, 4), encoder_input="items")
     with torch.no_grad():
         model.code_embedding.weight[4:] = model.code_embedding.weight[:4]  # both levels embed alike
     target = torch.tensor([[0, 1]])
@@ -160,10 +160,10 @@ def test_repeats_count_and_both_ways_to_score_agree() -> None:
 
 
 def test_a_dense_head_needs_item_tokens_and_texts() -> None:
-    with pytest.raises(ConfigError, match="item_tokens"):
+    with pytest.raises(ConfigError, match="encoder_input"):
         build(ModelConfig, {"dense": 0.5})
     with pytest.raises(ValueError, match="pass vectors"):
-        TigerModel(build(ModelConfig, {"dense": 0.5, "item_tokens": True}), SIZES)
+        TigerModel(build(ModelConfig, {"dense": 0.5, "encoder_input": "items"}), SIZES)
 
 
 def test_a_sampled_softmax_stands_for_the_whole_one() -> None:
@@ -171,7 +171,7 @@ def test_a_sampled_softmax_stands_for_the_whole_one() -> None:
     rng = np.random.default_rng(8)
     read = columns(random_ids(rng, 55, SIZES), True)
     sequence, targets = histories(rng, read, users=16, longest=4).clamp_min(0), torch.full((16,), 2)
-    kind = {"mode": "fast", "item_tokens": True, "dense": 0.5, "dropout": 0.0}
+    kind = {"encoder": "causal", "encoder_input": "items", "dense": 0.5, "dropout": 0.0}
     whole, sampled = small_model(SIZES, 3, 55, **kind), small_model(SIZES, 3, 55, **kind, dense_negatives=28)
     for model in (whole, sampled):
         torch.nn.init.normal_(model.item_embedding.weight, std=0.3, generator=torch.Generator().manual_seed(0))

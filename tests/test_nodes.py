@@ -14,7 +14,7 @@ import pytest
 from test_training import group
 
 pytestmark = pytest.mark.slow
-CHANGES: dict[str, Any] = {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every": 1.0}}
+CHANGES: dict[str, Any] = {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every_epochs": 1.0}}
 CLUSTER = """
 import json, os, sys, threading, time
 sys.path.insert(0, {tests!r})

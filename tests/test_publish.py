@@ -112,7 +112,7 @@ def _fill(draft: Draft) -> None:
     draft.folder.write_table("table/part-00000.parquet", pa.table({"x": [1, 2]}))
     draft.folder.write_json("notes.json", {"a": 1})
     draft.folder.write_json(f"{SCRATCH}/state.json", {})
-    draft.figures = {"rows": 2}
+    draft.metrics = {"rows": 2}
 
 
 def _publish(root: str, size: int = 1) -> artifacts.Artifact:
@@ -174,7 +174,7 @@ def test_a_publish_that_ends_anywhere_is_there_or_not(how: str, tmp_path: Path, 
         assert len(list(root.glob(f"*/{MANIFEST}"))) >= 1
         artifact = _publish(str(root))
         artifact.verify()
-        assert artifact.figures == {"rows": 2}
+        assert artifact.metrics == {"rows": 2}
         assert set(artifact.manifest["files"]) == {"table/part-00000.parquet", "notes.json"}
 
     points = _points("publish", how, prepare, check, tmp_path)
@@ -282,14 +282,14 @@ def _writer(root: str, name: str) -> artifacts.Artifact:
                 draft.folder.write_table(f"table/part-0000{part}.parquet", pa.table({"x": [part], "by": [name]}))
         draft.folder.write_json(f"{SCRATCH}/state.json", {"by": name})
         draft.folder.write_json("notes.json", {"by": name})
-        draft.figures = {"parts": len(draft.folder.read_table("table"))}
+        draft.metrics = {"parts": len(draft.folder.read_table("table"))}
 
     return build(root, "model", Knobs(), {}, fill)
 
 
 def _require_whole(artifact: artifacts.Artifact) -> None:
     artifact.verify()
-    assert artifact.figures == {"parts": 2}
+    assert artifact.metrics == {"parts": 2}
     assert set(artifact.manifest["files"]) == {"notes.json", "table/part-00000.parquet", "table/part-00001.parquet"}
 
 

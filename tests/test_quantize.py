@@ -41,7 +41,9 @@ def embeddings(root: Path, array: np.ndarray, parts: int) -> Folder:
 
 
 def config(**changes: object) -> Config:
-    found = TokenizerConfig.resolve({"kind": "rkmeans", "codebook_size": 16, "streamed": True, "passes": 3, **changes})
+    found = TokenizerConfig.resolve(
+        {"kind": "rkmeans", "codebook_size": 16, "streaming": True, "passes_per_level": 3, **changes}
+    )
     assert isinstance(found, Config)
     return found
 
@@ -52,7 +54,8 @@ def test_passes_over_parts_equal_passes_in_memory(tmp_path: Path) -> None:
     settings = config(distance="euclidean", kmeans_sample=256)
     tokenizer = quantize.fit(settings, embeddings(tmp_path, array, 7))
     start = quantize.fit(
-        config(distance="euclidean", kmeans_sample=256, passes=1, levels=1), embeddings(tmp_path, array, 7)
+        config(distance="euclidean", kmeans_sample=256, passes_per_level=1, num_levels=1),
+        embeddings(tmp_path, array, 7),
     )
     standard = tokenizer.standardize(torch.from_numpy(array))
     codebook = start.codebooks[0]  # one pass made
@@ -75,8 +78,8 @@ def test_the_number_of_parts_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_streaming_cannot_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"balance_last_level needs all vectors in memory; set tokenizer.streamed"):
-        quantize.fit(config(balance_last_level=True), embeddings(tmp_path, vectors(), 2))
+    with pytest.raises(ConfigError, match=r"sinkhorn_last_level needs all vectors in memory; set tokenizer.streaming"):
+        quantize.fit(config(sinkhorn_last_level=True), embeddings(tmp_path, vectors(), 2))
     with pytest.raises(ConfigError, match=r"codebook_size = 16 is larger than the 10 items"):
         quantize.fit(config(), embeddings(tmp_path / "few", vectors()[:10], 2))
 
@@ -87,19 +90,19 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, tmp_path: 
     array, path = vectors(), tmp_path / "mine.parquet"
     names = [f"sku-{n:04d}" for n in np.random.default_rng(1).permutation(900)]
     pq.write_table(pa.table({"item_id": names, "vector": array.tolist()}), path)
-    tokenizer = {"kind": "rkmeans", "codebook_size": 32, "streamed": streamed, "passes": 1}
+    tokenizer = {"kind": "rkmeans", "codebook_size": 32, "streaming": streamed, "passes_per_level": 1}
     run = build(
         RunConfig,
-        {"root": str(tmp_path / "runs"), "embedding": {"vectors": str(path)}, "tokenizer": tokenizer}
-        | {"semantic_ids": {"collisions": "level" if streamed else "nearest"}},
+        {"root": str(tmp_path / "runs"), "embedding": {"import_path": str(path)}, "tokenizer": tokenizer}
+        | {"semantic_ids": {"collision_policy": "extra_code" if streamed else "nearest_free"}},
     )
     artifact = build_semantic_ids(run, ensure_embeddings(run))
     table = artifact.folder.read_table("ids.parquet")
     assert table["source_id"].to_pylist() == sorted(names)
     ids = SemanticIds.read(artifact.folder)
     assert len(np.unique(ids.codes, axis=0)) == 900
-    assert artifact.figures["codes_per_item"] == (4 if streamed else 3)
-    assert artifact.figures["usage@1"] == 1
+    assert artifact.metrics["codes_per_item"] == (4 if streamed else 3)
+    assert artifact.metrics["usage@1"] == 1
     # Items of one cluster share their first code far more often than any two items do.
     order = np.argsort(names)
     first = ids.codes[np.argsort(order), 0].reshape(30, 30)

@@ -18,7 +18,7 @@ from tiger.training.loop import Callbacks, rank
 
 pytestmark = pytest.mark.slow
 CHANGES: dict[str, dict[str, Any]] = {
-    "tokenizer": {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every": 1.0}},
+    "tokenizer": {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every_epochs": 1.0}},
     "dense": {
         "dropout": 0.2,
         "training": {

@@ -10,10 +10,10 @@ from tiger.models.sasrec import SASRec, SASRecConfig, learn
 
 CPU = torch.device("cpu")
 SMALL = {
-    "dimension": 16,
-    "max_items": 6,
+    "embedding_dim": 16,
+    "max_history_items": 6,
     "dropout": 0.0,
-    "training": {"epochs": 12, "batch_size": 32, "validate_every": 2},
+    "training": {"epochs": 12, "batch_size": 32, "validate_every_epochs": 2},
 }
 
 

@@ -25,24 +25,24 @@ from tiger.run import RunConfig
 from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, picture, require_possible, table
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
-SEARCHES = sorted(CONFIGS.glob("*.search.toml"))
+SEARCHES = sorted(CONFIGS.glob("*.tune.toml"))
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
     search = load(TuningConfig, str(path), [], CONFIGS)
-    run = load(RunConfig, path.stem.removesuffix(".search"), [], CONFIGS)
+    run = load(RunConfig, path.stem.removesuffix(".tune"), [], CONFIGS)
     for key, space in search.space.items():
         for value in space.choices or [space.low, space.high]:
-            apply(run, {key: value}, search.looks)
+            apply(run, {key: value}, search.num_evaluations)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "low must be less": {"space": {"tokenizer.latent": {"low": 2, "high": 1}}},
-    "requires low > 0": {"space": {"tokenizer.latent": {"low": 0, "high": 1, "log": True}}},
-    "either choices, or low and high": {"space": {"tokenizer.latent": {"low": 1}}},
+    "low must be less": {"space": {"tokenizer.latent_dim": {"low": 2, "high": 1}}},
+    "requires low > 0": {"space": {"tokenizer.latent_dim": {"low": 0, "high": 1, "log": True}}},
+    "either choices, or low and high": {"space": {"tokenizer.latent_dim": {"low": 1}}},
     "model.d_ff is not one": {"space": {"model.d_ff": {"choices": [1]}}},
-    "grace = 5 is more than looks = 3": {"looks": 3, "grace": 5},
+    "grace_period = 5 is more than num_evaluations = 3": {"num_evaluations": 3, "grace_period": 5},
 }
 
 
@@ -53,15 +53,15 @@ def test_impossible_spaces_are_refused(message: str) -> None:
 
 
 def test_a_key_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?"):
-        apply(RunConfig(), {"tokenizer.latnt": 3}, 10)
+    with pytest.raises(ConfigError, match=r"unknown key tokenizer.latent_dm; did you mean tokenizer.latent_dim\?"):
+        apply(RunConfig(), {"tokenizer.latent_dm": 3}, 10)
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
-    "search.space is empty": {},
-    r"unknown key tokenizer.latnt; did you mean tokenizer.latent\?": {"tokenizer.latnt": {"choices": [1]}},
+    "tuning.space is empty": {},
+    r"unknown key tokenizer.latent_dm; did you mean tokenizer.latent_dim\?": {"tokenizer.latent_dm": {"choices": [1]}},
     "tokenizer.dropout = 1.5: Input should be less than 1": {"tokenizer.dropout": {"low": 0, "high": 1.5}},
-    "set search.space.tokenizer.latent: integer = true": {"tokenizer.latent": {"low": 4, "high": 32}},
+    "set tuning.space.tokenizer.latent_dim: integer = true": {"tokenizer.latent_dim": {"low": 4, "high": 32}},
     "tokenizer.kind = 'rqvea': there is no module": {"tokenizer.kind": {"choices": ["rqvae", "rqvea"]}},
 }
 
@@ -88,12 +88,18 @@ class Noted:
 FIRST = {
     "integer choices for a float key": ({"tokenizer.dropout": {"choices": [0, 0.1, 0.2]}}, {"tokenizer.dropout": 0}),
     "a float bound for an integer key": (
-        {"tokenizer.latent": {"low": 0, "high": 32, "integer": True}},
-        {"tokenizer.latent": 0},
+        {"tokenizer.latent_dim": {"low": 0, "high": 32, "integer": True}},
+        {"tokenizer.latent_dim": 0},
     ),
-    "lists": ({"tokenizer.hidden": {"choices": [[8], [512, 256, 128]]}}, {"tokenizer.hidden": [512, 256, 128]}),
+    "lists": (
+        {"tokenizer.hidden_dims": {"choices": [[8], [512, 256, 128]]}},
+        {"tokenizer.hidden_dims": [512, 256, 128]},
+    ),
     "no choice of the space": ({"tokenizer.dropout": {"choices": [0.1, 0.2]}}, {"tokenizer.dropout": 0}),
-    "outside of the range": ({"tokenizer.commitment": {"low": 0.5, "high": 1}}, {"tokenizer.commitment": 0.25}),
+    "outside of the range": (
+        {"tokenizer.commitment_weight": {"low": 0.5, "high": 1}},
+        {"tokenizer.commitment_weight": 0.25},
+    ),
 }
 
 
@@ -114,7 +120,7 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
         for n, given in enumerate(values):
             searcher.on_trial_result(f"t{n}", {"objective": n, "training_iteration": 1})
             searcher.on_trial_complete(f"t{n}", {"objective": n})
-            tune.apply(run, tune._decoded(given, search), search.looks)
+            tune.apply(run, tune._decoded(given, search), search.num_evaluations)
     tried = Noted(other, tune._standing(run, search)[0])
     assert all(tune._searcher(run, search, tried).suggest(f"t{n}") is not None for n in range(2))
     if "choices" not in space[key]:
@@ -123,15 +129,22 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
 
 def test_resources_do_not_make_another_sweep() -> None:
     def sweep(**changes: Any) -> TuningStageConfig:
-        search = build(TuningConfig, {"space": {"tokenizer.latent": {"choices": [8, 16]}}} | changes)
-        return TuningStageConfig(tokenizer=RunConfig().tokenizer, search=search)
+        search = build(TuningConfig, {"space": {"tokenizer.latent_dim": {"choices": [8, 16]}}} | changes)
+        return TuningStageConfig(tokenizer=RunConfig().tokenizer, tuning=search)
 
-    for resource in ("concurrent", "workers_per_trial", "cpus_per_trial"):
+    for resource in ("max_concurrent_trials", "workers_per_trial", "cpus_per_trial"):
         assert sweep(**{resource: 3}).identity() == sweep().identity()
     assert sweep(gpus_per_trial=0.5).identity() == sweep().identity()
-    for key, value in {"trials": 99, "sampler": "random", "looks": 9, "grace": 1, "reduction": 2, "seed": 1}.items():
+    for key, value in {
+        "num_trials": 99,
+        "sampler": "random",
+        "num_evaluations": 9,
+        "grace_period": 1,
+        "reduction_factor": 2,
+        "seed": 1,
+    }.items():
         assert sweep(**{key: value}).identity() != sweep().identity()
-        assert (sweep(**{key: value}).family("e") == sweep().family("e")) == (key == "trials")
+        assert (sweep(**{key: value}).family("e") == sweep().family("e")) == (key == "num_trials")
     assert sweep().family("e") != sweep().family("f")
 
 
@@ -150,12 +163,12 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
     for n, (family, trials, finished) in enumerate(
         [("ours", 3, True), ("ours", 5, False), ("ours", 4, True), ("another", 9, True), ("another", 9, False)]
     ):
-        sweep_folder(tmp_path, f"sweep-{n:08d}", family, trials, finished)
-    (tmp_path / "sweep-00000009").mkdir()
-    (tmp_path / "sweep-00000009" / "journal.json").write_text("{")
-    (tmp_path / "sweep-note.txt").write_text("not a folder")
+        sweep_folder(tmp_path, f"tuning-{n:08d}", family, trials, finished)
+    (tmp_path / "tuning-00000009").mkdir()
+    (tmp_path / "tuning-00000009" / "journal.json").write_text("{")
+    (tmp_path / "tuning-note.txt").write_text("not a folder")
     for at_most, kept in ((12, 5), (2, 2)):
-        target = Folder(str(tmp_path / f"sweep-{at_most:08d}-own"))
+        target = Folder(str(tmp_path / f"tuning-{at_most:08d}-own"))
         tune._inherit(target, "ours", at_most)
         names = [f"{n:05d}.json" for n in range(kept)]
         assert list(target.child("scratch/trials").files()) == names
@@ -165,7 +178,7 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
     target.child("scratch/trials").write_json("00002.json", {"trial": 2, "values": {"a": 99}})
     tune._inherit(target, "ours", 3)  # our own are as many
     assert target.child("scratch/trials").read_json("00002.json")["values"] == {"a": 99}
-    fresh = Folder(str(tmp_path / "sweep-fresh"))
+    fresh = Folder(str(tmp_path / "tuning-fresh"))
     tune._inherit(fresh, "of nobody", 3)
     assert not fresh.child("scratch/trials").files()
 
@@ -181,13 +194,13 @@ def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(job, "load_embeddings", lambda _: None)
     monkeypatch.setattr(Artifact, "verify", lambda self: None)
     run = load(RunConfig, None, ["tokenizer.kind=rkmeans", f"root={tmp_path}"], CONFIGS)
-    search = build(TuningConfig, {"trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
+    search = build(TuningConfig, {"num_trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
     embeddings = Artifact(Folder(str(tmp_path)), {"fingerprint": "00000000", "kind": "embeddings"})
     artifacts_read: list[Any] = []
     monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
     job.tune(run, search, embeddings)
     manifest = artifacts_read[-1].read_json("manifest.json")
-    assert manifest["figures"]["epochs_spent"] == 0
+    assert manifest["metrics"]["epochs_spent"] == 0
     best = load(RunConfig, f"{artifacts_read[-1].path}/best.toml", [], CONFIGS)
     assert best.tokenizer == run.tokenizer
 
@@ -242,14 +255,14 @@ def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
 
 
 def test_the_table_stands_in_columns_and_leaves_out_what_a_trial_has_not() -> None:
-    keys = ["tokenizer.hidden", "tokenizer.training.learning_rate"]
+    keys = ["tokenizer.hidden_dims", "tokenizer.training.learning_rate"]
     known = {"objective": 1.25, "unique_ratio": 0.875, "reconstruction_error": 0.25, "overlap@1": 0.625, "epochs": 40.0}
     rows = [
         {"trial": 11, "status": "finished", "looks": 10, **known, keys[0]: [512, 256], keys[1]: 0.00123},
         {"trial": None, "status": "running", "looks": 0, "epochs": 0.0, "objective": None, keys[0]: [8], keys[1]: 0.1},
     ]
     head, first, second = table(rows, keys)
-    assert head.split()[-2:] == ["hidden", "learning_rate"]
+    assert head.split()[-2:] == ["hidden_dims", "learning_rate"]
     assert " ".join(first.split()) == "11 finished 10 40 1.2500 0.8750 0.2500 0.6250 [512, 256] 0.00123"
     assert " ".join(second.split()) == "running 0 0 [8] 0.1"
     assert len(head) == len(first) == len(second)
@@ -260,12 +273,12 @@ def toy_sweep(folder: Path, search: str) -> list[str]:
     names = [f"item {n:03d}" for n in range(400)]
     pq.write_table(pa.table({"item_id": names, "vector": list(clusters())}), folder / "vectors.parquet")
     (folder / "x.toml").write_text(
-        f'root = "{folder}/runs"\n[embedding]\nvectors = "{folder}/vectors.parquet"\n'
+        f'root = "{folder}/runs"\n[embedding]\nimport_path = "{folder}/vectors.parquet"\n'
         "[tokenizer]\ncodebook_size = 16\n[tokenizer.training]\nepochs = 6\nbatch_size = 64\n"
     )
-    (folder / "x.search.toml").write_text(
-        f'looks = 3\ngrace = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
-        '[space."tokenizer.latent"]\nlow = 4\nhigh = 32\ninteger = true\n'
+    (folder / "x.tune.toml").write_text(
+        f'num_evaluations = 3\ngrace_period = 1\n{search}\n[space."tokenizer.dropout"]\nchoices = [0.1, 0.0]\n'
+        '[space."tokenizer.latent_dim"]\nlow = 4\nhigh = 32\ninteger = true\n'
     )
     return [sys.executable, "-m", "jobs.tune", str(folder / "x.toml")]
 
@@ -274,13 +287,13 @@ ENDED = re.compile(r"tune: trial \d+ finished")
 
 
 def journal(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/sweep-*/scratch/trials/*.json"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("runs/tuning-*/scratch/trials/*.json"))}
 
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     """The driver is killed after two trials; the same command runs the others, and none of the two again."""
-    command = toy_sweep(tmp_path, "trials = 5\nconcurrent = 1")
+    command = toy_sweep(tmp_path, "num_trials = 5\nmax_concurrent_trials = 1")
     root = CONFIGS.parents[1]
     first = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert first.stderr
@@ -304,12 +317,12 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     for name, content in kept.items():
         entry = json.loads(content)
         row = next(row for row in rows if row["trial"] == int(name.removesuffix(".json")))
-        assert row["tokenizer.latent"] == entry["values"]["tokenizer.latent"]
+        assert row["tokenizer.latent_dim"] == entry["values"]["tokenizer.latent_dim"]
         assert row["objective"] == max(look["objective"] for look in entry["looks"])
     assert rows[0]["objective"] == max(row["objective"] for row in rows)
     best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
-    assert best.tokenizer.model_dump()["latent"] == rows[0]["tokenizer.latent"]
-    assert (sweep / "search.svg").read_text().count("<circle") == 10
+    assert best.tokenizer.model_dump()["latent_dim"] == rows[0]["tokenizer.latent_dim"]
+    assert (sweep / "tuning.svg").read_text().count("<circle") == 10
 
 
 @pytest.mark.slow
@@ -317,12 +330,16 @@ def test_a_finished_sweep_is_continued_with_more_trials_and_other_resources(tmp_
     """Over residual k-means, which has nothing to train."""
     command = toy_sweep(tmp_path, "")
     (tmp_path / "x.toml").write_text((tmp_path / "x.toml").read_text().partition("[tokenizer.training]")[0])
-    (tmp_path / "x.search.toml").write_text(
-        'trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
+    (tmp_path / "x.tune.toml").write_text(
+        'num_trials = 2\nsampler = "random"\n[space."tokenizer.distance"]\nchoices = ["mixed", "cosine", "euclidean"]\n'
     )
     command.append("tokenizer.kind=rkmeans")
     found: list[list[dict[str, Any]]] = []
-    for changes, made in ((["search.concurrent=1"], 2), (["search.cpus_per_trial=2"], 0), (["search.trials=4"], 2)):
+    for changes, made in (
+        (["tuning.max_concurrent_trials=1"], 2),
+        (["tuning.cpus_per_trial=2"], 0),
+        (["tuning.num_trials=4"], 2),
+    ):
         done = subprocess.run([*command, *changes], cwd=CONFIGS.parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(ENDED.findall(done.stderr)) == made, done.stderr[-3000:]
@@ -343,13 +360,15 @@ def test_trials_as_process_groups_find_what_single_ones_find(tmp_path: Path) -> 
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        command = toy_sweep(folder, f"trials = 2\nconcurrent = 1\nsampler = 'random'\nworkers_per_trial = {workers}")
-        search = folder / "x.search.toml"
+        command = toy_sweep(
+            folder, f"num_trials = 2\nmax_concurrent_trials = 1\nsampler = 'random'\nworkers_per_trial = {workers}"
+        )
+        search = folder / "x.tune.toml"
         search.write_text(search.read_text().replace("[0.1, 0.0]", "[0.0]"))
         done = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         sweep = Path(json.loads(done.stdout.splitlines()[-1])["artifact"])
         rows = pq.read_table(sweep / "trials.parquet").to_pylist()
-        found.append({row["tokenizer.latent"]: row["objective"] for row in rows})
+        found.append({row["tokenizer.latent_dim"]: row["objective"] for row in rows})
     assert found[0].keys() == found[1].keys()
     assert list(found[0].values()) == pytest.approx(list(found[1].values()), abs=0.05)

@@ -130,7 +130,7 @@ def test_hostile_files_run_nothing(payload: str, marker: Path, tmp_path: Path) -
     content = payloads(marker)[payload]
     tokenizer = open_artifact(holding(tmp_path, "tokenizer", "model.safetensors", content)).folder
     with pytest.raises(ArtifactError, match="not a safetensors file"):
-        load_tokenizer(TokenizerConfig.resolve({"levels": 2, "codebook_size": 4}), tokenizer, 8)
+        load_tokenizer(TokenizerConfig.resolve({"num_levels": 2, "codebook_size": 4}), tokenizer, 8)
     readers = {"ids.parquet": SemanticIds.read, "vectors/part-00000.parquet": load_embeddings}
     for name, read in readers.items():
         with pytest.raises(TigerError):  # a Parquet file of other columns is read, and refused for them

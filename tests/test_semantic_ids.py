@@ -20,7 +20,7 @@ from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign
 @given(seed=st.integers(0, 10**6), items=st.integers(1, 60), levels=st.integers(1, 4))
 def test_ids_are_unique_and_numbered_in_item_order(seed: int, items: int, levels: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 3, (items, levels))
-    ids = assign(codes, 3, SemanticIdsConfig(collisions="level", collision_codes=60))
+    ids = assign(codes, 3, SemanticIdsConfig(collision_policy="extra_code", collision_codes=60))
     seen: dict[tuple[int, ...], int] = {}
     for item, row in enumerate(codes.tolist()):  # the slow truth
         position = seen.get(tuple(row), 0)
@@ -31,7 +31,7 @@ def test_ids_are_unique_and_numbered_in_item_order(seed: int, items: int, levels
 
 
 def test_unknown_ids_have_no_item() -> None:
-    ids = assign(np.array([[0, 1], [2, 2]]), 3, SemanticIdsConfig(collisions="level"))
+    ids = assign(np.array([[0, 1], [2, 2]]), 3, SemanticIdsConfig(collision_policy="extra_code"))
     assert ids.item_of(np.array([[2, 2, 0], [2, 2, 1], [0, 0, 0], [0, 1, 0]])).tolist() == [1, -1, -1, 0]
 
 
@@ -39,11 +39,13 @@ def test_a_group_that_outgrows_its_level_is_named() -> None:
     codes = np.zeros((300, 3), np.int64)
     codes[0] = 7
     with pytest.raises(DataError, match=r"299 items share.*256 codes.*\(0, 0, 0\).*\[1, 2, 3, 4, 5\]"):
-        assign(codes, 8, SemanticIdsConfig(collisions="level", collision_codes=256))
+        assign(codes, 8, SemanticIdsConfig(collision_policy="extra_code", collision_codes=256))
 
 
 def test_written_ids_come_back(tmp_path: Path) -> None:
-    ids = assign(np.array([[0, 1], [0, 1], [2, 2]]), 3, SemanticIdsConfig(collisions="level", collision_codes=5))
+    ids = assign(
+        np.array([[0, 1], [0, 1], [2, 2]]), 3, SemanticIdsConfig(collision_policy="extra_code", collision_codes=5)
+    )
     ids.write(Folder(str(tmp_path)), pa.chunked_array([["a", "b", "c"]]))
     again = SemanticIds.read(Folder(str(tmp_path)))
     assert np.array_equal(again.codes, ids.codes)
@@ -82,7 +84,7 @@ def test_separated_codes_cost_the_least(seed: int, items: int, capacity: int) ->
 def test_the_nearest_free_code_needs_no_further_level() -> None:
     table = np.array([[0.0, 1, 5], [0.0, 3, 5], [0.0, 9, 9]])
     codes = np.array([[1, 0], [1, 0], [0, 0]])
-    ids = assign(codes, 3, SemanticIdsConfig(collisions="nearest"), costs_of(table))
+    ids = assign(codes, 3, SemanticIdsConfig(collision_policy="nearest_free"), costs_of(table))
     assert ids.codes.tolist() == [[1, 1], [1, 0], [0, 0]]
     assert ids.level_sizes == (3, 3)
     assert ids.unique_before.all()
@@ -91,7 +93,9 @@ def test_the_nearest_free_code_needs_no_further_level() -> None:
 
 def test_more_items_than_last_codes_get_one_more_level() -> None:
     codes = np.zeros((5, 2), np.int64)
-    ids = assign(codes, 3, SemanticIdsConfig(collisions="nearest", collision_codes=9), costs_of(np.zeros((5, 3))))
+    ids = assign(
+        codes, 3, SemanticIdsConfig(collision_policy="nearest_free", collision_codes=9), costs_of(np.zeros((5, 3)))
+    )
     assert ids.level_sizes == (3, 3, 9)
     assert len(np.unique(ids.codes[:, :2], axis=0)) == 3
     assert len(np.unique(ids.codes, axis=0)) == 5
@@ -115,25 +119,25 @@ def test_a_group_that_no_level_holds_has_a_cure() -> None:
     costs = costs_of(np.zeros((9, 2)))
     with pytest.raises(DataError, match="increase semantic_ids.collision_codes or tokenizer.codebook_size"):
         assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_codes=4), costs)
-    with pytest.raises(DataError, match="set semantic_ids.collisions = nearest, or increase"):
-        assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collisions="level", collision_codes=4))
+    with pytest.raises(DataError, match="set semantic_ids.collision_policy = nearest_free, or increase"):
+        assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_policy="extra_code", collision_codes=4))
 
 
 def test_collisions_can_be_refused() -> None:
     with pytest.raises(
-        DataError, match=r"2 items share .* refuse; the largest group is 2 items with \(0, 1\).*\[0, 2\]"
+        DataError, match=r"2 items share .* is error; the largest group is 2 items with \(0, 1\).*\[0, 2\]"
     ):
-        assign(np.array([[0, 1], [2, 2], [0, 1]]), 3, SemanticIdsConfig(collisions="refuse"))
-    assert assign(np.array([[0, 1], [2, 2]]), 3, SemanticIdsConfig(collisions="refuse")).level_sizes == (3, 3)
+        assign(np.array([[0, 1], [2, 2], [0, 1]]), 3, SemanticIdsConfig(collision_policy="error"))
+    assert assign(np.array([[0, 1], [2, 2]]), 3, SemanticIdsConfig(collision_policy="error")).level_sizes == (3, 3)
 
 
-@pytest.mark.parametrize("collisions", ["level", "nearest"])
-def test_ids_do_not_depend_on_how_the_codes_were_cut(collisions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["extra_code", "nearest_free"])
+def test_ids_do_not_depend_on_how_the_codes_were_cut(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     table, codes = rng.random((3000, 8)), rng.integers(0, 8, (3000, 3))
-    whole = assign(codes, 8, SemanticIdsConfig(collisions=collisions), costs_of(table))
+    whole = assign(codes, 8, SemanticIdsConfig(collision_policy=policy), costs_of(table))
     for size in (1, 7, 1000):
         monkeypatch.setattr("tiger.semantic_ids.assignment._COSTS_AT_ONCE", size)
         assert np.array_equal(
-            assign(codes, 8, SemanticIdsConfig(collisions=collisions), costs_of(table)).codes, whole.codes
+            assign(codes, 8, SemanticIdsConfig(collision_policy=policy), costs_of(table)).codes, whole.codes
         )

@@ -194,7 +194,7 @@ def test_items_have_the_names_and_titles_of_the_catalog(tmp_path: Path) -> None:
     """Read without the texts, which are the most of it."""
     folder = Folder(str(tmp_path))
     table = pa.table({"item_id": [0, 1, 2], "source_id": ["a", "b", "c"], "text": ["one " * 30, "two", ""]})
-    catalog = Catalog(Artifact(folder, {"kind": "catalog", "figures": {"items": 3}}))
+    catalog = Catalog(Artifact(folder, {"kind": "catalog", "metrics": {"items": 3}}))
     for titles in (None, [None, "", "three"], ["é", "x", None]):
         if titles is not None:
             table = table.drop_columns("title") if "title" in table.column_names else table

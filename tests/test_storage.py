@@ -215,7 +215,7 @@ def root(proxy: Proxy, request: pytest.FixtureRequest) -> str:
 def _fill(draft: Draft) -> None:
     draft.folder.write_table("table/part-00000.parquet", pa.table({"x": list(range(50_000))}))
     draft.folder.write_json("notes.json", {"a": 1})
-    draft.figures = {"rows": 50_000}
+    draft.metrics = {"rows": 50_000}
 
 
 def _publish(root: str) -> Artifact:
@@ -410,7 +410,7 @@ def test_amazon_files_in_a_store_are_read_as_local_ones(root: str, tmp_path: Pat
 def test_the_catalog_of_files_in_a_store_is_the_same_artifact(root: str, tmp_path: Path) -> None:
     def prepare(base: str, where: str) -> Artifact:
         command = [sys.executable, "-m", "jobs.prepare", "data.kind=tables", f"root={where}", "catalog.k_core=0",
-                   "catalog.repeats=all",
+                   "catalog.duplicates=all",
                    f'data.items=["{base}/items.parquet"]', f'data.interactions=["{base}/events"]',
                    'catalog.text_fields=["name"]']  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -100,10 +100,10 @@ def test_a_job_runs_on_the_cluster_and_its_last_line_is_json(head: dict[str, str
 
 
 def test_a_failing_job_fails_with_its_error_in_the_last_lines(head: dict[str, str]) -> None:
-    done = submit(head, "jobs.prepare", "tokenizer.levls=4")
+    done = submit(head, "jobs.prepare", "tokenizer.num_levls=4")
     assert done.returncode == 1
     assert (
-        "error: unknown key tokenizer.levls; did you mean tokenizer.levels?"
+        "error: unknown key tokenizer.num_levls; did you mean tokenizer.num_levels?"
         in done.stdout[-1500:] + done.stderr[-1500:]
     )
 
@@ -112,7 +112,7 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(head: dict[st
     training = [
         "tokenizer.training.epochs=2000",
         "tokenizer.training.patience=1000",
-        "tokenizer.training.validate_every=20",
+        "tokenizer.training.validate_every_epochs=20",
     ]
     command = ["jobs.semantic_ids", *TINY, *training, f"root={tmp_path}"]
     begun = submit(head, *command, options=("--no-wait", "--submission-id=stopped"))

@@ -65,7 +65,7 @@ def test_each_level_brings_the_reconstruction_closer(kind: str) -> None:
     vectors = clusters()
     errors = []
     for levels in (1, 2, 3):
-        _, result = fit_tokenizer(config(kind, levels=levels), vectors, device=CPU)
+        _, result = fit_tokenizer(config(kind, num_levels=levels), vectors, device=CPU)
         errors.append(result.best["reconstruction_error"])
     assert errors[0] > errors[1] > errors[2]
 
@@ -112,9 +112,9 @@ def test_identical_items_end_in_a_verdict_and_not_in_silence(kind: str) -> None:
         require(check_tokenizer(latents, codes, 16))
 
 
-@pytest.mark.parametrize("collisions", ["level", "nearest"])
+@pytest.mark.parametrize("policy", ["extra_code", "nearest_free"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_hundred_identical_items(kind: str, collisions: str) -> None:
+def test_three_hundred_identical_items(kind: str, policy: str) -> None:
     """With 800 others and a last level of 16 codes: unique IDs, or one clear error if they do not fit."""
     vectors = torch.cat([clusters(), clusters()[:1].repeat(300, 1)])
     tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
@@ -123,10 +123,10 @@ def test_three_hundred_identical_items(kind: str, collisions: str) -> None:
     def costs(items: np.ndarray) -> np.ndarray:
         return tokenizer.last_level_costs(vectors[items]).numpy()
 
-    settings = {"collisions": collisions, "collision_codes": 400}
+    settings = {"collision_policy": policy, "collision_codes": 400}
     ids = assign(codes, 16, SemanticIdsConfig(**settings), costs)
     assert len(np.unique(ids.codes, axis=0)) == 1100
-    few = 200 if collisions == "level" else 8  # nearest: some twenty items are left per code of the last level
+    few = 200 if policy == "extra_code" else 8  # nearest_free: some twenty items are left per code of the last level
     with pytest.raises(DataError, match=rf"the collision level has {few} codes .* are their texts equal\?"):
         assign(codes, 16, SemanticIdsConfig(**settings | {"collision_codes": few}), costs)
 
@@ -143,7 +143,7 @@ def test_a_constant_dimension_is_harmless(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_last_costs_against_decoding_every_last_code(kind: str) -> None:
     """The order of the costs is that of the errors, for tokenizers whose decoder is linear."""
-    changes = {"hidden": (), "training": {"epochs": 0}} if kind == "rqvae" else {}
+    changes = {"hidden_dims": (), "training": {"epochs": 0}} if kind == "rqvae" else {}
     vectors = clusters()
     tokenizer, _ = fit_tokenizer(config(kind, **changes), vectors, device=CPU)
     some = vectors[:20]
@@ -175,16 +175,16 @@ def test_wide_latents_and_many_rows_of_one_code_train_the_same_twice() -> None:
 VARIANTS: list[dict[str, object]] = [
     {"codebook_update": "ema", "ema_decay": 0.9},
     {"codebook_update": "gradient"},
-    {"codebook_update": "gradient", "reset_dead": False},
-    {"gradient": "rotation"},
+    {"codebook_update": "gradient", "reset_dead_codes": False},
+    {"gradient_estimator": "rotation"},
     {"distance": "euclidean"},
     {"distance": "cosine"},
-    {"linear_path": False},
-    {"latent": 8},
-    {"latent": 32},
-    {"reconstruction": "mean"},
-    {"balance_last_level": True},
-    {"hidden": ()},
+    {"linear_skip": False},
+    {"latent_dim": 8},
+    {"latent_dim": 32},
+    {"reconstruction_reduction": "mean"},
+    {"sinkhorn_last_level": True},
+    {"hidden_dims": ()},
 ]
 
 
@@ -200,7 +200,7 @@ def test_every_option_trains_and_keeps_its_codes(variant: dict[str, object]) -> 
 
 def test_training_goes_on_from_where_k_means_ends() -> None:
     vectors = clusters()
-    plain = config("rqvae", hidden=(), training={"epochs": 0})
+    plain = config("rqvae", hidden_dims=(), training={"epochs": 0})
     _, start = fit_tokenizer(plain, vectors, device=CPU)
     _, kmeans = fit_tokenizer(config("rkmeans"), vectors, device=CPU)
     _, trained = fit_tokenizer(config("rqvae"), vectors, device=CPU)
@@ -212,8 +212,8 @@ def test_without_linear_path_gradients_alone_lose_codes_and_refits_or_resets_kee
     vectors = clusters(1600)
     usage = {}
     for update, reset in (("lloyd", True), ("gradient", True), ("gradient", False)):
-        variant = {"codebook_update": update, "reset_dead": reset, "linear_path": False, "codebook_size": 64}
-        variant |= {"distance": "euclidean", "hidden": (256, 128), "latent": 64, "dropout": 0.1}
+        variant = {"codebook_update": update, "reset_dead_codes": reset, "linear_skip": False, "codebook_size": 64}
+        variant |= {"distance": "euclidean", "hidden_dims": (256, 128), "latent_dim": 64, "dropout": 0.1}
         _, result = fit_tokenizer(config("rqvae", **variant), vectors, device=CPU)
         usage[update, reset] = result.log[-1]["usage@1"]
     assert usage["lloyd", True] > 0.95
@@ -242,7 +242,7 @@ def test_the_rotation_trick_turns_gradients_and_keeps_values() -> None:
 
 
 def test_an_exploding_learning_rate_stops_before_the_step() -> None:
-    exploding = {"epochs": 5, "batch_size": 128, "learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0}
+    exploding = {"epochs": 5, "batch_size": 128, "learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_steps": 0}
     with pytest.raises(HealthError, match="not finite at step"):
         fit_tokenizer(config("rqvae", training=exploding), clusters(), device=CPU)
 

@@ -71,7 +71,7 @@ def test_mlflow_takes_a_whole_configuration_without_its_secrets(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
 
-    run = RunConfig.model_validate({"recommend": {"allowed": "https://me:hunter2@example.org/allowed.txt"}})
+    run = RunConfig.model_validate({"recommend": {"allowed_items_file": "https://me:hunter2@example.org/allowed.txt"}})
     parameters = run.model_dump(mode="json", serialize_as_any=True)
     uri = (tmp_path / "mlruns").as_uri()
     with tracking.mlflow(uri, "tiger", "whole", parameters):
@@ -80,7 +80,7 @@ def test_mlflow_takes_a_whole_configuration_without_its_secrets(
     (found,) = client.search_runs([client.get_experiment_by_name("tiger").experiment_id])
     given = {key for key, value in flat(parameters).items() if value is not None}
     assert set(found.data.params) == given and len(given) > 100  # MLflow takes a hundred a call
-    assert "hunter2" not in found.data.params["recommend.allowed"]
+    assert "hunter2" not in found.data.params["recommend.allowed_items_file"]
     assert found.data.params["model.training.learning_rate"] == "0.001"
 
 

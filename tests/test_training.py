@@ -36,14 +36,18 @@ from tiger.training.checkpoints import CheckpointStore
 from tiger.training.loop import Callbacks, prefetch
 
 CPU = torch.device("cpu")
-TOKENIZER = {"codebook_size": 16, "dropout": 0.0, "training": {"epochs": 4, "batch_size": 100, "validate_every": 1.0}}
+TOKENIZER = {
+    "codebook_size": 16,
+    "dropout": 0.0,
+    "training": {"epochs": 4, "batch_size": 100, "validate_every_epochs": 1.0},
+}
 MODEL = {
-    "d_model": 16, "heads": 2, "head_dim": 8, "d_ff": 32, "layers": 1, "dropout": 0.0, "max_items": 5,
+    "d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 32, "num_layers": 1, "dropout": 0.0, "max_history_items": 5,
     "training": {"epochs": 2, "batch_size": 64, "warmup_steps": 2, "precision": "float32"},
 }  # fmt: skip
 SASREC = {
-    "dimension": 16, "max_items": 6, "dropout": 0.0,
-    "training": {"epochs": 4, "batch_size": 32, "validate_every": 1},
+    "embedding_dim": 16, "max_history_items": 6, "dropout": 0.0,
+    "training": {"epochs": 4, "batch_size": 32, "validate_every_epochs": 1},
 }  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def learn(which: str, hooks: Callbacks | None = None, **changes: Any) -> tuple[t
         config = build(SASRecConfig, SASREC | changes)
         return sasrec.learn(config, toy_histories(rng, 201, 60), 60, device=CPU, hooks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
-    kind = {"mode": "fast", "item_tokens": True, "dense": 0.5} if which == "dense" else {"mode": which}
+    kind = {"encoder": "causal", "encoder_input": "items", "dense": 0.5} if which == "dense" else {"encoder": which}
     config, vectors = build(ModelConfig, MODEL | kind | changes), torch.from_numpy(rng.normal(size=(60, 7))).float()
     return fit_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
 
@@ -146,7 +150,7 @@ def group(workers: int, which: str, target: Path, **changes: Any) -> list[Any]:
     return [json.loads((target / f"{rank}.json").read_text()) for rank in range(workers)]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
+@pytest.mark.parametrize("which", ["tokenizer", "bidirectional", "causal", "dense", "sasrec"])
 def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
     """Buffers are not sent at any step: the text embeddings of a dense head are one, of gigabytes in large catalogs."""
     _, alone = learn(which)
@@ -161,7 +165,7 @@ def test_two_workers_equal_one(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_averages_and_resets_are_the_same_on_every_worker(update: str, workers: int, tmp_path: Path) -> None:
     """551 rows in batches of 100: the last batch, of 51, is uneven on 2 and on 4 workers, and no row is lost."""
-    changes = {"codebook_update": update, "balance_last_level": True, "linear_path": False}
+    changes = {"codebook_update": update, "sinkhorn_last_level": True, "linear_skip": False}
     _, alone = learn("tokenizer", **changes)
     first, *others = group(workers, "tokenizer", tmp_path, **changes)
     assert all(other == first for other in others)
@@ -174,7 +178,7 @@ def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
     assert "the workers' states diverged in codebook (1 of 3 tensors)" in said[0]
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "faithful", "fast", "dense", "sasrec"])
+@pytest.mark.parametrize("which", ["tokenizer", "bidirectional", "causal", "dense", "sasrec"])
 def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
     """With dropout on: everything random is a function of the step."""
 
@@ -238,7 +242,7 @@ def prefer(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_workers_take_the_precision_of_rank_0(tmp_path: Path) -> None:
     preferred = [("bfloat16", 1.83), ("float32", 0.5)]
-    first, second = group(2, "fast", tmp_path, preferred=preferred, **AUTO)
+    first, second = group(2, "causal", tmp_path, preferred=preferred, **AUTO)
     assert first == second
     assert (first["precision"], first["precision_speedup"]) == ("bfloat16", 1.83)
 
@@ -247,16 +251,16 @@ def test_a_resumed_training_continues_in_the_precision_of_its_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prefer(Choice("bfloat16", 1.83), monkeypatch)
-    _, undisturbed = learn("fast", **AUTO)
+    _, undisturbed = learn("causal", **AUTO)
     with pytest.raises(Killed):
-        learn("fast", kept_in(str(tmp_path), 1, saves=1), **AUTO)
+        learn("causal", kept_in(str(tmp_path), 1, saves=1), **AUTO)
     prefer(Choice("float32", 0.5), monkeypatch)
     with caplog.at_level(logging.INFO):
-        _, result = learn("fast", kept_in(str(tmp_path), 1, saves=0), **AUTO)
+        _, result = learn("causal", kept_in(str(tmp_path), 1, saves=0), **AUTO)
     assert any("continuing in bfloat16, the precision of its checkpoint" in line for line in caplog.messages)
     assert losses(result) == losses(undisturbed)
     assert result.precision == undisturbed.precision == Choice("bfloat16", 1.83)
-    _, other = learn("fast", **AUTO)
+    _, other = learn("causal", **AUTO)
     assert losses(other) != losses(undisturbed)  # it does matter
 
 
@@ -264,7 +268,7 @@ def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Killed):
-        learn("fast", kept_in(str(tmp_path), 1, saves=1))
+        learn("causal", kept_in(str(tmp_path), 1, saves=1))
     hooks = kept_in(str(tmp_path), 1, saves=0)
     load = hooks.load
 
@@ -276,13 +280,13 @@ def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
 
     hooks.load = load_old
     prefer(Choice("bfloat16", 1.5), monkeypatch)
-    _, result = learn("fast", hooks, **AUTO)
+    _, result = learn("causal", hooks, **AUTO)
     assert result.precision == Choice("bfloat16", 1.5)
 
 
 def test_a_training_of_no_steps_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "choose", lambda *arguments: pytest.fail("measured"))
-    _, result = learn("fast", training=AUTO["training"] | {"epochs": 0})
+    _, result = learn("causal", training=AUTO["training"] | {"epochs": 0})
     assert result.precision == Choice("float32")
 
 
@@ -381,7 +385,9 @@ def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
 def toy_examples(**changes: int) -> TargetExamples:
     rng = np.random.default_rng(3)
     return TargetExamples(
-        toy_histories(rng, 40, 30), random_ids(rng, 30, (4, 4, 4)), **{"max_items": 5, "user_tokens": 0} | changes
+        toy_histories(rng, 40, 30),
+        random_ids(rng, 30, (4, 4, 4)),
+        **{"max_items": 5, "user_tokens": 0} | changes,
     )
 
 

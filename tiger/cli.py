@@ -76,7 +76,8 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
 
     Args:
         verb: a module of `tiger.pipeline`. Its `SECTIONS` are configuration sections in their own files next to the
-            configuration: `search` of NAME.toml is in NAME.search.toml. Overrides of its keys begin with `search.`.
+            configuration: `tuning`, of the verb `tune`, of NAME.toml is in NAME.tune.toml. Overrides of its keys begin
+            with `tuning.`.
         arguments: the configuration's name or file, overrides `key=value`, `--debug`, `--help`.
     """
     debug = "--debug" in arguments
@@ -98,9 +99,11 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
             head = argument.partition(".")[0]
             overrides[head if head in sections else ""].append(argument)
         run = load(RunConfig, name, overrides[""], CONFIGS)
-        if run.embedding.vectors is not None:
-            expand([run.embedding.vectors], "embedding.vectors")  # before the first stage, which may take hours
-        further = {section: _section(name, section, sections[section], overrides[section]) for section in sections}
+        if run.embedding.import_path is not None:
+            expand([run.embedding.import_path], "embedding.import_path")  # before the first stage, which may take hours
+        further = {
+            section: _section(name, verb, section, sections[section], overrides[section]) for section in sections
+        }
         log_file = logs.JsonLinesHandler(run.root, verb)
         logging.getLogger("tiger").addHandler(log_file)
         with contextlib.ExitStack() as stack:
@@ -118,14 +121,14 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
     finally:
         if log_file is not None:
             log_file.flush()
-    print(json.dumps({"artifact": artifact.folder.uri, **artifact.figures}), flush=True)
+    print(json.dumps({"artifact": artifact.folder.uri, **artifact.metrics}), flush=True)
 
 
-def _section(name: str, section: str, model: type[Config], overrides: list[str]) -> Config:
+def _section(name: str, verb: str, section: str, model: type[Config], overrides: list[str]) -> Config:
     """Read a further section of a configuration from the file next to it and from its overrides."""
     file = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
     own = [text.removeprefix(f"{section}.") for text in overrides]
-    return load(model, str(file.with_suffix(f".{section}.toml")), own, CONFIGS, prefix=f"{section}.")
+    return load(model, str(file.with_suffix(f".{verb}.toml")), own, CONFIGS, prefix=f"{section}.")
 
 
 def _add_sinks(run: RunConfig, verb: str, run_name: str, stack: contextlib.ExitStack) -> None:
@@ -177,7 +180,7 @@ def _print_help(verb: str, module: ModuleType, sections: Mapping[str, type[Confi
                 for key, kind, value, meaning in describe(plugin.of_kind(name)):
                     print(_line(f"{prefix}.{key}", kind, value, meaning))
     for prefix, config in sections.items():
-        print(f"\nin NAME.{prefix}.toml next to NAME.toml, where keys are written without {prefix}.:")
+        print(f"\nin NAME.{verb}.toml next to NAME.toml, where keys are written without {prefix}.:")
         for key, kind, value, meaning in describe(config):
             print(_line(f"{prefix}.{key}", kind, value, meaning))
 

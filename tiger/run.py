@@ -30,7 +30,7 @@ class EvaluationConfig(Config):
 
     beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
     max_users: int | None = Field(None, ge=1, description="users per split, sampled by seed; none: all")
-    exact_users: int = Field(
+    num_exact_users: int = Field(
         300, ge=0, description="test users for whom beam search is compared with scoring every item; 0: none"
     )
     max_actors: int | None = Field(
@@ -42,17 +42,17 @@ class EvaluationConfig(Config):
 class RecommendConfig(Config):
     """Recommendations for users, given their whole histories."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed", "max_actors"})  # the file's content is
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file", "max_actors"})  # the file's content is
 
     users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
     k: int = Field(10, ge=1, description="items per user")
     beam: int = Field(50, ge=1, description="width of the beam search")
     exclude_history: bool = Field(True, description="exclude items of the user's history")
-    allowed: str | None = Field(
+    allowed_items_file: str | None = Field(
         None, description="file of allowed item ids (source ids), one per line, UTF-8; none: all items are allowed"
     )
     temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: deterministic")
-    per_first_code: int | None = Field(None, ge=1, description="maximum items per list with the same first code")
+    max_per_first_code: int | None = Field(None, ge=1, description="maximum items per list with the same first code")
     seed: int = Field(0, ge=0, description="seed of sampling")
     max_actors: int | None = Field(
         None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
@@ -121,21 +121,21 @@ class RunConfig(Config):
     def _sections_fit(self) -> RunConfig:
         """Reject sections that cannot be used together, before the first stage."""
         tokenizer, ids = self.tokenizer, self.semantic_ids
-        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streamed and ids.collisions == "nearest":
+        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streaming and ids.collision_policy == "nearest_free":
             raise ValueError(
-                "semantic_ids.collisions = nearest requires the vectors in memory, but tokenizer.streamed = true does "
-                "not load them; set semantic_ids.collisions = level"
+                "semantic_ids.collision_policy = nearest_free requires the vectors in memory, but tokenizer.streaming "
+                "= true does not load them; set semantic_ids.collision_policy = extra_code"
             )
-        sizes = [tokenizer.codebook_size] * tokenizer.levels
+        sizes = [tokenizer.codebook_size] * tokenizer.num_levels
         if math.prod(sizes) >= 2**63:
             raise ValueError(
-                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
-                "give 2^63 tuples or more; use fewer levels or smaller codebooks"
+                f"tokenizer.num_levels = {tokenizer.num_levels} of tokenizer.codebook_size = {tokenizer.codebook_size} "
+                "codes give 2^63 tuples or more; use fewer levels or smaller codebooks"
             )
-        if ids.collisions != "refuse" and math.prod([*sizes, ids.collision_codes]) >= 2**63:
+        if ids.collision_policy != "error" and math.prod([*sizes, ids.collision_codes]) >= 2**63:
             raise ValueError(
-                f"tokenizer.levels = {tokenizer.levels} of tokenizer.codebook_size = {tokenizer.codebook_size} codes "
-                f"and a collision level of semantic_ids.collision_codes = {ids.collision_codes} give 2^63 tuples or "
-                "more; use fewer levels, or fewer codes"
+                f"tokenizer.num_levels = {tokenizer.num_levels} of tokenizer.codebook_size = {tokenizer.codebook_size} "
+                f"codes and a collision level of semantic_ids.collision_codes = {ids.collision_codes} give 2^63 "
+                "tuples or more; use fewer levels, or fewer codes"
             )
         return self

@@ -1,6 +1,6 @@
 """Hyperparameter tuning of the tokenizer, without Ray: search space, objective, and reports.
 
-The search space is a TOML file next to the configuration, such as `beauty-cpu.search.toml` next to `beauty-cpu.toml`.
+The search space is a TOML file next to the configuration, such as `beauty-cpu.tune.toml` next to `beauty-cpu.toml`.
 """
 
 from __future__ import annotations
@@ -60,18 +60,22 @@ class TuningConfig(Config):
     """
 
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"concurrent", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
+        {"max_concurrent_trials", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
     )
 
-    trials: int = Field(24, ge=1, description="number of trials; the first one is the base configuration")
+    num_trials: int = Field(24, ge=1, description="number of trials; the first one is the base configuration")
     sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random sampling")
-    concurrent: int | None = Field(None, ge=1, description="concurrent trials; none: as many as resources allow")
+    max_concurrent_trials: int | None = Field(
+        None, ge=1, description="concurrent trials; none: as many as resources allow"
+    )
     workers_per_trial: int = Field(1, ge=1, description="processes per trial; more than one form a DDP group")
     cpus_per_trial: float = Field(1, gt=0, description="CPUs per process of a trial")
     gpus_per_trial: float = Field(0, ge=0, le=1, description="fraction of a GPU per process of a trial")
-    looks: int = Field(10, ge=2, description="evaluations per full trial, after each of which it may be stopped early")
-    grace: int = Field(2, ge=1, description="grace period: evaluations before a trial may be stopped early")
-    reduction: float = Field(3, gt=1, description="reduction factor of ASHA: one in this many trials continues")
+    num_evaluations: int = Field(
+        10, ge=2, description="evaluations per full trial, after each of which it may be stopped early"
+    )
+    grace_period: int = Field(2, ge=1, description="evaluations before a trial may be stopped early")
+    reduction_factor: float = Field(3, gt=1, description="reduction factor of ASHA: one in this many trials continues")
     seed: int = Field(0, ge=0, description="seed of the sampler")
     weights: Weights = Weights()
     space: dict[str, Space] = Field({}, description="dotted keys of the configuration and their values")
@@ -81,8 +85,11 @@ class TuningConfig(Config):
         wrong = [key for key in self.space if not key.startswith("tokenizer.")]
         if wrong:
             raise ValueError(f"only tokenizer keys can be tuned; {', '.join(wrong[:MAX_LISTED])} is not one")
-        if self.grace > self.looks:
-            raise ValueError(f"grace = {self.grace} is more than looks = {self.looks}: no trial could be stopped early")
+        if self.grace_period > self.num_evaluations:
+            raise ValueError(
+                f"grace_period = {self.grace_period} is more than num_evaluations = {self.num_evaluations}: no trial "
+                "could be stopped early"
+            )
         return self
 
 
@@ -90,7 +97,7 @@ class TuningStageConfig(Config):
     """The configuration that determines the result of a sweep."""
 
     tokenizer: SerializeAsAny[TokenizerConfig]
-    search: TuningConfig
+    tuning: TuningConfig
 
     def family(self, embeddings: str) -> str:
         """Return a fingerprint that is equal for two sweeps if one can continue the trials of the other.
@@ -99,7 +106,7 @@ class TuningStageConfig(Config):
             embeddings: the fingerprint of the embeddings.
         """
         identity = self.identity()
-        del identity["search"]["trials"]
+        del identity["tuning"]["num_trials"]
         return fingerprint(identity, embeddings)
 
 
@@ -118,19 +125,19 @@ def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfi
     if looks is None:
         return build(RunConfig, plain)
     epochs = build(RunConfig, plain).tokenizer.training.epochs
-    plain = with_override(plain, "tokenizer.training.validate_every", max(1.0, epochs / looks))
+    plain = with_override(plain, "tokenizer.training.validate_every_epochs", max(1.0, epochs / looks))
     return build(RunConfig, plain)
 
 
-def require_possible(run: RunConfig, search: TuningConfig) -> None:
+def require_possible(run: RunConfig, tuning: TuningConfig) -> None:
     """Validate the values of every key of the space, so that errors are reported before the first trial.
 
     Raises:
         ConfigError: the space is empty, a key does not exist, or one of its values is invalid.
     """
-    if not search.space:
-        raise ConfigError("search.space is empty: add at least one key of the tokenizer, with choices or low and high")
-    for key, space in search.space.items():
+    if not tuning.space:
+        raise ConfigError("tuning.space is empty: add at least one key of the tokenizer, with choices or low and high")
+    for key, space in tuning.space.items():
         if space.choices is not None:
             for choice in space.choices:
                 apply(run, {key: choice}, None)
@@ -142,7 +149,7 @@ def require_possible(run: RunConfig, search: TuningConfig) -> None:
             try:
                 apply(run, {key: low + (high - low) / 3 + 1e-3 * (high - low)}, None)
             except ConfigError as error:
-                raise ConfigError(f"{error}; set search.space.{key}: integer = true for integers") from None
+                raise ConfigError(f"{error}; set tuning.space.{key}: integer = true for integers") from None
 
 
 def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:

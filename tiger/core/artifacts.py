@@ -43,7 +43,7 @@ __all__ = [  # Folder and its constants are in tiger.core.storage
     "stage_fingerprint",
 ]
 
-SCHEMA_VERSION = 4  # part of every fingerprint
+SCHEMA_VERSION = 5  # part of every fingerprint
 _RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
 
@@ -73,10 +73,10 @@ class Artifact:
         return health
 
     @property
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The stage's metrics, by name."""
-        figures: dict[str, Any] = self.manifest["figures"]
-        return figures
+        metrics: dict[str, Any] = self.manifest["metrics"]
+        return metrics
 
     @property
     def home(self) -> Folder:
@@ -137,11 +137,11 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact that is being written: files go to `folder`, metrics to `figures`, health records to `health`."""
+    """An artifact that is being written: files go to `folder`, metrics to `metrics`, health records to `health`."""
 
     folder: Folder
     fingerprint: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -217,7 +217,7 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
     make(draft)
     folder.delete_partials()
     manifest = given | {
-        "figures": draft.figures,
+        "metrics": draft.metrics,
         "health": draft.health,
         "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
         "versions": {"tiger": tiger.__version__, "python": platform.python_version()}
@@ -240,10 +240,10 @@ _MADE_BY = {
     "tokenizer": "semantic_ids",
     "semantic_ids": "semantic_ids",
     "model": "train",
-    "metrics": "evaluate",
+    "evaluation": "evaluate",
     "recommendations": "recommend",
     "sasrec": "sasrec",
-    "sweep": "tune",
+    "tuning": "tune",
 }
 
 

@@ -28,6 +28,63 @@ C = TypeVar("C", bound="Config")
 
 MAX_LISTED = 10  # names, or errors, in one message
 
+RENAMED = {
+    "data.max_bad_rows": "data.max_bad_row_fraction",
+    "catalog.max_unknown_items": "catalog.max_unknown_item_fraction",
+    "catalog.repeats": "catalog.duplicates",
+    "catalog.ties": "catalog.tie_break",
+    "catalog.valid_share": "catalog.valid_fraction",
+    "catalog.test_share": "catalog.test_fraction",
+    "embedding.vectors": "embedding.import_path",
+    "embedding.prompt": "embedding.prefix",
+    "embedding.storage": "embedding.storage_dtype",
+    "tokenizer.levels": "tokenizer.num_levels",
+    "tokenizer.hidden": "tokenizer.hidden_dims",
+    "tokenizer.latent": "tokenizer.latent_dim",
+    "tokenizer.commitment": "tokenizer.commitment_weight",
+    "tokenizer.linear_path": "tokenizer.linear_skip",
+    "tokenizer.gradient": "tokenizer.gradient_estimator",
+    "tokenizer.reconstruction": "tokenizer.reconstruction_reduction",
+    "tokenizer.reset_dead": "tokenizer.reset_dead_codes",
+    "tokenizer.refresh_every": "tokenizer.codebook_update_every",
+    "tokenizer.refresh_until": "tokenizer.codebook_update_until",
+    "tokenizer.balance_last_level": "tokenizer.sinkhorn_last_level",
+    "tokenizer.streamed": "tokenizer.streaming",
+    "tokenizer.passes": "tokenizer.passes_per_level",
+    "tokenizer.rotations": "tokenizer.num_iterations",
+    "tokenizer.training.clip_norm": "tokenizer.training.max_grad_norm",
+    "tokenizer.training.validate_every": "tokenizer.training.validate_every_epochs",
+    "semantic_ids.collisions": "semantic_ids.collision_policy",
+    "semantic_ids.capacity": "semantic_ids.items_per_id",
+    "model.heads": "model.num_heads",
+    "model.layers": "model.num_layers",
+    "model.mode": "model.encoder",
+    "model.item_tokens": "model.encoder_input",
+    "model.mark_first": "model.start_of_history_embedding",
+    "model.max_items": "model.max_history_items",
+    "model.user_tokens": "model.num_user_tokens",
+    "model.validation_users": "model.training.validation_users",
+    "model.validation_beam": "model.training.validation_beam",
+    "model.training.clip_norm": "model.training.max_grad_norm",
+    "model.training.validate_every": "model.training.validate_every_epochs",
+    "evaluation.exact_users": "evaluation.num_exact_users",
+    "recommend.allowed": "recommend.allowed_items_file",
+    "recommend.per_first_code": "recommend.max_per_first_code",
+    "sasrec.dimension": "sasrec.embedding_dim",
+    "sasrec.heads": "sasrec.num_heads",
+    "sasrec.layers": "sasrec.num_layers",
+    "sasrec.max_items": "sasrec.max_history_items",
+    "sasrec.training.clip_norm": "sasrec.training.max_grad_norm",
+    "sasrec.training.validate_every": "sasrec.training.validate_every_epochs",
+    "search": "tuning",
+    "tuning.trials": "tuning.num_trials",
+    "tuning.looks": "tuning.num_evaluations",
+    "tuning.grace": "tuning.grace_period",
+    "tuning.reduction": "tuning.reduction_factor",
+    "tuning.concurrent": "tuning.max_concurrent_trials",
+}
+"""Keys of earlier versions, so that an old configuration is told the new name."""
+
 
 class Config(BaseModel):
     """Base of every configuration: immutable, and unknown keys are rejected.
@@ -318,6 +375,8 @@ def _split(override: str) -> tuple[str, _Typed]:
 def _explain(model: type[Config], values: dict[str, Any], detail: Any, prefix: str) -> str:
     location = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
+        if new := RENAMED.get(prefix + location):
+            return f"unknown key {prefix}{location}; it was renamed to {new}"
         keys = [key for key, *_ in describe(model, values)]
         nearest = _nearest(location, keys, prefix)
         return f"unknown key {prefix}{location}{nearest}"

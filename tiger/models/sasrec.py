@@ -41,18 +41,18 @@ class SASRecTraining(TrainingConfig):
     batch_size: int = Field(256, ge=1, description="users per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    validate_every: float = Field(2.0, gt=0, description="epochs between two validations")
+    validate_every_epochs: float = Field(2.0, gt=0, description="epochs between two validations")
     patience: int = Field(5, ge=1, description="validations without a better one before training stops")
 
 
 class SASRecConfig(Config):
     """Shape of the baseline and its training."""
 
-    dimension: int = Field(128, ge=2, description="of item embeddings")
-    layers: int = Field(2, ge=1, description="transformer layers")
-    heads: int = Field(2, ge=1, description="attention heads")
+    embedding_dim: int = Field(128, ge=2, description="of item embeddings")
+    num_layers: int = Field(2, ge=1, description="transformer layers")
+    num_heads: int = Field(2, ge=1, description="attention heads")
     dropout: float = Field(0.5, ge=0, lt=1, description="on embeddings, attention and feed-forward")
-    max_items: int = Field(50, ge=1, description="most recent items that are read")
+    max_history_items: int = Field(50, ge=1, description="most recent items that are read")
     training: SASRecTraining = SASRecTraining()
     seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
 
@@ -60,23 +60,23 @@ class SASRecConfig(Config):
 class SASRec(nn.Module):
     def __init__(self, config: SASRecConfig, n_items: int) -> None:
         super().__init__()
-        self.max_items = config.max_items
-        self.items = nn.Embedding(n_items, config.dimension)
-        self.positions = nn.Embedding(config.max_items, config.dimension)
+        self.max_items = config.max_history_items
+        self.items = nn.Embedding(n_items, config.embedding_dim)
+        self.positions = nn.Embedding(config.max_history_items, config.embedding_dim)
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
         layer = nn.TransformerEncoderLayer(
-            config.dimension,
-            config.heads,
-            4 * config.dimension,
+            config.embedding_dim,
+            config.num_heads,
+            4 * config.embedding_dim,
             config.dropout,
             F.gelu,
             batch_first=True,
             norm_first=True,
         )
         self.layers = nn.TransformerEncoder(
-            layer, config.layers, nn.LayerNorm(config.dimension), enable_nested_tensor=False
+            layer, config.num_layers, nn.LayerNorm(config.embedding_dim), enable_nested_tensor=False
         )
 
     def states(self, history: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def learn(
     torch.manual_seed(config.seed)
     model = SASRec(config, n_items).to(device)
     training.broadcast(model)
-    begins = np.maximum(histories.offsets[:-1], histories.train_end - config.max_items - 1)
+    begins = np.maximum(histories.offsets[:-1], histories.train_end - config.max_history_items - 1)
     users = np.flatnonzero(histories.train_end - begins >= 2)
     lengths = (histories.train_end - begins)[users]
     schedule = config.training.schedule(len(users), config.seed)
@@ -174,12 +174,12 @@ def learn(
         hooks=hooks,
         name="sasrec",
         shapes=Shapes(
-            rows=max(1, config.training.batch_size // training.world_size()) * config.max_items // 2,
-            width=config.dimension,
-            hidden=4 * config.dimension,
-            heads=config.heads,
-            head_dim=config.dimension // config.heads,
-            length=max(1, config.max_items // 2),
+            rows=max(1, config.training.batch_size // training.world_size()) * config.max_history_items // 2,
+            width=config.embedding_dim,
+            hidden=4 * config.embedding_dim,
+            heads=config.num_heads,
+            head_dim=config.embedding_dim // config.num_heads,
+            length=max(1, config.max_history_items // 2),
         ),
     )
     return model.eval(), result

@@ -45,8 +45,8 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
     Raises:
         ConfigError: fewer items than codes, or a balanced last level, which needs all distances at once.
     """
-    if config.balance_last_level:
-        raise ConfigError("tokenizer.balance_last_level needs all vectors in memory; set tokenizer.streamed = false")
+    if config.sinkhorn_last_level:
+        raise ConfigError("tokenizer.sinkhorn_last_level needs all vectors in memory; set tokenizer.streaming = false")
     cluster.connect(embeddings.parent)
     parts, rows = _parts(embeddings)
     check_codebook_size(config, rows)
@@ -56,9 +56,9 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
     tokenizer.fit_normalizer(sample)
     sample = tokenizer.standardize(sample)
     tokenizer.initialize(sample, torch.Generator().manual_seed(config.seed))
-    progress = Progress("k-means", config.levels * config.passes * rows, "rows")
-    for level in range(config.levels):
-        for _ in range(config.passes):
+    progress = Progress("k-means", config.num_levels * config.passes_per_level * rows, "rows")
+    for level in range(config.num_levels):
+        for _ in range(config.passes_per_level):
             _pass(tokenizer, level, embeddings, parts, sample, progress)
     progress.close()
     return tokenizer

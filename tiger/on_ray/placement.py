@@ -341,7 +341,7 @@ def plan_trials(
     """
     if workers > 1 and 0 < gpus < 1:
         raise ConfigError(
-            f"search.workers_per_trial = {workers} with search.gpus_per_trial = {gpus:g}: workers of one trial cannot "
+            f"tuning.workers_per_trial = {workers} with tuning.gpus_per_trial = {gpus:g}: workers of one trial cannot "
             "share a GPU; set gpus_per_trial = 1, or workers_per_trial = 1"
         )
     bundle = Bundle(cpus, gpus)

@@ -61,13 +61,13 @@ _FAILED = -1e9  # the objective of a trial that could not be trained: Tune and O
 
 
 def tune_tokenizer(
-    run: RunConfig, search: TuningConfig, vectors: torch.Tensor, target: Folder, family: str = ""
+    run: RunConfig, tuning: TuningConfig, vectors: torch.Tensor, target: Folder, family: str = ""
 ) -> pa.Table:
     """Run the trials, or the remaining ones of an interrupted sweep.
 
     Args:
         run: the configuration to vary.
-        search: the search space and its options.
+        tuning: the search space and its options.
         vectors: embeddings float32 [N, d].
         target: folder of the artifact that is being written; the journal is in its scratch folder, and at the end in
             its `journal.json`.
@@ -81,29 +81,31 @@ def tune_tokenizer(
         ConfigError: a key of the space does not exist, or a value is invalid.
         HealthError: all trials failed.
     """
-    require_possible(run, search)
+    require_possible(run, tuning)
     cluster.connect(target)
-    workers = search.workers_per_trial
-    if search.gpus_per_trial:
+    workers = tuning.workers_per_trial
+    if tuning.gpus_per_trial:
         cluster.wait_for_gpus(run.scale.gpus, "tune", run.scale.wait_minutes)
     plan = placement.plan_trials(
-        cluster.shape(), workers=workers, cpus=search.cpus_per_trial, gpus=search.gpus_per_trial,
-        concurrent=search.concurrent,
+        cluster.shape(), workers=workers, cpus=tuning.cpus_per_trial, gpus=tuning.gpus_per_trial,
+        concurrent=tuning.max_concurrent_trials,
     )  # fmt: skip
     cluster.wait_for([plan.bundle] * workers, "tune", run.scale.wait_minutes)
     if family:
         target.child(SCRATCH).write_json("family.json", family)
-        _inherit(target, family, search.trials)
-    journal = _Journal(target.child(f"{SCRATCH}/trials"), search)
-    left = search.trials - len(journal.trials)
+        _inherit(target, family, tuning.num_trials)
+    journal = _Journal(target.child(f"{SCRATCH}/trials"), tuning)
+    left = tuning.num_trials - len(journal.trials)
     if journal.trials:
-        log.info("tune: %d of %d trials are in the journal and are not run again", len(journal.trials), search.trials)
+        log.info(
+            "tune: %d of %d trials are in the journal and are not run again", len(journal.trials), tuning.num_trials
+        )
     if left > 0:
         trainable = tune.with_resources(
             tune.with_parameters(
                 _trial,
                 run=run.model_dump(mode="json", serialize_as_any=True),
-                search=search.model_dump(mode="json"),
+                tuning=tuning.model_dump(mode="json"),
                 vectors=vectors.numpy(),
                 neighbors=nearest_neighbors(vectors.numpy()),
             ),
@@ -113,8 +115,8 @@ def tune_tokenizer(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=left,
-                search_alg=ConcurrencyLimiter(_searcher(run, search, journal), plan.maximum),
-                scheduler=_scheduler(search, journal),
+                search_alg=ConcurrencyLimiter(_searcher(run, tuning, journal), plan.maximum),
+                scheduler=_scheduler(tuning, journal),
                 reuse_actors=workers == 1,  # the other processes of a group end with the trial's resources
             ),
             run_config=tune.RunConfig(
@@ -131,7 +133,7 @@ def tune_tokenizer(
             raise ResourceError(
                 f"tune: the sweep failed: {last_line(error)}. Rerun to resume it; logs: {cluster.log_folder()}"
             ) from error
-    rows = _rows(journal.trials, search)
+    rows = _rows(journal.trials, tuning)
     if not any(row["status"] == "finished" for row in rows):
         raise HealthError("all trials failed; check the search space and try a single run")
     target.write_json("journal.json", {"family": family, "trials": journal.trials})
@@ -141,26 +143,26 @@ def tune_tokenizer(
 def _trial(
     values: dict[str, Any],
     run: dict[str, Any],
-    search: dict[str, Any],
+    tuning: dict[str, Any],
     vectors: np.ndarray,
     neighbors: tuple[np.ndarray, np.ndarray],
 ) -> None:
     """Train a tokenizer and report every evaluation; with several workers per trial, as rank 0 of a process group."""
-    workers = search["workers_per_trial"]
+    workers = tuning["workers_per_trial"]
     if workers == 1:
-        _learn(values, run, search, vectors, neighbors)
+        _learn(values, run, tuning, vectors, neighbors)
         return
     with socket.socket() as probe:
         probe.bind(("", 0))
         address = f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
     others = ray.remote(_member).options(
-        num_cpus=search["cpus_per_trial"],
-        num_gpus=search["gpus_per_trial"],
+        num_cpus=tuning["cpus_per_trial"],
+        num_gpus=tuning["gpus_per_trial"],
         scheduling_strategy=PlacementGroupSchedulingStrategy(ray.util.get_current_placement_group()),
     )
-    arguments = (address, workers, values, run, search, ray.put(vectors), ray.put(neighbors))
+    arguments = (address, workers, values, run, tuning, ray.put(vectors), ray.put(neighbors))
     running = [others.remote(rank, *arguments) for rank in range(1, workers)]
-    _member(0, address, workers, values, run, search, vectors, neighbors)
+    _member(0, address, workers, values, run, tuning, vectors, neighbors)
     ray.get(running)
 
 
@@ -177,12 +179,12 @@ def _member(rank: int, address: str, workers: int, *arguments: Any) -> None:
 def _learn(
     values: dict[str, Any],
     run: dict[str, Any],
-    search: dict[str, Any],
+    tuning: dict[str, Any],
     vectors: np.ndarray,
     neighbors: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    settings = TuningConfig.model_validate(search)
-    config = apply(RunConfig.model_validate(run), _decoded(values, settings), settings.looks).tokenizer
+    settings = TuningConfig.model_validate(tuning)
+    config = apply(RunConfig.model_validate(run), _decoded(values, settings), settings.num_evaluations).tokenizer
     steps_per_epoch = config.training.schedule(len(vectors), config.seed).steps_per_epoch
 
     def report(figures: dict[str, Any]) -> None:
@@ -211,14 +213,14 @@ def _learn(
 class _Journal(tune.Callback):
     """Records ended trials, one JSON file each: `values` (in the sampler's form), `looks` (evaluations), `status`."""
 
-    def __init__(self, folder: Folder, search: TuningConfig) -> None:
-        self.folder, self.search = folder, search
+    def __init__(self, folder: Folder, tuning: TuningConfig) -> None:
+        self.folder, self.tuning = folder, tuning
         self.trials: list[dict[str, Any]] = [
             folder.read_json(name) for name in folder.files() if name.endswith(".json")
-        ][: search.trials]
+        ][: tuning.num_trials]
         self._running: dict[str, dict[str, Any]] = {}
         self._shown = time.monotonic()
-        self._progress = Progress("tune", search.trials, "trials", done=len(self.trials))
+        self._progress = Progress("tune", tuning.num_trials, "trials", done=len(self.trials))
         self.watch: Watch | None = None
 
     def on_trial_result(
@@ -250,11 +252,11 @@ class _Journal(tune.Callback):
         self.trials.append(entry)
         log.info(
             "tune: trial %d %s after %d of %d evaluations with %.4f; %s",
-            entry["trial"], entry["status"], len(looks), self.search.looks, _value(entry),
-            _decoded(trial.config, self.search),
+            entry["trial"], entry["status"], len(looks), self.tuning.num_evaluations, _value(entry),
+            _decoded(trial.config, self.tuning),
         )  # fmt: skip
         self._progress.add(1)
-        if len(self.trials) == self.search.trials:
+        if len(self.trials) == self.tuning.num_trials:
             self._progress.close()
 
     def _entry(self, trial: Any) -> dict[str, Any]:
@@ -264,8 +266,8 @@ class _Journal(tune.Callback):
     def _show(self) -> None:
         """Log the best trials so far and the running ones."""
         self._shown = time.monotonic()
-        best, running = (_rows(trials, self.search) for trials in (self.trials, list(self._running.values())))
-        for line in table(best[:5] + running, list(self.search.space)):
+        best, running = (_rows(trials, self.tuning) for trials in (self.trials, list(self._running.values())))
+        for line in table(best[:5] + running, list(self.tuning.space)):
             log.info("tune: %s", line)
 
 
@@ -276,7 +278,7 @@ def _inherit(target: Folder, family: str, at_most: int) -> None:
     most: list[dict[str, Any]] = []
     where = ""
     for info in home.parent.entries(recursive=False):
-        if info.type == pafs.FileType.Directory and info.base_name.startswith("sweep-"):
+        if info.type == pafs.FileType.Directory and info.base_name.startswith("tuning-"):
             sibling = home.parent.child(info.base_name)
             if sibling.uri != home.uri:
                 for trials in _trials_of(sibling, family):
@@ -337,13 +339,13 @@ class _Searcher(OptunaSearch):
             super().on_trial_complete(trial_id, result, error)
 
 
-def _searcher(run: RunConfig, search: TuningConfig, journal: _Journal) -> OptunaSearch:
+def _searcher(run: RunConfig, tuning: TuningConfig, journal: _Journal) -> OptunaSearch:
     """Return a sampler seeded with the trials of the journal, and with the base configuration if it is not one."""
-    standing, inside = _standing(run, search)
+    standing, inside = _standing(run, tuning)
     untried = standing not in [trial["values"] for trial in journal.trials]
-    seed = search.seed + len(journal.trials)  # a resumed sweep must not sample the same values again
-    sampler: BaseSampler = TPESampler(seed=seed) if search.sampler == "tpe" else RandomSampler(seed=seed)
-    space = {key: _distribution(space) for key, space in search.space.items()}
+    seed = tuning.seed + len(journal.trials)  # a resumed sweep must not sample the same values again
+    sampler: BaseSampler = TPESampler(seed=seed) if tuning.sampler == "tpe" else RandomSampler(seed=seed)
+    space = {key: _distribution(space) for key, space in tuning.space.items()}
     searcher = _Searcher(
         space,
         _METRIC,
@@ -358,10 +360,14 @@ def _searcher(run: RunConfig, search: TuningConfig, journal: _Journal) -> Optuna
     return searcher
 
 
-def _scheduler(search: TuningConfig, journal: _Journal) -> ASHAScheduler:
+def _scheduler(tuning: TuningConfig, journal: _Journal) -> ASHAScheduler:
     """Return an ASHA scheduler into which the trials of the journal have been replayed."""
     scheduler = ASHAScheduler(
-        metric=_METRIC, mode="max", max_t=search.looks, grace_period=search.grace, reduction_factor=search.reduction
+        metric=_METRIC,
+        mode="max",
+        max_t=tuning.num_evaluations,
+        grace_period=tuning.grace_period,
+        reduction_factor=tuning.reduction_factor,
     )
     for trial in journal.trials:
         known = SimpleNamespace(trial_id=f"journal-{trial['trial']}")
@@ -380,17 +386,17 @@ def _distribution(space: Space) -> distributions.BaseDistribution:
     return distributions.FloatDistribution(low, high, log=space.log)
 
 
-def _decoded(values: dict[str, Any], search: TuningConfig) -> dict[str, Any]:
+def _decoded(values: dict[str, Any], tuning: TuningConfig) -> dict[str, Any]:
     """Convert a trial's values from the sampler's form to that of the configuration."""
-    return {key: json.loads(value) if search.space[key].choices is not None else value for key, value in values.items()}
+    return {key: json.loads(value) if tuning.space[key].choices is not None else value for key, value in values.items()}
 
 
-def _standing(run: RunConfig, search: TuningConfig) -> tuple[dict[str, Any], bool]:
+def _standing(run: RunConfig, tuning: TuningConfig) -> tuple[dict[str, Any], bool]:
     """Return the values of the base configuration in the sampler's form, and whether the space contains them."""
     values: dict[str, Any] = {}
     inside = True
     plain = run.model_dump(mode="json", serialize_as_any=True)
-    for key, space in search.space.items():
+    for key, space in tuning.space.items():
         value: Any = functools.reduce(operator.getitem, key.split("."), plain)
         if space.choices is not None:
             # The choice itself, not the value: 0 and 0.0 are equal values with different JSON.
@@ -408,7 +414,7 @@ def _is_same(first: Any, second: Any) -> bool:
     return first == second and isinstance(first, bool) == isinstance(second, bool)
 
 
-def _rows(trials: list[dict[str, Any]], search: TuningConfig) -> list[dict[str, Any]]:
+def _rows(trials: list[dict[str, Any]], tuning: TuningConfig) -> list[dict[str, Any]]:
     """Return the rows of `tune_tokenizer`, best first."""
     rows: list[dict[str, Any]] = []
     for trial in trials:
@@ -416,7 +422,7 @@ def _rows(trials: list[dict[str, Any]], search: TuningConfig) -> list[dict[str, 
         names = ["unique_ratio", "reconstruction_error", _METRIC, *(name for name in best if "@" in name)]
         figures = {name: None if best.get(_METRIC, _FAILED) == _FAILED else best.get(name) for name in names}
         rows.append(
-            {"trial": trial["trial"], **_decoded(trial["values"], search), **figures}
+            {"trial": trial["trial"], **_decoded(trial["values"], tuning), **figures}
             | {
                 "looks": len(trial["looks"]),
                 "epochs": max((look["epochs"] for look in trial["looks"]), default=0.0),

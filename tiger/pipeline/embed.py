@@ -1,6 +1,7 @@
 """Embed the catalog's texts on a pool of sentence-transformers actors (Ray Data).
 
-With embedding.vectors=FILE.parquet (item_id, vector) it imports precomputed embeddings of the catalog's items instead.
+With embedding.import_path=FILE.parquet (item_id, vector) it imports precomputed embeddings of the catalog's items
+instead.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class OwnVectorsConfig(Config):
 
     vectors_id: str
     vectors_column: str
-    storage: Literal["float32", "float16"]
+    storage_dtype: Literal["float32", "float16"]
 
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
-    """Embed the catalog's texts, or import precomputed embeddings of its items if `embedding.vectors` is set."""
+    """Embed the catalog's texts, or import precomputed embeddings of its items if `embedding.import_path` is set."""
     config = run.embedding
-    if config.vectors is not None:
+    if config.import_path is not None:
         return join(run, catalog)
     identity = encoder_identity(config.model)
     encoder = {
         "model": identity["model"],
-        "prompt": config.prompt,
+        "prefix": config.prefix,
         "max_tokens": config.max_tokens,
         "precision": config.precision,
         "batch_tokens": config.batch_tokens,
@@ -60,7 +61,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             ["item_id", "text"],
             draft.folder.child("vectors"),
             EmbedShard,
-            {"storage": config.storage, **encoder},
+            {"storage_dtype": config.storage_dtype, **encoder},
             actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
             what="embed",
             scale=run.scale,
@@ -69,7 +70,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
         vectors = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
         tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
         quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
-        draft.figures = {
+        draft.metrics = {
             "items": count_embeddings(draft.folder),
             "dimension": vectors.shape[1],
             "tokens": quantiles,
@@ -98,7 +99,7 @@ def join(run: RunConfig, catalog: Artifact) -> Artifact:
         vectors = VectorJoin(items, run.embedding)
         _write_joined(draft, vectors, files)
         draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
-        draft.figures["vectors_without_item"] = vectors.unknown
+        draft.metrics["vectors_without_item"] = vectors.unknown
 
     source = {"items": catalog.manifest["files"]["items.parquet"]["sha256"]} | _identify(files)
     return artifacts.build(
@@ -120,17 +121,19 @@ def adopt(run: RunConfig) -> Artifact:
 
 
 def own_vector_files(run: RunConfig) -> list[RawFile]:
-    """Return the files of `embedding.vectors`.
+    """Return the files of `embedding.import_path`.
 
     Raises:
         DataError: there is no such file.
     """
-    return expand([run.embedding.vectors or ""], "embedding.vectors")
+    return expand([run.embedding.import_path or ""], "embedding.import_path")
 
 
 def _own_config(run: RunConfig) -> OwnVectorsConfig:
     config = run.embedding
-    return OwnVectorsConfig(vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage=config.storage)
+    return OwnVectorsConfig(
+        vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage_dtype=config.storage_dtype
+    )
 
 
 def _identify(files: list[RawFile]) -> dict[str, str]:
@@ -151,7 +154,7 @@ def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> No
         draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
     progress.close()
     sample = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
-    draft.figures = {"items": count_embeddings(draft.folder), "dimension": sample.shape[1]}
+    draft.metrics = {"items": count_embeddings(draft.folder), "dimension": sample.shape[1]}
     draft.health = require(check_embeddings(sample))
 
 
@@ -160,8 +163,8 @@ def ensure_embeddings(run: RunConfig) -> Artifact:
 
     With the default `data.kind` the data are synthetic, so precomputed embeddings cannot belong to them.
     """
-    if run.embedding.vectors is not None and run.data.kind == synthetic.Config().kind:
-        log.info("embed: data.kind = synthetic: the items are those of embedding.vectors, without a catalog")
+    if run.embedding.import_path is not None and run.data.kind == synthetic.Config().kind:
+        log.info("embed: data.kind = synthetic: the items are those of embedding.import_path, without a catalog")
         return adopt(run)
     return embed(run, prepare(run))
 

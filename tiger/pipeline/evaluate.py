@@ -68,22 +68,22 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
                 for name, found in others.items()
             }
             ranks = metrics.target_ranks(lists[own], users.targets)
-            figures[split]["tiger minus"] = {
+            figures[split]["paired_difference"] = {
                 name: metrics.paired_difference(ranks, metrics.target_ranks(found[:, :K], users.targets))
                 for name, found in others.items()
             }
             log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
-            tracking.record(split, 0, tiger["unmasked"] | {"invalid_beams": invalid(lists[own], catalog.n_items)})
+            tracking.record(split, 0, tiger["all_items"] | {"invalid_beams": invalid(lists[own], catalog.n_items)})
             draft.health += require(check_recommendations(lists[own], catalog.n_items))
-        figures["search"] = compare_with_exact(run, model, catalog, splits["test"])
+        figures["exact_search"] = compare_with_exact(run, model, catalog, splits["test"])
         draft.folder.write_json("metrics.json", figures)
         test = figures["test"]
-        draft.figures = {
-            name: {figure: round(value, 5) for figure, value in test[name]["unmasked"].items()}
-            for name in ("tiger", "popularity", "Markov chain", "nearest embeddings")
+        draft.metrics = {
+            name: {figure: round(value, 5) for figure, value in test[name]["all_items"].items()}
+            for name in ("tiger", "popularity", "markov_chain", "nearest_embeddings")
         }
 
-    return artifacts.build(run.root, "metrics", run.evaluation, {"model": model}, make)
+    return artifacts.build(run.root, "evaluation", run.evaluation, {"model": model}, make)
 
 
 def select_users(run: RunConfig, catalog: Catalog, split: Split) -> EvalSplit:
@@ -102,7 +102,7 @@ def compare_with_exact(run: RunConfig, model: Artifact, catalog: Catalog, users:
     With a dense head once for generation alone, and once for the order that the dense head gives: there the beam also
     decides what the head gets to see. Beams of 20 and of `evaluation.beam`.
     """
-    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.exact_users]
+    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.num_exact_users]
     if not len(drawn) or catalog.n_items > _EXACT_ITEMS:
         log.info("search: not held against scoring every item (%d users, %d items)", len(drawn), catalog.n_items)
         return {}
@@ -119,7 +119,7 @@ def compare_with_exact(run: RunConfig, model: Artifact, catalog: Catalog, users:
                 list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
             )
             recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
-            figures[title]["exact" if beam == catalog.n_items else f"beam {beam}"] = recall
+            figures[title]["exact" if beam == catalog.n_items else f"beam_{beam}"] = recall
         log.info(
             "search, %s, %d test users: recall@10 %s",
             title,
@@ -136,22 +136,22 @@ def _baselines(catalog: Catalog, users: EvalSplit, vectors: npt.NDArray[np.float
     popular = baselines.popularity(histories, catalog.n_items, k)
     return {
         "popularity": np.tile(popular, (len(users), 1)),
-        "Markov chain": baselines.markov_chain(histories, catalog.n_items, taken, k),
-        "nearest embeddings": baselines.nearest_by_embedding(vectors, taken, k),
+        "markov_chain": baselines.markov_chain(histories, catalog.n_items, taken, k),
+        "nearest_embeddings": baselines.nearest_by_embedding(vectors, taken, k),
     }
 
 
 def compute_metrics(items: Lists, masked: Lists, users: EvalSplit, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Figures with every item allowed (`unmasked`) and without the items of the history (`masked`)."""
+    """Figures with every item allowed (`all_items`) and without the items of the history (`exclude_seen`)."""
     ranks = metrics.target_ranks(items, users.targets)
     return {
-        "unmasked": metrics.ranking(ranks),
-        "interval_95": metrics.confidence(ranks),
-        "masked": metrics.ranking(metrics.target_ranks(masked, users.targets)),
+        "all_items": metrics.ranking(ranks),
+        "ci95": metrics.confidence(ranks),
+        "exclude_seen": metrics.ranking(metrics.target_ranks(masked, users.targets)),
         **metrics.coverage(items, len(counts)),
         "popular_item_fraction@10": metrics.popular_item_fraction(items, counts),
-        "by history length": metrics.by_group(ranks, users.end - users.begin, _LENGTHS),
-        "by popularity of the target": metrics.by_group(ranks, counts[users.targets], _POPULARITIES),
+        "by_history_length": metrics.by_group(ranks, users.end - users.begin, _LENGTHS),
+        "by_target_popularity": metrics.by_group(ranks, counts[users.targets], _POPULARITIES),
     }
 
 
@@ -165,22 +165,28 @@ def drop_seen(items: Lists, users: EvalSplit) -> Lists:
 
 
 def _table(figures: dict[str, Any]) -> str:
-    names = ["popularity", "Markov chain", "nearest embeddings"]
-    lines = [f"{'':<12}{'tiger':>9}  {'95 % interval':<18}{'masked':>9}" + "".join(f"{name:>20}" for name in names)]
-    for name, value in figures["tiger"]["unmasked"].items():
-        low, high = figures["tiger"]["interval_95"][name]
+    names = ["popularity", "markov_chain", "nearest_embeddings"]
+    lines = [
+        f"{'':<12}{'tiger':>9}  {'95 % interval':<18}{'masked':>9}"
+        + "".join(f"{name.replace('_', ' '):>20}" for name in names)
+    ]
+    for name, value in figures["tiger"]["all_items"].items():
+        low, high = figures["tiger"]["ci95"][name]
         lines.append(
-            f"{name:<12}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<18}{figures['tiger']['masked'][name]:>9.4f}"
-            + "".join(f"{figures[other]['unmasked'][name]:>20.4f}" for other in names)
+            f"{name:<12}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<18}{figures['tiger']['exclude_seen'][name]:>9.4f}"
+            + "".join(f"{figures[other]['all_items'][name]:>20.4f}" for other in names)
         )
-    for title in ("by history length", "by popularity of the target"):
+    for title in ("by_history_length", "by_target_popularity"):
         groups = figures["tiger"][title].items()
         lines.append(
-            f"recall@10 {title}: " + ", ".join(f"{k}: {v['recall@10']:.4f} ({v['users']:,})" for k, v in groups)
+            f"recall@10 {title.replace('_', ' ')}: "
+            + ", ".join(f"{k}: {v['recall@10']:.4f} ({v['users']:,})" for k, v in groups)
         )
     for name in names:
-        difference, low, high = figures["tiger minus"][name]["recall@10"]
-        lines.append(f"recall@10, tiger minus {name}: {difference:+.4f} ({low:+.4f} to {high:+.4f}, paired)")
+        difference, low, high = figures["paired_difference"][name]["recall@10"]
+        lines.append(
+            f"recall@10, tiger minus {name.replace('_', ' ')}: {difference:+.4f} ({low:+.4f} to {high:+.4f}, paired)"
+        )
     return "\n".join(lines)
 
 

@@ -44,19 +44,19 @@ def prepare(run: RunConfig) -> Artifact:
             sizes[role].append((file, entry["bytes"]))
         profile = catalog.make(
             run.catalog,
-            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_rows),
+            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_row_fraction),
             _read(
                 source.read_interactions(run.data, files, interactions),
                 sizes["interactions"],
                 interactions,
-                run.data.max_bad_rows,
+                run.data.max_bad_row_fraction,
             ),
             draft.folder,
         )
         log.info("catalog: %s", format_profile(profile))
         figures = ("items", "users", "interactions", "training_examples", "validation_users", "test_users")
-        draft.figures = {name: profile[name] for name in figures}
-        draft.figures["rows"] = {"items": items.record(), "interactions": interactions.record()}
+        draft.metrics = {name: profile[name] for name in figures}
+        draft.metrics["rows"] = {"items": items.record(), "interactions": interactions.record()}
         draft.health = require(check_catalog(profile))
 
     config = PrepareConfig(data=run.data, catalog=run.catalog)
@@ -81,7 +81,7 @@ def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _read(
-    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_rows: float
+    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_row_fraction: float
 ) -> Iterator[pa.RecordBatch]:
     """Yield the batches of one role, log the progress in its files, and close its ledger."""
     progress = Progress(f"read {ledger.table}", None, "rows")
@@ -89,7 +89,7 @@ def _read(
         progress.add(batch.num_rows)
         yield batch
     progress.close()
-    ledger.close(max_bad_rows)
+    ledger.close(max_bad_row_fraction)
 
 
 job = prepare

@@ -46,17 +46,17 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             options={
                 "allowed": _items_of(names, catalog),
                 "temperature": config.temperature,
-                "per_first_code": config.per_first_code,
+                "per_first_code": config.max_per_first_code,
                 "seed": config.seed,
             },
             max_actors=config.max_actors,
             scale=run.scale,
         )
         _write_readable(draft, catalog)
-        draft.figures = {"users": len(users), "k": config.k}
+        draft.metrics = {"users": len(users), "k": config.k}
         draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
 
-    names = _names(config.allowed)
+    names = _names(config.allowed_items_file)
     source = {"allowed": fingerprint(sorted(names))} if names is not None else None
     return artifacts.build(run.root, "recommendations", config, {"model": model}, make, source=source)
 
@@ -73,7 +73,8 @@ def _names(file: str | None) -> set[str] | None:
         return {line.strip() for line in Path(file).read_text("utf-8").splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"recommend.allowed = {file} cannot be read ({error}); it must contain one source id per line, in UTF-8"
+            f"recommend.allowed_items_file = {file} cannot be read ({error}); it must contain one source id per "
+            "line, in UTF-8"
         ) from None
 
 
@@ -88,7 +89,8 @@ def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
     items = [item for item, name in enumerate(catalog.source_ids) if name in names]
     if not items:
         raise DataError(
-            f"recommend.allowed: none of its {len(names)} ids is in the catalog; it must contain one source id per line"
+            f"recommend.allowed_items_file: none of its {len(names)} ids is in the catalog; "
+            "it must contain one source id per line"
         )
     log.info("recommend: %d items allowed, %d ids are not in the catalog", len(items), len(names) - len(items))
     return items

@@ -28,7 +28,7 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
             "catalog": catalog.folder.uri,
             "target": draft.folder.uri,
         }
-        draft.figures = train(
+        draft.metrics = train(
             sasrec_worker, arguments, draft.folder, run.scale, "sasrec", batch_size=run.sasrec.training.batch_size
         )
         read = Catalog(catalog)
@@ -41,15 +41,15 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
             lists = model.best(taken, min(read.n_items, K + max(map(len, taken), default=0)))
             masked = drop_seen(lists, users)
             figures[split] = compute_metrics(lists[:, :K], masked[:, :K], users, counts)
-            unmasked, interval = figures[split]["unmasked"], figures[split]["interval_95"]
+            unmasked, interval = figures[split]["all_items"], figures[split]["ci95"]
             lines = [
                 f"{name:<12}{value:>9.4f}  ({interval[name][0]:.4f} to {interval[name][1]:.4f})"
-                f"{figures[split]['masked'][name]:>9.4f} masked"
+                f"{figures[split]['exclude_seen'][name]:>9.4f} masked"
                 for name, value in unmasked.items()
             ]
             log.info("sasrec, %s, %d users\n%s", split, len(users), "\n".join(lines))
         draft.folder.write_json("metrics.json", figures)
-        draft.figures |= {"test": {name: round(value, 5) for name, value in figures["test"]["unmasked"].items()}}
+        draft.metrics |= {"test": {name: round(value, 5) for name, value in figures["test"]["all_items"].items()}}
 
     evaluated = {"users": fingerprint(run.evaluation.max_users, run.evaluation.seed)}  # they determine the metrics
     return artifacts.build(run.root, "sasrec", run.sasrec, {"catalog": catalog}, make, source=evaluated)

@@ -1,6 +1,7 @@
 """Train the tokenizer on the embeddings (Ray Train) and assign every item one unique tuple of codes.
 
-With embedding.vectors=FILE.parquet (item_id, vector) and without data files (`data.kind`) it needs no catalog or texts.
+With embedding.import_path=FILE.parquet (item_id, vector) and without data files (`data.kind`) it needs no catalog or
+texts.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
         if _streamed(config):
             assert isinstance(config, rkmeans.Config)
             write_weights(quantize.fit(config, embeddings.folder), draft.folder)
-            draft.figures = {"precision": "float32"}
+            draft.metrics = {"precision": "float32"}
         else:
             arguments = {
                 "config": config.model_dump(mode="json"),
                 "embeddings": embeddings.folder.uri,
                 "target": draft.folder.uri,
             }
-            draft.figures = train(
+            draft.metrics = train(
                 tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
             )
-        tokenizer = load_tokenizer(config, draft.folder, embeddings.figures["dimension"])
+        tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
         codes, error, _ = _quantize(config, tokenizer, embeddings)
-        draft.figures |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
+        draft.metrics |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
         with torch.no_grad():
             latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
         draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
@@ -60,12 +61,12 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
     config = run.tokenizer
 
     def make(draft: Draft) -> None:
-        trained = load_tokenizer(config, tokenizer.folder, embeddings.figures["dimension"])
+        trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
         codes, error, vectors = _quantize(config, trained, embeddings)
         nearest = code_metrics(codes, config.codebook_size)
 
         def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            assert vectors is not None, "RunConfig rejects a streamed tokenizer with collisions = nearest"
+            assert vectors is not None, "RunConfig rejects a streamed tokenizer with collision_policy = nearest_free"
             return trained.last_level_costs(vectors[items]).numpy()
 
         ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
@@ -73,7 +74,7 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         assigned = ids.codes[:, : ids.levels].astype(np.int64)
         if vectors is not None:
             error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
-        draft.figures = {
+        draft.metrics = {
             "items": len(ids),
             "codes_per_item": len(ids.level_sizes),
             "moved_items": int((assigned != codes).any(axis=1).sum()),
@@ -94,7 +95,7 @@ def build_semantic_ids(run: RunConfig, embeddings: Artifact) -> Artifact:
 
 
 def _streamed(config: TokenizerConfig) -> bool:
-    return isinstance(config, rkmeans.Config) and config.streamed
+    return isinstance(config, rkmeans.Config) and config.streaming
 
 
 def _quantize(

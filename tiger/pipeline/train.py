@@ -24,12 +24,12 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
             "semantic_ids": ids.folder.uri,
             "target": draft.folder.uri,
         }
-        draft.figures = train(
+        draft.metrics = train(
             model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
         )
-        guessing = min(1.0, 10 / catalog.figures["items"])
-        popular = popularity_recall(Catalog(catalog).histories, run.model.validation_users, run.model.seed)
-        draft.health = require(check_model(draft.figures["recall@10"], guessing, *popular))
+        guessing = min(1.0, 10 / catalog.metrics["items"])
+        popular = popularity_recall(Catalog(catalog).histories, run.model.training.validation_users, run.model.seed)
+        draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
     return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
 

@@ -1,7 +1,7 @@
 """Tune the tokenizer with Ray Tune; write all trials, a plot and the best configuration (best.toml).
 
-The space is next to the configuration, in NAME.search.toml; overrides of it begin with `search.`. The same command
-continues a sweep that was killed, also with other resources; with more `search.trials` it continues a finished one.
+The space is next to the configuration, in NAME.tune.toml; overrides of it begin with `tuning.`. The same command
+continues a sweep that was killed, also with other resources; with more `tuning.num_trials` it continues a finished one.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from tiger.tuning import TuningConfig, TuningStageConfig, apply, picture, table
 log = logging.getLogger(__name__)
 
 
-def tune(run: RunConfig, search: TuningConfig, embeddings: Artifact) -> Artifact:
-    """Return the sweep artifact over the tokenizer of a configuration."""
+def tune(run: RunConfig, tuning: TuningConfig, embeddings: Artifact) -> Artifact:
+    """Return the tuning artifact of the tokenizer of a configuration."""
 
     def make(draft: Draft) -> None:
         family = config.family(embeddings.fingerprint)
-        trials = tune_tokenizer(run, search, load_embeddings(embeddings.folder), draft.folder, family)
+        trials = tune_tokenizer(run, tuning, load_embeddings(embeddings.folder), draft.folder, family)
         rows = trials.to_pylist()
-        winner = {key: rows[0][key] for key in search.space}
+        winner = {key: rows[0][key] for key in tuning.space}
         best = apply(run, winner, looks=None)
         draft.folder.write_table("trials.parquet", trials)
         draft.folder.write_bytes("best.toml", dump_toml(best.model_dump(mode="json", serialize_as_any=True)).encode())
-        draft.folder.write_bytes("search.svg", picture(rows, list(search.space)).encode())
+        draft.folder.write_bytes("tuning.svg", picture(rows, list(tuning.space)).encode())
         whole = len(rows) * run.tokenizer.training.epochs  # 0 for a tokenizer that has nothing to train
         spent = sum(row["epochs"] or 0 for row in rows) / whole if whole else 0.0
-        draft.figures = {
+        draft.metrics = {
             "trials": len(rows),
             "epochs_spent": round(spent, 3),
             "objective": rows[0]["objective"],
             **winner,
         }
-        for line in table(rows[:10], list(search.space)):
+        for line in table(rows[:10], list(tuning.space)):
             log.info("tune: %s", line)
         job = "pipeline" if embeddings.manifest.get("read_from") else "semantic_ids"
         uri = draft.folder.uri
         log.info("tune: best configuration: %s/best.toml (run: python -m jobs.%s %s/best.toml)", uri, job, uri)
 
-    config = TuningStageConfig(tokenizer=run.tokenizer, search=search)
-    return artifacts.build(run.root, "sweep", config, {"embeddings": embeddings}, make)
+    config = TuningStageConfig(tokenizer=run.tokenizer, tuning=tuning)
+    return artifacts.build(run.root, "tuning", config, {"embeddings": embeddings}, make)
 
 
-SECTIONS = {"search": TuningConfig}
+SECTIONS = {"tuning": TuningConfig}
 
 
-def job(run: RunConfig, search: TuningConfig) -> Artifact:
+def job(run: RunConfig, tuning: TuningConfig) -> Artifact:
     """Tune the tokenizer of a configuration."""
-    return tune(run, search, ensure_embeddings(run))
+    return tune(run, tuning, ensure_embeddings(run))

@@ -208,8 +208,8 @@ def of_artifact(artifact: Artifact) -> CodedItems:
         names=_names(table),
         categories=_categories(table),
         vectors=load_embeddings(embeddings.folder).numpy(),
-        reconstruction_error=artifact.figures["reconstruction_error"],
-        unique_of_nearest=artifact.figures["unique_ratio_of_nearest_codes"],
+        reconstruction_error=artifact.metrics["reconstruction_error"],
+        unique_of_nearest=artifact.metrics["unique_ratio_of_nearest_codes"],
     )
 
 

@@ -29,12 +29,14 @@ _COSTS_AT_ONCE = 16_384  # items whose costs are in memory at a time
 class SemanticIdsConfig(Config):
     """Collision policy."""
 
-    collisions: Literal["level", "nearest", "refuse"] = Field(
-        "nearest",
-        description="items with equal codes: level: append a code that numbers them; nearest: reassign them to the "
-        "nearest free codes of the last level, and append a code only if needed; refuse: raise an error",
+    collision_policy: Literal["extra_code", "nearest_free", "error"] = Field(
+        "nearest_free",
+        description="items with equal codes: extra_code: append a code that numbers them; nearest_free: reassign them "
+        "to the nearest free codes of the last level, and append a code only if needed; error: raise an error",
     )
-    capacity: int = Field(1, ge=1, description="maximum items per tuple of codes, with collisions = nearest")
+    items_per_id: int = Field(
+        1, ge=1, description="maximum items per tuple of codes, with collision_policy = nearest_free"
+    )
     collision_codes: int = Field(
         256, ge=1, le=32_767, description="size of the appended level: maximum items with equal codes"
     )
@@ -176,34 +178,34 @@ def assign(
         codes: [N, L], row = item_id, each in [0, codebook_size).
         codebook_size: number of codes per level.
         config: the collision policy.
-        costs: items [n] -> cost of every last-level code for each item, [n, codebook_size]; required by `nearest`.
+        costs: items [n] -> cost of every last-level code for each item, [n, codebook_size]; required by `nearest_free`.
 
     Raises:
-        DataError: the policy is `refuse` and items share codes, or more items share one tuple than the collision level
+        DataError: the policy is `error` and items share codes, or more items share one tuple than the collision level
             has codes; reports the group and some of its items.
     """
-    if config.collisions == "nearest":
+    if config.collision_policy == "nearest_free":
         if costs is None:
-            raise ValueError("collisions = nearest requires the costs of the last level's codes")
-        codes = separate(codes, codebook_size, costs, config.capacity)
+            raise ValueError("collision_policy = nearest_free requires the costs of the last level's codes")
+        codes = separate(codes, codebook_size, costs, config.items_per_id)
     order, starts, sizes = _groups(packed(codes))
     largest = int(sizes.argmax())
-    if sizes[largest] > 1 and config.collisions == "refuse":
+    if sizes[largest] > 1 and config.collision_policy == "error":
         raise DataError(
-            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collisions is "
-            f"refuse; the largest group is {_named(codes, order, starts, sizes, largest)}"
+            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collision_policy "
+            f"is error; the largest group is {_named(codes, order, starts, sizes, largest)}"
         )
     if sizes[largest] > config.collision_codes:
         fix = "increase semantic_ids.collision_codes or tokenizer.codebook_size"
-        if config.collisions == "level":
-            fix = "set semantic_ids.collisions = nearest, or increase semantic_ids.collision_codes"
+        if config.collision_policy == "extra_code":
+            fix = "set semantic_ids.collision_policy = nearest_free, or increase semantic_ids.collision_codes"
         raise DataError(
             f"{sizes[largest]:,} items share their codes, but the collision level has {config.collision_codes} codes "
             f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
             f"If they should be, {fix}"
         )
     level_sizes = (codebook_size,) * codes.shape[1]
-    if config.collisions != "level" and sizes[largest] == 1:
+    if config.collision_policy != "extra_code" and sizes[largest] == 1:
         return SemanticIds(codes.astype(np.int16), level_sizes, codes.shape[1])
     collision = np.empty(len(codes), np.int16)
     collision[order] = np.arange(len(codes)) - np.repeat(starts, sizes)

@@ -31,7 +31,7 @@ class ResidualConfig(TokenizerConfig):
         description="what is compared with the codebooks: vectors, vectors and then directions of the residuals, or "
         "directions only",
     )
-    balance_last_level: bool = Field(False, description="equalize the cluster sizes of the last level with Sinkhorn")
+    sinkhorn_last_level: bool = Field(False, description="equalize the cluster sizes of the last level with Sinkhorn")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class ResidualTokenizer(Tokenizer):
         self.iterations, self.distance, self.balanced = (
             config.kmeans_iterations,
             config.distance,
-            config.balance_last_level,
+            config.sinkhorn_last_level,
         )
-        self.register_buffer("lengths", torch.ones(config.levels, config.codebook_size))
+        self.register_buffer("lengths", torch.ones(config.num_levels, config.codebook_size))
         self.register_buffer("prices", torch.zeros(config.codebook_size))
 
     def decode_latent(self, latent: Tensor) -> Tensor:

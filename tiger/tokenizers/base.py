@@ -30,7 +30,7 @@ class TokenizerConfig(PluginConfig):
     default_kind: ClassVar[str] = "rqvae"
 
     kind: str = Field("rqvae", description="quantizer: rqvae, rkmeans, opq, or a dotted module name")
-    levels: int = Field(3, ge=1, le=8, description="codes per item, without the collision code")
+    num_levels: int = Field(3, ge=1, le=8, description="codes per item, without the collision code")
     codebook_size: int = Field(256, ge=2, le=32_767, description="number of codes per level")
     kmeans_iterations: int = Field(50, ge=1, description="maximum k-means iterations per level")
     kmeans_sample: int = Field(100_000, ge=256, description="maximum number of items for k-means")
@@ -58,14 +58,14 @@ class Tokenizer(nn.Module):
 
     mean: Tensor
     scale: Tensor
-    refresh_every = 1
+    codebook_update_every = 1
     """Epochs between two calls of `refresh`."""
-    refresh_until = 1.0
+    codebook_update_until = 1.0
     """Fraction of the epochs after which `refresh` is no longer called."""
 
     def __init__(self, config: TokenizerConfig, dim: int) -> None:
         super().__init__()
-        self.levels, self.codebook_size, self.dim = config.levels, config.codebook_size, dim
+        self.levels, self.codebook_size, self.dim = config.num_levels, config.codebook_size, dim
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
@@ -79,7 +79,7 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def refresh(self, sample: Tensor) -> None:
-        """Update state that is not learned by gradients. Called on rank 0, every `refresh_every` epochs.
+        """Update state that is not learned by gradients, on rank 0, every `codebook_update_every` epochs.
 
         Args:
             sample: the same as in `initialize`.

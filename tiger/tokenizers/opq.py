@@ -19,7 +19,7 @@ class Config(TokenizerConfig):
     """Options of optimized product quantization."""
 
     kind: str = Field("opq", description="quantizer: optimized product quantization")
-    rotations: int = Field(30, ge=0, description="number of alternating updates of codebooks and rotation")
+    num_iterations: int = Field(30, ge=0, description="number of alternating updates of codebooks and rotation")
     training: NoTrainingConfig = NoTrainingConfig()
 
 
@@ -31,10 +31,10 @@ class OptimizedProductQuantizer(Tokenizer):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        self.rotations, self.iterations = config.rotations, config.kmeans_iterations
-        self.part = -(-dim // config.levels)  # the last subspace is padded with zeros
-        self.register_buffer("rotation", torch.eye(self.part * config.levels))
-        self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, self.part))
+        self.rotations, self.iterations = config.num_iterations, config.kmeans_iterations
+        self.part = -(-dim // config.num_levels)  # the last subspace is padded with zeros
+        self.register_buffer("rotation", torch.eye(self.part * config.num_levels))
+        self.register_buffer("codebooks", torch.zeros(config.num_levels, config.codebook_size, self.part))
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:

@@ -17,8 +17,8 @@ class Config(ResidualConfig):
     """Options of k-means over catalogs larger than memory, in addition to those of residual quantization."""
 
     kind: str = Field("rkmeans", description="quantizer: residual k-means")
-    streamed: bool = Field(False, description="stream shards on all nodes: for catalogs larger than memory")
-    passes: int = Field(10, ge=1, description="passes over all vectors per level, with streamed = true")
+    streaming: bool = Field(False, description="stream shards on all nodes: for catalogs larger than memory")
+    passes_per_level: int = Field(10, ge=1, description="passes over all vectors per level, with streaming = true")
     training: NoTrainingConfig = NoTrainingConfig()
 
 
@@ -27,7 +27,7 @@ class ResidualKMeans(ResidualTokenizer):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        self.register_buffer("codebooks", torch.zeros(config.levels, config.codebook_size, dim))
+        self.register_buffer("codebooks", torch.zeros(config.num_levels, config.codebook_size, dim))
 
 
 def build(config: Config, dim: int) -> ResidualKMeans:

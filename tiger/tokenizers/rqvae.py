@@ -33,8 +33,8 @@ class RQVAETraining(TrainingConfig):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before cosine decay to zero")
-    clip_norm: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    validate_every: float = Field(10.0, gt=0, description="epochs between validations of utilization and error")
+    max_grad_norm: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    validate_every_epochs: float = Field(10.0, gt=0, description="epochs between validations of utilization and error")
     patience: int = Field(10, ge=1, description="validations without improvement before training stops early")
 
 
@@ -42,24 +42,28 @@ class Config(ResidualConfig):
     """Architecture, loss and training of the autoencoder."""
 
     kind: str = Field("rqvae", description="quantizer: residual-quantized autoencoder")
-    hidden: tuple[int, ...] = Field(
+    hidden_dims: tuple[int, ...] = Field(
         (512, 256, 128), description="widths of the encoder's layers; the decoder mirrors them"
     )
-    latent: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
-    linear_path: bool = Field(True, description="linear skip connection, initialized with principal directions")
+    latent_dim: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
+    linear_skip: bool = Field(True, description="linear skip connection, initialized with principal directions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
-    commitment: float = Field(0.25, ge=0, description="weight of the commitment loss (beta)")
+    commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss (beta)")
     codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
         "lloyd", description="lloyd: gradients and periodic k-means iterations; ema: moving averages; gradients only"
     )
-    refresh_every: int = Field(2, ge=1, description="epochs between k-means iterations, or resets of dead codes")
-    refresh_until: float = Field(0.6, ge=0, le=1, description="fraction of the epochs after which these stop")
+    codebook_update_every: int = Field(
+        2, ge=1, description="epochs between k-means iterations, or resets of dead codes"
+    )
+    codebook_update_until: float = Field(0.6, ge=0, le=1, description="fraction of the epochs after which these stop")
     ema_decay: float = Field(0.99, gt=0, lt=1, description="decay of the moving averages, per step")
-    reset_dead: bool = Field(True, description="re-initialize unused codes at poorly reconstructed items")
-    gradient: Literal["straight-through", "rotation"] = Field(
+    reset_dead_codes: bool = Field(True, description="re-initialize unused codes at poorly reconstructed items")
+    gradient_estimator: Literal["straight-through", "rotation"] = Field(
         "straight-through", description="gradient estimator of the quantization"
     )
-    reconstruction: Literal["sum", "mean"] = Field("sum", description="reduction of the squared error over dimensions")
+    reconstruction_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="reduction of the squared error over dimensions"
+    )
     training: RQVAETraining = RQVAETraining()
 
 
@@ -80,10 +84,10 @@ def _mlp(widths: list[int], dropout: float, last_is_zero: bool) -> nn.Sequential
 class _MLPWithSkip(nn.Module):
     """Encoder or decoder: an MLP with an optional linear skip connection."""
 
-    def __init__(self, widths: list[int], dropout: float, linear_path: bool) -> None:
+    def __init__(self, widths: list[int], dropout: float, linear_skip: bool) -> None:
         super().__init__()
-        self.layers = _mlp(widths, dropout, linear_path)
-        self.linear = nn.Linear(widths[0], widths[-1]) if linear_path else None
+        self.layers = _mlp(widths, dropout, linear_skip)
+        self.linear = nn.Linear(widths[0], widths[-1]) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of the MLP and the skip connection for x [B, widths[0]]: [B, widths[-1]]."""
@@ -99,16 +103,20 @@ class RQVAE(ResidualTokenizer):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
-        latent = config.latent or dim
-        widths = [dim, *config.hidden, latent]
-        self.encoder = _MLPWithSkip(widths, config.dropout, config.linear_path)
-        self.decoder = _MLPWithSkip(widths[::-1], config.dropout, config.linear_path)
-        self.codebooks = nn.Parameter(torch.zeros(config.levels, config.codebook_size, latent))
-        self.config, self.refresh_every, self.refresh_until = config, config.refresh_every, config.refresh_until
+        latent = config.latent_dim or dim
+        widths = [dim, *config.hidden_dims, latent]
+        self.encoder = _MLPWithSkip(widths, config.dropout, config.linear_skip)
+        self.decoder = _MLPWithSkip(widths[::-1], config.dropout, config.linear_skip)
+        self.codebooks = nn.Parameter(torch.zeros(config.num_levels, config.codebook_size, latent))
+        self.config, self.codebook_update_every, self.codebook_update_until = (
+            config,
+            config.codebook_update_every,
+            config.codebook_update_until,
+        )
         if config.codebook_update == "ema":
             self.codebooks.requires_grad_(False)
             self.register_buffer("ema_sums", torch.zeros_like(self.codebooks))
-            self.register_buffer("ema_counts", torch.zeros(config.levels, config.codebook_size))
+            self.register_buffer("ema_counts", torch.zeros(config.num_levels, config.codebook_size))
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
@@ -140,7 +148,7 @@ class RQVAE(ResidualTokenizer):
         else:
             before = self.codebooks.clone()
             self.refit(
-                sample, _reset_dead_codes if self.config.reset_dead else lambda points, codebook: (codebook, None)
+                sample, _reset_dead_codes if self.config.reset_dead_codes else lambda points, codebook: (codebook, None)
             )
             if self.config.codebook_update == "ema":
                 moved = (self.codebooks != before).any(dim=2)
@@ -162,14 +170,16 @@ class RQVAE(ResidualTokenizer):
         latent_BZ = self.encoder(batch)
         levels = list(self.quantize(latent_BZ))
         quantization_B, passed_BZ = QuantizeWithCommitment.apply(
-            latent_BZ, self.codebooks, levels, self.config.commitment
+            latent_BZ, self.codebooks, levels, self.config.commitment_weight
         )
-        if self.config.gradient == "rotation":
+        if self.config.gradient_estimator == "rotation":
             passed_BZ = rotation_trick(latent_BZ, passed_BZ.detach())
         error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
             self._ema_update(levels)
-        loss_B: Tensor = quantization_B + (error_B if self.config.reconstruction == "sum" else error_B / self.dim)
+        loss_B: Tensor = quantization_B + (
+            error_B if self.config.reconstruction_reduction == "sum" else error_B / self.dim
+        )
         return loss_B
 
     @torch.no_grad()

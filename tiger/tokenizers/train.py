@@ -67,7 +67,11 @@ def fit_tokenizer(
     standardized = torch.cat([tokenizer.standardize(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
 
     def on_epoch_start(epoch: int) -> None:
-        if epoch and epoch % tokenizer.refresh_every == 0 and epoch <= tokenizer.refresh_until * config.training.epochs:
+        if (
+            epoch
+            and epoch % tokenizer.codebook_update_every == 0
+            and epoch <= tokenizer.codebook_update_until * config.training.epochs
+        ):
             if training.rank() == 0:
                 tokenizer.refresh(sample)
             training.broadcast(tokenizer)

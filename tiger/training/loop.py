@@ -44,8 +44,8 @@ class TrainingConfig(Config):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before cosine decay to zero")
-    clip_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    validate_every: float = Field(1.0, gt=0, description="epochs between validations")
+    max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between validations")
     patience: int = Field(10, ge=1, description="validations without improvement before training stops early")
     precision: Precision = Field("float32", description="dtype of autocast; auto: the faster one, measured")
 
@@ -90,7 +90,7 @@ class Schedule:
     @property
     def validate_every(self) -> int:
         """Steps between two validations."""
-        return max(1, round(self.config.validate_every * self.steps_per_epoch))
+        return max(1, round(self.config.validate_every_epochs * self.steps_per_epoch))
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then cosine decay to zero at the last step."""
@@ -271,10 +271,10 @@ def fit(
                 thorough, decisive = is_validation_step or state.step % 50 == 0, loss.detach()
                 # With several workers check the gradient norm at every step: it is identical on all workers, so that
                 # they stop together, while the loss is local to a worker.
-                if config.clip_norm or thorough or world_size() > 1:
+                if config.max_grad_norm or thorough or world_size() > 1:
                     decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-                    if config.clip_norm:
-                        nn.utils.clip_grads_with_norm_(module.parameters(), config.clip_norm, decisive)
+                    if config.max_grad_norm:
+                        nn.utils.clip_grads_with_norm_(module.parameters(), config.max_grad_norm, decisive)
                 # isfinite() synchronizes; on a GPU check periodically, and before each validation, which may keep the
                 # weights.
                 if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):

@@ -76,14 +76,14 @@ class RowCounts:
         """Number of rows read."""
         return self.kept + self.skipped.total() + self.left_out.total()
 
-    def close(self, max_bad_rows: float) -> None:
+    def close(self, max_bad_row_fraction: float) -> None:
         """Log the counts.
 
         Args:
-            max_bad_rows: maximum fraction of skipped rows.
+            max_bad_row_fraction: maximum fraction of skipped rows.
 
         Raises:
-            DataError: no row was kept, or more than `max_bad_rows` of the rows were skipped.
+            DataError: no row was kept, or more than `max_bad_row_fraction` of the rows were skipped.
         """
         bad = self.skipped.total()
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.most_common(EXAMPLES))
@@ -92,10 +92,10 @@ class RowCounts:
         if not self.kept:
             causes = "; ".join(filter(None, (reasons, left_out and f"left out: {left_out}")))
             raise DataError(f"{self.table}: no row could be used of {self.read:,} read ({causes or 'empty'}){shown}")
-        if bad > max_bad_rows * self.read:
+        if bad > max_bad_row_fraction * self.read:
             raise DataError(
                 f"{self.table}: {bad:,} of {self.read:,} rows cannot be read ({bad / self.read:.2%}, allowed: "
-                f"{max_bad_rows:.2%}, data.max_bad_rows): {reasons}{shown}"
+                f"{max_bad_row_fraction:.2%}, data.max_bad_row_fraction): {reasons}{shown}"
             )
         log.info("%s: %s rows read, %s kept, %s skipped", self.table, f"{self.read:,}", f"{self.kept:,}", f"{bad:,}")
         if left_out:

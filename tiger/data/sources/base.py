@@ -68,9 +68,9 @@ class DatasetConfig(PluginConfig):
     default_kind: ClassVar[str] = "synthetic"
 
     kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    max_bad_rows: float = Field(0.01, ge=0, le=1, description="maximum fraction of unreadable rows")
+    max_bad_row_fraction: float = Field(0.01, ge=0, le=1, description="maximum fraction of unreadable rows")
 
-    unfingerprinted = frozenset({"max_bad_rows"})  # a limit that does not affect the stage's output
+    unfingerprinted = frozenset({"max_bad_row_fraction"})  # a limit that does not affect the stage's output
 
 
 def field_name(name: str) -> str:

@@ -25,13 +25,13 @@ from tiger.training.loop import Precision, TrainingConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Two small layers: minutes on a CPU.
-    "small": {"d_model": 64, "heads": 4, "head_dim": 16, "d_ff": 256, "layers": 2, "dropout": 0.1},
+    "small": {"d_model": 64, "num_heads": 4, "head_dim": 16, "d_ff": 256, "num_layers": 2, "dropout": 0.1},
     # Twice that; the laptop's choice for a catalog of Beauty's size.
-    "medium": {"d_model": 128, "heads": 4, "head_dim": 32, "d_ff": 512, "layers": 3, "dropout": 0.1},
+    "medium": {"d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 512, "num_layers": 3, "dropout": 0.1},
     # Rajput et al. 2023, section 4: 4 layers, 6 heads of 64, MLP 1024, dropout 0.1.
-    "tiger-paper": {"d_model": 128, "heads": 6, "head_dim": 64, "d_ff": 1024, "layers": 4, "dropout": 0.1},
+    "tiger-paper": {"d_model": 128, "num_heads": 6, "head_dim": 64, "d_ff": 1024, "num_layers": 4, "dropout": 0.1},
     # The best open recipe: deeper, dropout 0.2.
-    "tiger-tuned": {"d_model": 128, "heads": 6, "head_dim": 64, "d_ff": 1024, "layers": 6, "dropout": 0.2},
+    "tiger-tuned": {"d_model": 128, "num_heads": 6, "head_dim": 64, "d_ff": 1024, "num_layers": 6, "dropout": 0.2},
 }
 
 
@@ -43,8 +43,10 @@ class ModelTraining(TrainingConfig):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(200, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    validate_every: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
+    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before training stops")
+    validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
+    validation_beam: int = Field(20, ge=10, description="beam of that validation")
     precision: Precision = Field("auto", description="auto: the faster one, by measurement")
 
 
@@ -55,23 +57,26 @@ class ModelConfig(Config):
         "small", description="sizes by name; keys below that are none take the preset's value"
     )
     d_model: int | None = Field(None, ge=8, description="width of the residual stream")
-    heads: int | None = Field(None, ge=1, description="attention heads")
-    head_dim: int | None = Field(None, ge=4, description="width of a head; heads x head_dim need not be d_model")
+    num_heads: int | None = Field(None, ge=1, description="attention heads")
+    head_dim: int | None = Field(None, ge=4, description="width of a head; num_heads x head_dim need not be d_model")
     d_ff: int | None = Field(None, ge=8, description="width of the feed-forward layers")
-    layers: int | None = Field(None, ge=1, description="layers of the encoder, and of the decoder")
+    num_layers: int | None = Field(None, ge=1, description="layers of the encoder, and of the decoder")
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout on every sublayer's output")
-    mode: Literal["faithful", "fast"] = Field(
-        "faithful",
-        description="faithful: one example per target, as in the paper; fast: one pass trains all targets of a history",
+    encoder: Literal["bidirectional", "causal"] = Field(
+        "bidirectional",
+        description="bidirectional: one example per target, as in the paper; causal: an encoder that sees earlier "
+        "items only, so that one pass trains all targets of a history",
     )
-    item_tokens: bool = Field(
-        False, description="the encoder reads one token an item, the sum of its codes' embeddings, and not one a code"
+    encoder_input: Literal["codes", "items"] = Field(
+        "codes",
+        description="codes: the encoder reads one token per code; items: one per item, the sum of its codes' "
+        "embeddings",
     )
     dense: float = Field(
         0.0,
         ge=0,
         description="weight of the loss of a dense head that compares the encoder's last state with every item, as in "
-        "LIGER; items then bring their text embedding and a learned vector along (needs item_tokens); 0: none",
+        "LIGER; items then bring their text embedding and a learned vector (needs encoder_input = items); 0: none",
     )
     dense_share: float = Field(
         0.9, ge=0, le=1, description="of the dense head in an item's score; 0: generation alone, 1: the head alone"
@@ -87,13 +92,12 @@ class ModelConfig(Config):
     dense_repeats: bool = Field(
         True, description="the dense head learns what it means that an item stands in the history already"
     )
-    mark_first: bool = Field(
-        True, description="in fast mode, the first item that is read of a history carries a learned mark (LOG.md)"
+    start_of_history_embedding: bool = Field(
+        True,
+        description="with a causal encoder, the first item that is read of a history carries a learned vector (LOG.md)",
     )
-    max_items: int = Field(20, ge=1, description="most recent items of a history that are read")
-    user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
-    validation_users: int = Field(2000, ge=1, description="users that choose the checkpoint, at most")
-    validation_beam: int = Field(20, ge=10, description="beam of that validation")
+    max_history_items: int = Field(20, ge=1, description="most recent items of a history that are read")
+    num_user_tokens: int = Field(0, ge=0, description="buckets of a token for the user (the paper: 2,000); 0 for none")
     training: ModelTraining = ModelTraining()
     seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
 
@@ -103,10 +107,12 @@ class ModelConfig(Config):
         if not isinstance(values, dict):
             return values
         preset = PRESETS.get(values.get("preset", "small"), {})  # an unknown name is refused by its type
-        if values.get("mode") == "fast" and values.get("user_tokens"):
-            raise ValueError("mode = fast has no user token: set user_tokens = 0 or mode = faithful")
-        if values.get("dense") and not values.get("item_tokens"):
-            raise ValueError("dense > 0 needs item_tokens = true: text and learned vector are parts of an item's token")
+        if values.get("encoder") == "causal" and values.get("num_user_tokens"):
+            raise ValueError("encoder = causal has no user token: set num_user_tokens = 0 or encoder = bidirectional")
+        if values.get("dense") and values.get("encoder_input") != "items":
+            raise ValueError(
+                "dense > 0 needs encoder_input = items: text and learned vector are parts of an item's token"
+            )
         return {**values, **{key: value for key, value in preset.items() if values.get(key) is None}}
 
 
@@ -145,10 +151,12 @@ class TigerModel(nn.Module):
             vectors: float32 [items, d] text embeddings, for a model with a dense head. They are not part of its state.
         """
         super().__init__()
-        d_model, layers = config.d_model or 0, config.layers or 0  # the preset has filled them
-        shape = (d_model, config.heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
-        self.level_sizes, self.max_items, self.fast = level_sizes, config.max_items, config.mode == "fast"
-        self.tokens_per_item = 1 if config.item_tokens else len(level_sizes)  # tokens of an item in the encoder
+        d_model, layers = config.d_model or 0, config.num_layers or 0  # the preset has filled them
+        shape = (d_model, config.num_heads or 0, config.head_dim or 0, config.d_ff or 0, config.dropout or 0.0)
+        self.level_sizes, self.max_items, self.fast = level_sizes, config.max_history_items, config.encoder == "causal"
+        self.tokens_per_item = (
+            1 if config.encoder_input == "items" else len(level_sizes)
+        )  # tokens of an item in the encoder
         self.dense, self.dense_share, self.dense_search = config.dense, config.dense_share, config.dense_search
         self.dense_negatives = config.dense_negatives
         if config.dense:
@@ -162,10 +170,10 @@ class TigerModel(nn.Module):
         starts = torch.tensor([0, *level_sizes[:-1]]).cumsum(0)
         self.register_buffer("level_offsets", starts, persistent=False)
         self.code_embedding = nn.Embedding(sum(level_sizes), d_model)
-        self.recency = None if self.fast else nn.Embedding(config.max_items, d_model)
+        self.recency = None if self.fast else nn.Embedding(config.max_history_items, d_model)
         self.start = nn.Parameter(torch.empty(d_model))
         self.level_embedding = nn.Embedding(len(level_sizes), d_model)
-        self.user_embedding = nn.Embedding(config.user_tokens, d_model) if config.user_tokens else None
+        self.user_embedding = nn.Embedding(config.num_user_tokens, d_model) if config.num_user_tokens else None
         self.dropout = nn.Dropout(config.dropout or 0.0)
         self.encoder: list[EncoderLayer] = cast("Any", nn.ModuleList(EncoderLayer(*shape) for _ in range(layers)))
         self.encoder_norm = nn.RMSNorm(d_model)
@@ -175,7 +183,7 @@ class TigerModel(nn.Module):
         nn.init.normal_(self.start, std=0.05)
         if config.dense:  # the three parts of an item's token begin at equal length
             nn.init.normal_(self.text.weight, std=0.05 * self.text.in_features**-0.5)
-        self.first = nn.Parameter(torch.empty(d_model)) if self.fast and config.mark_first else None
+        self.first = nn.Parameter(torch.empty(d_model)) if self.fast and config.start_of_history_embedding else None
         if self.first is not None:
             nn.init.normal_(self.first, std=0.05)
 
@@ -229,12 +237,12 @@ class TigerModel(nn.Module):
         """Cross-entropies of each row: of a target's codes, averaged over levels, and of the item in the dense head.
 
         Args:
-            history: int64 [B, N, C], PAD in front of shorter histories. In fast mode a sequence whose last items are
-                targets and histories of later targets at once.
-            target: int64 [B, C]. In fast mode int64 [B], how many of the last items are targets; the loss is the sum
-                over them.
-            extra: int64 [B] user tokens, where the model has them. In fast mode int64 [targets of all rows], where
-                they are among the B x (N - 1) items that follow another one (`SequenceExamples.collate`);
+            history: int64 [B, N, C], PAD in front of shorter histories. With a causal encoder a sequence whose last
+                items are targets and histories of later targets at once.
+            target: int64 [B, C]. With a causal encoder int64 [B], how many of the last items are targets; the loss is
+                the sum over them.
+            extra: int64 [B] user tokens, where the model has them. With a causal encoder int64 [targets of all rows],
+                where they are among the B x (N - 1) items that follow another one (`SequenceExamples.collate`);
                 without it they are searched for on the device, which synchronizes with it.
 
         Returns:

@@ -51,10 +51,10 @@ def fit_model(
     model = TigerModel(config, ids.level_sizes, vectors).to(device)
     training.broadcast(model)
     examples: TargetExamples | SequenceExamples
-    if config.mode == "fast":
-        examples = SequenceExamples(histories, ids, config.max_items, bool(config.dense))
+    if config.encoder == "causal":
+        examples = SequenceExamples(histories, ids, config.max_history_items, bool(config.dense))
     else:
-        examples = TargetExamples(histories, ids, config.max_items, config.user_tokens, bool(config.dense))
+        examples = TargetExamples(histories, ids, config.max_history_items, config.num_user_tokens, bool(config.dense))
     if len(examples) != histories.training_examples():
         raise HealthError(
             f"the model would train on {len(examples)} targets, the training parts have "
@@ -62,21 +62,21 @@ def fit_model(
         )
     trie = Trie(ids).to(device)
     users = histories.evaluation("valid")
-    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.validation_users]
+    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.training.validation_users]
     users = users.take(np.sort(chosen))
-    lengths = np.minimum(users.end - users.begin, config.max_items)
+    lengths = np.minimum(users.end - users.begin, config.max_history_items)
     own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
-    tokens = user_token_ids(histories.source_ids, config.user_tokens) if config.user_tokens else None
+    tokens = user_token_ids(histories.source_ids, config.num_user_tokens) if config.num_user_tokens else None
 
     def validate(module: nn.Module) -> dict[str, float]:
         ranks = np.zeros(len(users), np.int64)
         with torch.no_grad():
             keys = model.item_embeddings() if config.dense else None
         for rows in np.array_split(own, max(1, len(own) // 128)) if len(own) else ():  # fewer users than workers
-            begins = np.maximum(users.begin[rows], users.end[rows] - config.max_items)
+            begins = np.maximum(users.begin[rows], users.end[rows] - config.max_history_items)
             history = pad_histories(users.items, begins, users.end[rows], examples.codes).to(device)
             token = None if tokens is None else torch.from_numpy(tokens[users.users[rows]]).to(device)
-            items, _ = beam_search(model, trie, history, beam=config.validation_beam, keys=keys, user=token)
+            items, _ = beam_search(model, trie, history, beam=config.training.validation_beam, keys=keys, user=token)
             ranks[rows] = target_ranks(items.cpu().numpy(), users.targets[rows])
         shared = training.all_reduce_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
         return ranking(shared, cutoffs=(10,))
@@ -97,13 +97,13 @@ def fit_model(
 
 def model_shapes(config: ModelConfig, model: TigerModel) -> Shapes:
     """Return the sizes of a training step of this worker; histories fill half of their places, about."""
-    length = max(1, config.max_items * model.tokens_per_item // 2)
+    length = max(1, config.max_history_items * model.tokens_per_item // 2)
     per_example = len(model.level_sizes) if model.fast else length
     return Shapes(
         rows=max(1, config.training.batch_size // training.world_size()) * per_example,
         width=config.d_model or 0,
         hidden=config.d_ff or 0,
-        heads=config.heads or 0,
+        heads=config.num_heads or 0,
         head_dim=config.head_dim or 0,
         length=length,
     )
