@@ -1,4 +1,4 @@
-"""Writes the whole dependency resolution into pyproject.toml as `[tool.uv] constraint-dependencies`.
+"""Write the whole dependency resolution to pyproject.toml as `[tool.uv] constraint-dependencies`.
 
 Run it to refresh the pins: `uv run --no-project python .ci/pin.py`. The resolution is universal: it holds for every
 Python and platform that pyproject.toml admits. uv.lock would do the same, but it records package index addresses.
@@ -14,6 +14,7 @@ PINS = re.compile(r"(?ms)^constraint-dependencies = \[\n.*?^\]")
 
 
 def main() -> None:
+    """Resolve all dependencies without the old pins, and replace the pins."""
     text = PYPROJECT.read_text()
     with tempfile.TemporaryDirectory() as folder:  # resolve without the old pins
         unpinned = Path(folder) / "pyproject.toml"

@@ -60,7 +60,7 @@ def test_a_stage_that_fails_leaves_nothing_to_read(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         build(str(tmp_path), "catalog", Knobs(), {}, fail)
-    with pytest.raises(ArtifactError, match=r"holds no finished artifact; `python -m jobs.prepare` makes it"):
+    with pytest.raises(ArtifactError, match=r"is not a finished artifact; create it with `python -m jobs.prepare`"):
         open_artifact(str(next(tmp_path.glob("catalog-*"))))
     assert made(tmp_path).metrics == {"rows": 2}
 
@@ -181,14 +181,14 @@ def test_what_is_read_by_content_is_verified_first(tmp_path: Path) -> None:
 def test_a_folder_without_parts_is_an_error_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "vectors").mkdir()
     (tmp_path / "vectors/note.txt").touch()
-    with pytest.raises(ArtifactError, match=r"/vectors holds no Parquet file"):
+    with pytest.raises(ArtifactError, match=r"/vectors contains no Parquet file"):
         Folder(str(tmp_path)).read_table("vectors")
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/runs?region=eu-west-1", "gs://bucket/runs?endpoint_override=x"])
 def test_a_root_with_a_query_is_refused(uri: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"without a query; set the region with AWS_REGION and .* AWS_ENDPOINT_URL"
+        ConfigError, match=r"has no query; set the region with AWS_REGION and .* AWS_ENDPOINT_URL"
     ) as error:
         Folder(uri)
     assert "eu-west-1" not in str(error.value)  # a query may hold secrets
@@ -209,8 +209,8 @@ def _refused(where: Path, message: str) -> None:
 
 def test_a_root_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    _refused(tmp_path / "file", r"/file/catalog-.*: .*; a part of this path is a file; remove it")
-    _refused(tmp_path / "file/below", r"/file/below/catalog-.*: .*; a part of this path is a file; remove it")
+    _refused(tmp_path / "file", r"/file/catalog-.*: .*; a component of this path is a file; remove it")
+    _refused(tmp_path / "file/below", r"/file/below/catalog-.*: .*; a component of this path is a file; remove it")
 
 
 def test_a_root_that_is_a_broken_link_is_one_line(tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_a_root_that_is_a_broken_link_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "fix"), [
-    (errno.EACCES, "Permission denied; give this user the right to it"),
-    (errno.EROFS, "Read-only file system; name a folder on another disk"),
-    (errno.EIO, "Input/output error; correct that, or name another folder"),
+    (errno.EACCES, "Permission denied; grant this user access to it"),
+    (errno.EROFS, "Read-only file system; choose a folder on another disk"),
+    (errno.EIO, "Input/output error; fix that, or choose another folder"),
     (errno.ENOSPC, "the disk is full"),
 ])  # fmt: skip
 def test_what_a_disk_refuses_is_one_line(code: int, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_what_a_disk_refuses_is_one_line(code: int, fix: str, tmp_path: Path, mo
 @pytest.mark.skipif(os.geteuid() == 0, reason="the super-user may write everywhere")
 def test_a_root_without_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    _refused(tmp_path / "closed", "Permission denied; give this user the right to it")
+    _refused(tmp_path / "closed", "Permission denied; grant this user access to it")
 
 
 def test_a_disk_that_is_really_full_is_one_line(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_texts_are_cleaned_and_joined(tmp_path: Path) -> None:
 
 
 def test_a_text_field_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="text_fields names color; the items have source_id, title"):
+    with pytest.raises(DataError, match="text_fields contains color; the items have source_id, title"):
         made(tmp_path, ["a"], [("u", "a", 0)], text_fields=["title", "color"])
 
 
@@ -150,7 +150,7 @@ def test_k_core_is_iterative(tmp_path: Path) -> None:
 
 
 def test_nothing_left_after_the_k_core(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no user and item with 5 interactions each is left of 1"):
+    with pytest.raises(DataError, match="no user and item with 5 interactions each is left out of 1"):
         made(tmp_path, ["a"], [("u", "a", 0)], k_core=5)
 
 
@@ -288,7 +288,7 @@ def test_reading_shows_how_long_it_will_take(
     for role, rows in (("items", 500), ("interactions", 20_000)):
         lines = [record.message for record in caplog.records if record.message.startswith(f"read {role}: ")]
         assert lines[-1].startswith(f"read {role}: {rows:,} rows, ")
-        shares = [int(each[1]) for line in lines if (each := re.search(r", (\d+)%, [\d,]+ s to go", line))]
+        shares = [int(each[1]) for line in lines if (each := re.search(r", (\d+)%, ETA [\d,]+ s", line))]
         assert shares == sorted(shares)
         assert shares[-1] == 100
         if role == "interactions" and form != "json":  # a document is read as a whole
@@ -308,7 +308,7 @@ def test_the_time_to_go_follows_the_share_that_was_read(
         reading.at(0.25)
     assert [record.message for record in caplog.records] == [
         "read interactions: 3,000 rows, 100.0/s",  # nothing is known yet of the whole
-        "read interactions: 3,000 rows, 66.7/s, 25%, 135 s to go",
+        "read interactions: 3,000 rows, 66.7/s, 25%, ETA 135 s",
     ]
 
 

@@ -56,7 +56,7 @@ def test_node_with_another_patch_release_of_python_is_accepted() -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_gpus_that_cannot_come_are_an_error() -> None:
-    with pytest.raises(ResourceError, match=r"test: 2 GPUs are asked for \(scale.gpus\), and CUDA sees 0"):
+    with pytest.raises(ResourceError, match=r"test: requested 2 GPUs \(scale.gpus\), and CUDA sees 0"):
         cluster.wait_for_gpus(2, "test", minutes=0.05)
 
 
@@ -69,7 +69,7 @@ def test_wait_for_reports_pending_demand_until_room_is_there(caplog: pytest.LogC
     try:
         with (
             caplog.at_level("INFO"),
-            pytest.raises(ResourceError, match=r"2 x 1 CPU did not come in 0.05 minutes"),
+            pytest.raises(ResourceError, match=r"2 x 1 CPU not available after 0.05 minutes"),
         ):
             cluster.wait_for([Bundle(1.0)] * 2, "test", minutes=0.05)
         assert "pending: " in caplog.text

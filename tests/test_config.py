@@ -134,8 +134,8 @@ def test_written_toml_holds_any_text(prompt: str, tmp_path: Path) -> None:
 IMPOSSIBLE = {
     (
         "tokenizer.num_levels=8",
-    ): "tokenizer.num_levels = 8 of tokenizer.codebook_size = 256 codes have 2^63 tuples or more",
-    ("tokenizer.num_levels=7",): "a collision level of semantic_ids.collision_codes = 256 have 2^63 tuples or more",
+    ): "tokenizer.num_levels = 8 of tokenizer.codebook_size = 256 codes give 2^63 tuples or more",
+    ("tokenizer.num_levels=7",): "a collision level of semantic_ids.collision_codes = 256 give 2^63 tuples or more",
     ("tokenizer.kind=rkmeans", "tokenizer.streaming=true"): "set semantic_ids.collision_policy = extra_code",
     ("tokenizer.kmeans_sample=256", "tokenizer.codebook_size=2048"): "kmeans_sample = 256 is less than codebook_size",
     tuple(f"x{number}=1" for number in range(30)): "unknown key x9; and 20 more",

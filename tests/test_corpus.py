@@ -38,7 +38,7 @@ from tiger.run import RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 NEITHER, NOT_UTF8, SURROGATE = "neither JSON nor a Python literal", "not UTF-8", "lone surrogate in a string"
-NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is overlong or unprintable"
+NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is too long or unprintable"
 
 # --- lines of items -----------------------------------------------------------------------------------------------
 
@@ -130,12 +130,15 @@ def test_a_bad_time_has_its_reason(value: Any, reason: str) -> None:
 GOOD = b'{"asin": "B1", "title": "T"}\n' * 50
 ZIPPED = gzip.compress(GOOD)
 FILES: list[tuple[bytes, str]] = [
-    *[(ZIPPED[:cut], "the gzip file is (cut off|damaged)") for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)],
+    *[
+        (ZIPPED[:cut], "the gzip file is (truncated|damaged)")
+        for cut in (3, 9, 11, 20, len(ZIPPED) // 2, -9, -8, -5, -1)
+    ],
     (ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:], "the gzip file is damaged"),  # checksum
     (ZIPPED[:-4] + b"\1\0\0\0", "the gzip file is damaged"),  # length
     (ZIPPED + b"trailing garbage", "the gzip file is damaged"),
-    (ZIPPED + ZIPPED[:15], "the gzip file is cut off"),
-    (b"\x1f\x8b", "the gzip file is cut off"),
+    (ZIPPED + ZIPPED[:15], "the gzip file is truncated"),
+    (b"\x1f\x8b", "the gzip file is truncated"),
     (b"\x1f\x8b\x07" + bytes(20), "the gzip file is damaged"),
     (gzip.compress(bytes(30_000_000)), "the gzip file expands to more than 900 times its size"),
 ]
@@ -208,19 +211,19 @@ V = [[1.0, 2.0], [3.0, 4.0]]
 VECTORS: list[tuple[dict[str, Any], type[TigerError], str]] = [
     ({"id": ["a", "b"], "vector": V}, DataError, "no column item_id; columns found: id, vector"),
     ({"item_id": ["a", "b"], "embedding": V}, DataError, "no column vector"),
-    ({"item_id": ["a", "a"], "vector": V}, DataError, "1 items have a second vector: a"),
+    ({"item_id": ["a", "a"], "vector": V}, DataError, "1 duplicate items: a"),
     ({"item_id": ["a", None], "vector": V}, DataError, "1 rows without item_id"),
-    ({"item_id": ["a", "b"], "vector": [[1.0], None]}, DataError, "1 rows without vector, of items b"),
+    ({"item_id": ["a", "b"], "vector": [[1.0], None]}, DataError, "1 rows without vector, for items b"),
     (
         {"item_id": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]},
         DataError,
-        "a vector has 2 numbers, those before it .* have 1",
+        "a vector has 2 dimensions, the previous ones .* have 1",
     ),
     ({"item_id": ["a", "b"], "vector": pa.array([[], []], pa.list_(pa.float32()))}, DataError, "vectors are empty"),
     ({"item_id": ["a", "b"], "vector": [[1.0, None], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),
-    ({"item_id": ["a", "b"], "vector": ["x", "y"]}, DataError, "vector holds string, not lists of numbers"),
+    ({"item_id": ["a", "b"], "vector": ["x", "y"]}, DataError, "vector has type string, not lists of numbers"),
     ({"item_id": ["a", "b"], "vector": [["x"], ["y"]]}, DataError, "not lists of numbers"),
-    ({"item_id": [["a"], ["b"]], "vector": V}, DataError, "item_id holds list"),
+    ({"item_id": [["a"], ["b"]], "vector": V}, DataError, "item_id has type list"),
     ({"item_id": ["a", "b"], "vector": [[1.0, float("nan")], [1.0, 2.0]]}, HealthError, r"of 1 items .*: a"),
     ({"item_id": ["a", "b"], "vector": [[1.0, float("inf")], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),
     ({"item_id": ["a", "b"], "vector": [[0.0, 0.0], [1.0, 2.0]]}, HealthError, "NaN, infinite or zero"),

@@ -200,7 +200,7 @@ BAD_LINES = {
     "{'title': 'no id'}": "no asin or parent_asin",
     "{'asin': ''}": "no asin or parent_asin",
     "{'asin': ['B1']}": "no asin or parent_asin",
-    "{'asin': 'B\\x001'}": "asin or parent_asin is overlong or unprintable",
+    "{'asin': 'B\\x001'}": "asin or parent_asin is too long or unprintable",
 }  # fmt: skip
 
 
@@ -245,10 +245,10 @@ def test_a_truncated_or_damaged_gzip_file_is_named(cut: int, tmp_path: Path) -> 
     path = tmp_path / "meta_X.json.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
-    with pytest.raises(DataError, match="meta_X.json.gz: the gzip file is (cut off|damaged)"):
+    with pytest.raises(DataError, match="meta_X.json.gz: the gzip file is (truncated|damaged)"):
         read({"kind": "amazon", "path": str(tmp_path)}, tmp_path)
     path.write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
-    with pytest.raises(DataError, match="meta_X.json.gz: the gzip file is (cut off|damaged)"):
+    with pytest.raises(DataError, match="meta_X.json.gz: the gzip file is (truncated|damaged)"):
         read({"kind": "amazon", "path": str(tmp_path)}, tmp_path)
 
 
@@ -269,7 +269,7 @@ def test_no_usable_field_names_the_fields_found(tmp_path: Path) -> None:
 
 def test_a_folder_without_the_files_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"needs meta_.*it holds notes.txt"):
+    with pytest.raises(DataError, match=r"needs meta_.*it contains notes.txt"):
         read({"kind": "amazon", "path": str(tmp_path)}, tmp_path)
     with pytest.raises(DataError, match="does not exist; correct data.path"):
         read({"kind": "amazon", "path": str(tmp_path / "nowhere")}, tmp_path)
@@ -349,7 +349,7 @@ def test_csv_rows_with_too_many_columns_are_counted(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("item_id,name\na,x\nb,y,z\n")
     items, _, ledger, _ = read(values | {"items": [str(tmp_path / "items.csv")]}, tmp_path)
     assert items["source_id"].to_pylist() == ["a"]
-    assert ledger.skipped == {"3 columns where 2 are named": 1}
+    assert ledger.skipped == {"3 columns instead of 2": 1}
 
 
 def test_milliseconds_and_parquet_timestamps(tmp_path: Path) -> None:

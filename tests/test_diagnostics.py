@@ -42,7 +42,7 @@ def test_healthy_stages_pass() -> None:
 COLLAPSES = {
     "identical texts": (
         lambda: d.check_catalog(PROFILE | {"columns": PROFILE["columns"] | {"text": {"distinct": 1, "missing": 0}}}),
-        r"share of distinct texts is 0.01, at least 0.5 is needed; likely cause: the reader found none",
+        r"share of distinct texts is 0.01, at least 0.5 is required; likely cause: the reader found none",
     ),
     "empty texts": (
         lambda: d.check_catalog(PROFILE | {"columns": PROFILE["columns"] | {"text": {"distinct": 60, "missing": 40}}}),
@@ -88,7 +88,7 @@ COLLAPSES = {
     ),
     "no validation users": (
         lambda: d.check_catalog(PROFILE | {"validation_users": 0}),
-        r"validation users is 0, at least 1 is needed; .*temporal, both moments are the same.*valid_fraction",
+        r"validation users is 0, at least 1 is required; .*temporal, both split times are equal.*valid_fraction",
     ),
     "items outside of the catalog": (
         lambda: d.check_recommendations(np.array([[0, 1, 99]]), 50),
@@ -157,4 +157,4 @@ def test_embeddings_are_judged_whatever_their_scale(scale: float) -> None:
 def test_the_command_explains_itself_and_its_errors(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     assert d.main(["--help"]) == 0
     assert d.main([str(tmp_path)]) == 4
-    assert "holds no finished" in capsys.readouterr().err
+    assert "contains no finished" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_a_broken_transfer_is_taken_up_again(server: str, ranges: bool, tmp_path
 
 def test_what_came_is_kept_for_the_next_run(server: str, tmp_path: Path) -> None:
     Handler.fail_first = 5
-    with pytest.raises(DataError, match=r"5 times; what came is kept"):
+    with pytest.raises(DataError, match=r"5 times; the partial download is kept"):
         download(server, tmp_path, pause=0.01)
     assert download(server, tmp_path).read_bytes() == CONTENT
     assert int(re.findall(r"\d+", Handler.requests[-1] or "0")[0]) > len(CONTENT) * 0.9
@@ -121,7 +121,7 @@ def test_what_came_is_kept_for_the_next_run(server: str, tmp_path: Path) -> None
 
 def test_a_refusal_says_so_at_once(server: str, tmp_path: Path) -> None:
     Handler.status = 404
-    with pytest.raises(DataError, match=r"the server answered 404 Not Found; check the address"):
+    with pytest.raises(DataError, match=r"the server answered 404 Not Found; check the URL"):
         download(server, tmp_path, pause=0.01)
     assert len(Handler.requests) == 1
 
@@ -142,7 +142,7 @@ def test_a_file_that_changed_before_a_resume_is_read_again_and_never_mixed(
 ) -> None:
     setattr(Handler, version, VERSIONS[version][0])
     Handler.fail_first, Handler.knows_if_range = 5, knows_if_range
-    with pytest.raises(DataError, match="what came is kept"):
+    with pytest.raises(DataError, match="the partial download is kept"):
         download(server, tmp_path, pause=0.01)
     setattr(Handler, version, VERSIONS[version][1])
     Handler.content = NEW
@@ -218,7 +218,7 @@ def test_without_an_answer_the_file_in_the_cache_is_used(
         Handler.status = int(why)
     with caplog.at_level(logging.WARNING):
         assert download(server, tmp_path) == path
-    assert "the file in the cache is used" in caplog.text
+    assert "using the cached file" in caplog.text
 
 
 def test_a_kill_between_a_file_and_its_version_costs_a_transfer_and_no_more(
@@ -261,5 +261,5 @@ def test_processes_download_one_url_at_once(server: str, tmp_path: Path) -> None
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"/file/.*a part of this path is a file.*TIGER_CACHE names the folder"):
+    with pytest.raises(StorageError, match=r"/file/.*a component of this path is a file.*TIGER_CACHE sets the folder"):
         download("http://127.0.0.1:9/x.csv", tmp_path / "file")

@@ -147,7 +147,9 @@ def test_a_nan_stops_with_the_item_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         return encoded
 
     monkeypatch.setattr(worker.encoder, "encode", with_nan)
-    with pytest.raises(HealthError, match=r"embeddings of 1 items are NaN, infinite or zero, of items \[8\]"):
+    with pytest.raises(
+        HealthError, match=r"embeddings of 1 items are NaN, infinite or zero, for example of items \[8\]"
+    ):
         worker(pa.table({"item_id": pa.array([7, 8], pa.int32()), "text": ["a", "b"]}))
 
 
@@ -169,7 +171,7 @@ def test_a_sample_comes_from_all_over_and_doubled_items_are_refused(tmp_path: Pa
     assert sample_embeddings(folder, 4)[:, 0].tolist() == [0, 25, 50, 75]
     folder.write_table("vectors/part-00010.parquet", folder.read_table("vectors/part-00003.parquet"))
     for read in (count_embeddings, load_embeddings):
-        with pytest.raises(ArtifactError, match="missing or doubled"):
+        with pytest.raises(ArtifactError, match="missing or duplicated"):
             read(folder)
 
 
@@ -197,7 +199,7 @@ def test_own_vectors_are_joined_by_source_id_over_files_batches_and_types(
     rows = own(tmp_path, first, second, items=["017", "17", "3", "5"], vectors_id="sku", vectors_column="image")
     assert [row["vector"] for row in rows] == [[5.0, 6.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     assert [row["item_id"] for row in rows] == [0, 1, 2, 3]
-    assert "left out 2 vectors of items that the catalog does not have, such as '9'" in caplog.text
+    assert "left out 2 vectors of items that are not in the catalog, such as '9'" in caplog.text
 
 
 @pytest.mark.parametrize("ids", [
@@ -218,23 +220,23 @@ def test_vectors_without_a_catalog_are_numbered_by_their_ids(tmp_path: Path) -> 
 
 MANY = [f"i{n:02d}" for n in range(14)]
 BAD_JOINS: dict[str, tuple[dict[str, object], type[Exception]]] = {
-    "0.parquet: no column vector; columns found: item_id, emb. Name yours with embedding.vectors_column": (
+    "0.parquet: no column vector; columns found: item_id, emb. Set embedding.vectors_column": (
         {"item_id": MANY, "emb": [[1.0]] * 14}, DataError),
-    "0.parquet: no column item_id; columns found: sku, vector. Name yours with embedding.vectors_id": (
+    "0.parquet: no column item_id; columns found: sku, vector. Set embedding.vectors_id": (
         {"sku": MANY, "vector": [[1.0]] * 14}, DataError),
     "0.parquet: 12 of 14 items of the catalog have no vector: i02, i03, i04, i05, i06, i07, i08, i09, i10, i11 and 2 "
-    "more; ids of the file that the catalog does not have: 1, such as 'x'. embedding.vectors_id names": (
+    "more; ids in the file that are not in the catalog: 1, such as 'x'. Check embedding.vectors_id": (
         {"item_id": ["i00", "x", "i01"], "vector": [[1.0]] * 3}, DataError),
-    "0.parquet: 2 items have a second vector: i01, i00; keep one": (
+    "0.parquet: 2 duplicate items: i01, i00; keep one": (
         {"item_id": [*MANY, "i01", "i00"], "vector": [[1.0]] * 16}, DataError),
-    "0.parquet: a vector has 2 numbers, those before it (from": (
+    "0.parquet: a vector has 2 dimensions, the previous ones (from": (
         {"item_id": MANY, "vector": [[1.0]] * 13 + [[1.0, 2.0]]}, DataError),
     "0.parquet: 1 rows without item_id": ({"item_id": [*MANY, None], "vector": [[1.0]] * 15}, DataError),
-    "0.parquet: 1 rows without vector, of items i13": ({"item_id": MANY, "vector": [[1.0]] * 13 + [None]}, DataError),
+    "0.parquet: 1 rows without vector, for items i13": ({"item_id": MANY, "vector": [[1.0]] * 13 + [None]}, DataError),
     "0.parquet: vectors of 2 items are NaN, infinite or zero: i12, i13": (
         {"item_id": MANY, "vector": [[1.0]] * 12 + [[float("nan")], [0.0]]}, HealthError),
-    "0.parquet: column item_id holds list": ({"item_id": [[1]] * 14, "vector": [[1.0]] * 14}, DataError),
-    "0.parquet: column vector holds list": ({"item_id": MANY, "vector": [["a"]] * 14}, DataError),
+    "0.parquet: column item_id has type list": ({"item_id": [[1]] * 14, "vector": [[1.0]] * 14}, DataError),
+    "0.parquet: column vector has type list": ({"item_id": MANY, "vector": [["a"]] * 14}, DataError),
 }  # fmt: skip
 
 
@@ -247,9 +249,9 @@ def test_own_vectors_that_do_not_fit_the_catalog_are_named(message: str, tmp_pat
 
 def test_a_second_vector_in_another_file_and_an_overflow_are_named(tmp_path: Path) -> None:
     one = {"item_id": ["a"], "vector": [[1.0]]}
-    with pytest.raises(DataError, match=r"1\.parquet: 1 items have a second vector: a, a also in .*0\.parquet"):
+    with pytest.raises(DataError, match=r"1\.parquet: 1 duplicate items: a, a also in .*0\.parquet"):
         own(tmp_path, one, one, items=["a"])
-    with pytest.raises(HealthError, match="do not fit into float16: a: .*embedding.storage_dtype = float32"):
+    with pytest.raises(HealthError, match="cannot be stored as float16: a: .*embedding.storage_dtype = float32"):
         own(tmp_path, {"item_id": ["a"], "vector": [[1e6]]}, storage_dtype="float16")
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match="bad.parquet: not a readable Parquet file .*correct embedding.import_path"):

@@ -265,7 +265,7 @@ def test_a_mind_history_is_what_was_clicked_before_and_then_in_the_impressions(
 @pytest.mark.parametrize(("more", "message"), [
     (["data.history_pattern=N[0-9]+"], "has no group in parentheses"),
     (["data.history_pattern=("], "is not a regular expression"),
-    (["data.history_pattern=(.+)-1", 'data.history=""'], "history_pattern needs history"),
+    (["data.history_pattern=(.+)-1", 'data.history=""'], "history_pattern requires history"),
 ])  # fmt: skip
 def test_a_pattern_that_cannot_be_is_refused(more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -586,7 +586,7 @@ def test_a_change_of_split_or_of_interactions_embeds_nothing_again(
     for catalog in (by_time, more):
         with caplog.at_level(logging.INFO):
             assert tiger.pipeline.embed.embed(run, catalog).folder.uri == embeddings.folder.uri
-        assert f"embeddings: already there, skipped ({embeddings.folder.uri})" in caplog.text
+        assert f"embeddings: already finished, skipped ({embeddings.folder.uri})" in caplog.text
         assert catalog.folder.read_bytes("items.parquet") == first.folder.read_bytes("items.parquet")
     assert counted.made == made
     other = _prepared(tmp_path, [_items(tmp_path / "items.parquet", shift=1)], events)

@@ -161,12 +161,12 @@ def test_other_settings_of_one_stage_redo_only_what_follows(
     assert {path.name.partition("-")[0] for path in root.iterdir() if path.name not in before} == {"recommendations"}
     found = newest(str(root), "recommendations").folder.read_table("recommendations")["items"].to_pylist()
     assert all(item % 2 == 0 for items in found for item in items)
-    assert any("150 items allowed, 1 names are not in the catalog" in record.message for record in caplog.records)
+    assert any("150 items allowed, 1 ids are not in the catalog" in record.message for record in caplog.records)
     assert any("time by stage" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"nothing\n", "none of its 1 names is an item"), (b"\xff", "cannot be read")]
+    ("content", "message"), [(b"nothing\n", "none of its 1 ids is in the catalog"), (b"\xff", "cannot be read")]
 )
 def test_a_filter_that_cannot_be_is_refused(content: bytes, message: str, finished: Artifact, tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
@@ -200,7 +200,7 @@ def test_a_collapsed_stage_stops_the_pipeline_there(local_ray: None, tmp_path: P
     )
     assert done.returncode == 6
     assert "error: catalog is unhealthy: share of distinct texts" in done.stderr
-    assert "likely cause: the reader found none of the fields it knows" in done.stderr
+    assert "likely cause: the reader found none of the expected fields" in done.stderr
     assert not list(tmp_path.glob("embeddings-*"))
 
 
@@ -225,7 +225,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("embeddings-*/vectors/*.parquet")}
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "shards are there already" in second.stderr
+    assert "shards are already finished" in second.stderr
     artifact = open_artifact(json.loads(second.stdout.splitlines()[-1])["artifact"])
     artifact.verify()
     items = np.sort(np.asarray(artifact.folder.read_table("vectors")["item_id"]))

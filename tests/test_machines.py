@@ -335,5 +335,5 @@ def test_process_joins_a_head_that_was_started_on_this_machine(ray_folder: str, 
     if mode == "token":
         begin = time.monotonic()
         refused = join(RAY_ADDRESS=f"127.0.0.1:{gcs}", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 64)
-        assert "does not let this process in. If it asks for a token, set RAY_AUTH_MODE=token" in refused
+        assert "rejects this process. If it requires a token, set RAY_AUTH_MODE=token" in refused
         assert time.monotonic() - begin < 60  # with the start of Python and its imports

@@ -80,7 +80,7 @@ def test_the_number_of_parts_changes_nothing(tmp_path: Path) -> None:
 def test_what_streaming_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sinkhorn_last_level needs all vectors in memory; set tokenizer.streaming"):
         quantize.fit(config(sinkhorn_last_level=True), embeddings(tmp_path, vectors(), 2))
-    with pytest.raises(ConfigError, match=r"codebook_size = 16 is more than the 10 items"):
+    with pytest.raises(ConfigError, match=r"codebook_size = 16 is larger than the 10 items"):
         quantize.fit(config(), embeddings(tmp_path / "few", vectors()[:10], 2))
 
 

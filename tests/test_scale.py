@@ -116,7 +116,7 @@ def test_work_that_never_fits_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ResourceError, match="training with 8 workers needs 8 x 2 CPUs"):
         train(count, {}, Folder(str(tmp_path)), ResourcesConfig(train_workers=8, cpus_per_worker=2), "test")
-    with pytest.raises(ResourceError, match=r"2 GPUs are asked for \(scale.gpus\), and CUDA sees 0"):
+    with pytest.raises(ResourceError, match=r"requested 2 GPUs \(scale.gpus\), and CUDA sees 0"):
         train(count, {}, Folder(str(tmp_path)), ResourcesConfig(gpus=2), "test")
 
 

@@ -39,9 +39,9 @@ def test_every_shipped_search_fits_its_configuration(path: Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "low must be less": {"space": {"tokenizer.latent_dim": {"low": 2, "high": 1}}},
-    "needs low > 0": {"space": {"tokenizer.latent_dim": {"low": 0, "high": 1, "log": True}}},
+    "requires low > 0": {"space": {"tokenizer.latent_dim": {"low": 0, "high": 1, "log": True}}},
     "either choices, or low and high": {"space": {"tokenizer.latent_dim": {"low": 1}}},
-    "model.d_ff is no key": {"space": {"model.d_ff": {"choices": [1]}}},
+    "model.d_ff is not one": {"space": {"model.d_ff": {"choices": [1]}}},
     "grace_period = 5 is more than num_evaluations = 3": {"num_evaluations": 3, "grace_period": 5},
 }
 

@@ -129,7 +129,7 @@ def holding(root: Path, kind: str, name: str, content: bytes) -> str:
 def test_hostile_files_run_nothing(payload: str, marker: Path, tmp_path: Path) -> None:
     content = payloads(marker)[payload]
     tokenizer = open_artifact(holding(tmp_path, "tokenizer", "model.safetensors", content)).folder
-    with pytest.raises(ArtifactError, match="no safetensors file"):
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
         load_tokenizer(TokenizerConfig.resolve({"num_levels": 2, "codebook_size": 4}), tokenizer, 8)
     readers = {"ids.parquet": SemanticIds.read, "vectors/part-00000.parquet": load_embeddings}
     for name, read in readers.items():
@@ -178,7 +178,7 @@ def test_inputs_stand_beside_their_artifact(kind: str, given: str, tmp_path: Pat
     manifest["inputs"] = {kind: given}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     artifact.folder.write_json(MANIFEST, manifest | {"digest": digest})
-    with pytest.raises(SecurityError, match="no artifact beside it"):
+    with pytest.raises(SecurityError, match="is not the name of an artifact"):
         open_artifact(artifact.folder.uri)
 
 

@@ -38,7 +38,7 @@ def test_unknown_ids_have_no_item() -> None:
 def test_a_group_that_outgrows_its_level_is_named() -> None:
     codes = np.zeros((300, 3), np.int64)
     codes[0] = 7
-    with pytest.raises(DataError, match=r"299 items share.*256 apart.*\(0, 0, 0\).*\[1, 2, 3, 4, 5\]"):
+    with pytest.raises(DataError, match=r"299 items share.*256 codes.*\(0, 0, 0\).*\[1, 2, 3, 4, 5\]"):
         assign(codes, 8, SemanticIdsConfig(collision_policy="extra_code", collision_codes=256))
 
 
@@ -117,9 +117,9 @@ def test_equal_items_up_to_five_percent_are_told_apart(equal: int) -> None:
 
 def test_a_group_that_no_level_holds_has_a_cure() -> None:
     costs = costs_of(np.zeros((9, 2)))
-    with pytest.raises(DataError, match="raise semantic_ids.collision_codes or tokenizer.codebook_size"):
+    with pytest.raises(DataError, match="increase semantic_ids.collision_codes or tokenizer.codebook_size"):
         assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_codes=4), costs)
-    with pytest.raises(DataError, match="set semantic_ids.collision_policy = nearest_free, or raise"):
+    with pytest.raises(DataError, match="set semantic_ids.collision_policy = nearest_free, or increase"):
         assign(np.zeros((9, 1), int), 2, SemanticIdsConfig(collision_policy="extra_code", collision_codes=4))
 
 

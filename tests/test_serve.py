@@ -231,7 +231,7 @@ def test_a_serve_that_runs_already_is_left_alone(
     try:
         serve.run(Other.bind(), name="other", route_prefix="/other")
         assert answers()
-        with pytest.raises(SecurityError, match=rf"on 127.0.0.1:{port}, and .* ask for 127.0.0.1:{wanted}"):
+        with pytest.raises(SecurityError, match=rf"on 127.0.0.1:{port}, but .* are 127.0.0.1:{wanted}"):
             serve_forever(model, ServeConfig(port=wanted), ResourcesConfig())
         with pytest.raises(SecurityError, match="Ray Serve runs other on this cluster already"):
             serve_forever(model, ServeConfig(port=port), ResourcesConfig())
@@ -270,7 +270,7 @@ def test_a_token_is_a_secret(tmp_path: Path) -> None:
     assert read_token(token_file(tmp_path, content="\ufeff" + TOKEN)) == TOKEN
     with pytest.raises(SecurityError, match="every user of the machine can read: chmod 600"):
         read_token(token_file(tmp_path, mode=0o604))
-    with pytest.raises(SecurityError, match="token is empty: openssl rand"):
+    with pytest.raises(SecurityError, match="token is empty; create a token with openssl rand"):
         read_token(token_file(tmp_path, content=""))
     with pytest.raises(SecurityError, match="cannot be read .*No such file"):
         read_token(str(tmp_path / "none"))
@@ -290,13 +290,13 @@ def test_ray_s_other_proxy_ignores_the_host(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("arguments", [{}, {"beam": "5"}, {"model": "m", "modle": "m"}])
 def test_arguments_of_a_service_are_checked(arguments: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="args of the application are model and beam"):
+    with pytest.raises(ConfigError, match="args of the application must be model and beam"):
         application(arguments)
 
 
 @pytest.mark.parametrize("beam", ["ten", "", "0", "-1", "5.5", 0])
 def test_a_beam_is_a_number(beam: Any) -> None:
-    with pytest.raises(ConfigError, match="of the application: a whole number from 1 is needed"):
+    with pytest.raises(ConfigError, match="of the application: must be an integer >= 1"):
         application({"model": "m", "beam": beam})
     assert application({"model": "m", "beam": 20}) and application({"model": "m", "beam": "20"})
 
@@ -406,9 +406,9 @@ def _what_cannot_be_answered_says_why(server: Running) -> int:
         status, said = server.recommend(**body)
         assert (status, said["detail"][0]["loc"][1]) == (422, where), said
     of_a_value = [
-        ({"history": ["a", "b"]}, 422, "history: none of its 2 names is an item of the catalog"),
-        ({"history": ["a"], "k": 21}, 422, "k: this server's beam is 20, at most so many items come back"),
-        ({"history": ["a" * 200] * 400}, 413, "a body of at most 64 KiB is read"),
+        ({"history": ["a", "b"]}, 422, "history: none of its 2 ids is in the catalog"),
+        ({"history": ["a"], "k": 21}, 422, "k: must be at most 20, the beam of this server"),
+        ({"history": ["a" * 200] * 400}, 413, "request body exceeds 64 KiB"),
     ]
     for body, status, detail in of_a_value:
         assert server.recommend(**body) == (status, {"detail": detail})

@@ -269,7 +269,7 @@ def test_altered_objects_are_named(root: str) -> None:
     with pytest.raises(ArtifactError, match="notes.json"):
         open_artifact(artifact.folder.uri).verify()
     artifact.home.filesystem.delete_file(artifact.home.join(MANIFEST))
-    with pytest.raises(ArtifactError, match="holds no finished artifact"):
+    with pytest.raises(ArtifactError, match="is not a finished artifact"):
         open_artifact(artifact.home.uri)
 
 
@@ -431,7 +431,7 @@ def test_the_catalog_of_files_in_a_store_is_the_same_artifact(root: str, tmp_pat
     ("tables", "s3://", r"s3://.*; correct data.interactions"),
     ("amazon", "{}/none", r"{}/none does not exist; correct data.path"),
     ("amazon", "{}/items.parquet", r"{}/items.parquet is a file, not a folder; correct data.path"),
-    ("amazon", "{}/events", r"{}/events needs meta_.*it holds _SUCCESS, part-0.csv.*; correct data.path"),
+    ("amazon", "{}/events", r"{}/events needs meta_.*it contains _SUCCESS, part-0.csv.*; correct data.path"),
     ("amazon", "s3://no-such-bucket/x", r"s3://no-such-bucket/x does not exist; correct data.path"),
 ])  # fmt: skip
 def test_missing_raw_data_in_a_store_is_one_line(what: str, name: str, message: str, root: str, tmp_path: Path) -> None:

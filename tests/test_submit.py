@@ -127,7 +127,7 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(head: dict[st
     assert not list(tmp_path.glob("tokenizer-*/manifest.json")), "it had ended before it was stopped"
     done = submit(head, *command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "going on from the snapshot at step" in done.stdout
+    assert "resuming from the checkpoint at step" in done.stdout
     (tokenizer,) = tmp_path.glob("tokenizer-*")
     open_artifact(str(tokenizer)).verify()
 

@@ -98,7 +98,7 @@ def test_a_codebook_as_large_as_the_catalog_has_a_code_for_every_item(kind: str)
 def test_a_row_that_is_not_finite_is_named(kind: str) -> None:
     vectors = clusters()
     vectors[[7, 70], 2] = torch.nan
-    with pytest.raises(HealthError, match=r"embeddings of 2 items are not finite, of \[7, 70\]"):
+    with pytest.raises(HealthError, match=r"embeddings of 2 items are not finite, including \[7, 70\]"):
         fit_tokenizer(config(kind), vectors, device=CPU)
 
 
@@ -127,7 +127,7 @@ def test_three_hundred_identical_items(kind: str, policy: str) -> None:
     ids = assign(codes, 16, SemanticIdsConfig(**settings), costs)
     assert len(np.unique(ids.codes, axis=0)) == 1100
     few = 200 if policy == "extra_code" else 8  # nearest_free: some twenty items are left per code of the last level
-    with pytest.raises(DataError, match=rf"the collision level tells {few} apart .* are their texts equal\?"):
+    with pytest.raises(DataError, match=rf"the collision level has {few} codes .* are their texts equal\?"):
         assign(codes, 16, SemanticIdsConfig(**settings | {"collision_codes": few}), costs)
 
 

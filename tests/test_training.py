@@ -185,7 +185,7 @@ def test_averages_and_resets_are_the_same_on_every_worker(update: str, workers: 
 def test_workers_that_come_apart_are_stopped(tmp_path: Path) -> None:
     said = group(2, "tokenizer", tmp_path, diverging=True)
     assert said[0] == said[1]
-    assert "the workers' states have come apart in codebook (1 of 3 tensors)" in said[0]
+    assert "the workers' states diverged in codebook (1 of 3 tensors)" in said[0]
 
 
 @pytest.mark.parametrize("which", ["tokenizer", *KINDS, "sasrec"])
@@ -226,7 +226,7 @@ def test_another_number_of_workers_resumes_with_a_warning(
         CheckpointStore(Folder(folder), {"scale": {"train_workers": 1}}).load()
     _, result = learn(which, kept_in(folder, 1, saves=0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning.startswith("scale.train_workers was 2, is 1 since the last snapshot: ")
+    assert warning.startswith("scale.train_workers was 2, is 1 since the last checkpoint: ")
     assert len(losses(result)) == len(losses(undisturbed))
     np.testing.assert_allclose(losses(result), losses(undisturbed), atol=1e-3, rtol=1e-3)
 
@@ -237,7 +237,7 @@ def test_what_else_differs_is_refused_still(tmp_path: Path) -> None:
     changed = CheckpointStore(
         Folder(str(tmp_path)), {"lr": 0.2, "scale": {"train_workers": 1}}, may_differ=["scale.train_workers"]
     )
-    with pytest.raises(ConfigError, match=r"something else: lr was 0.1, is 0.2; set"):
+    with pytest.raises(ConfigError, match=r"different configuration: lr was 0.1, is 0.2; restore"):
         changed.load()
 
 
@@ -267,7 +267,7 @@ def test_a_resumed_training_continues_in_the_precision_of_its_snapshot(
     prefer(Choice("float32", 0.5), monkeypatch)
     with caplog.at_level(logging.INFO):
         _, result = learn("trie", kept_in(str(tmp_path), 1, saves=0), **AUTO)
-    assert any("continues in bfloat16, the precision of its snapshot" in line for line in caplog.messages)
+    assert any("continuing in bfloat16, the precision of its checkpoint" in line for line in caplog.messages)
     assert losses(result) == losses(undisturbed)
     assert result.precision == undisturbed.precision == Choice("bfloat16", 1.83)
     _, other = learn("trie", **AUTO)

@@ -37,14 +37,14 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "sample"
 
 TOOLS = {"check": "tiger.evaluation.health", "report": "tiger.report.semantic_ids"}
-"""Verbs that read finished artifacts and take no configuration: the module's `main(arguments)` runs them."""
+"""Verbs that read finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the verb that the first argument names, and exit with its code.
+    """Run the verb given by the first argument, and exit with its code.
 
     Args:
-        arguments: without the name of the program; None: those of the process.
+        arguments: command-line arguments without the program's name; None: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -70,15 +70,15 @@ def jobs() -> list[str]:
 def run_job(verb: str, arguments: Sequence[str]) -> None:
     """Read the configuration, run one job, and print one JSON object as the last line of stdout.
 
-    Args:
-        verb: a module of `tiger.pipeline`. Its `SECTIONS` are sections with a file of their own next to the
-            configuration: that of `tuning`, of the verb `tune`, and NAME.toml is NAME.tune.toml. Overrides of
-            its keys begin with `tuning.`.
-        arguments: the configuration's name or file, overrides `key=value`, `--debug`, `--help`.
+    Progress and logs go to stderr, and as JSON lines to `ROOT/logs`. An error is one line that says how to fix it, with
+    an exit code by kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health, 8 security. With `--debug` the
+    traceback is printed first.
 
-    Progress and logs go to stderr, and as JSON lines to `ROOT/logs`. An error is one line that says how to fix it, and
-    the exit code says its kind: 2 configuration, 3 data, 4 artifacts, 5 resources, 6 health, 8 security. With
-    `--debug` the traceback comes first.
+    Args:
+        verb: a module of `tiger.pipeline`. Its `SECTIONS` are configuration sections in their own files next to the
+            configuration: `tuning`, of the verb `tune`, of NAME.toml is in NAME.tune.toml. Overrides of its keys begin
+            with `tuning.`.
+        arguments: the configuration's name or file, overrides `key=value`, `--debug`, `--help`.
     """
     debug = "--debug" in arguments
     if debug:
@@ -114,7 +114,7 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         if debug:
             traceback.print_exc()
         if log_file is not None:
-            logging.getLogger("tiger").propagate = False  # it is on the console already, in the next line
+            logging.getLogger("tiger").propagate = False  # the console shows the error in the next statement
             log.error("the job ended with exit code %d", error.exit_code, extra={"error": str(error)})
         print(logs.redact(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
@@ -125,7 +125,7 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _section(name: str, verb: str, section: str, model: type[Config], overrides: list[str]) -> Config:
-    """Return a further section of a configuration, from the file next to it and from its overrides."""
+    """Read a further section of a configuration from the file next to it and from its overrides."""
     file = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
     own = [text.removeprefix(f"{section}.") for text in overrides]
     return load(model, str(file.with_suffix(f".{verb}.toml")), own, CONFIGS, prefix=f"{section}.")
@@ -152,7 +152,7 @@ def _overview() -> str:
              for name, module in rows]  # fmt: skip
     return "\n".join(
         [
-            "usage: tiger VERB [config] [key=value ...] [--debug]; tiger VERB --help explains one verb\n",
+            "usage: tiger VERB [config] [key=value ...] [--debug]; see tiger VERB --help\n",
             *lines,
             f"\nconfig is a TOML file or one of: {', '.join(_shipped_configs())} (default: {DEFAULT_CONFIG})",
         ]
@@ -190,7 +190,7 @@ def _line(key: str, kind: str, value: Any, meaning: str) -> str:
 
 
 def _toml(value: Any) -> str:
-    return "none" if value is None else json.dumps(value, default=lambda _: "to be given")
+    return "none" if value is None else json.dumps(value, default=lambda _: "required")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The search for a tokenizer: its space, its objective, and what it leaves behind. No Ray here.
+"""Hyperparameter tuning of the tokenizer, without Ray: search space, objective, and reports.
 
-A search is a TOML file beside the configuration, `beauty-cpu.tune.toml` beside `beauty-cpu.toml`.
+The search space is a TOML file next to the configuration, such as `beauty-cpu.tune.toml` next to `beauty-cpu.toml`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Space(Config):
     """Values of one key: `choices`, or all numbers from `low` to `high`."""
 
     choices: list[Any] | None = Field(None, min_length=1, description="values to choose from")
-    low: float | None = Field(None, description="least value")
+    low: float | None = Field(None, description="smallest value")
     high: float | None = Field(None, description="largest value")
-    log: bool = Field(False, description="draw evenly on a logarithmic scale")
-    integer: bool = Field(False, description="draw whole numbers")
+    log: bool = Field(False, description="sample uniformly on a logarithmic scale")
+    integer: bool = Field(False, description="sample integers")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Space:
         if (self.choices is None) == (self.low is None or self.high is None):
-            raise ValueError("give either choices, or low and high")
+            raise ValueError("set either choices, or low and high")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError("low must be less than high")
         if self.log and self.low is not None and self.low <= 0:
-            raise ValueError("a logarithmic scale needs low > 0")
+            raise ValueError("a logarithmic scale requires low > 0")
         return self
 
     def bounds(self) -> tuple[float, float]:
-        """Least and largest value of a space of numbers."""
+        """Return the smallest and the largest value of a numeric space."""
         assert self.low is not None and self.high is not None
         return self.low, self.high
 
@@ -49,33 +49,33 @@ class Weights(Config):
     """objective = unique x unique ratio - reconstruction x error + overlap x overlap@1."""
 
     unique: float = Field(1.0, ge=0, description="weight of the unique-code ratio, in [0, 1]")
-    reconstruction: float = Field(1.0, ge=0, description="weight of the relative reconstruction error, 1 for the mean")
+    reconstruction: float = Field(1.0, ge=0, description="weight of the normalized reconstruction error")
     overlap: float = Field(1.0, ge=0, description="weight of the neighbor overlap at depth 1, in [0, 1]")
 
 
 class TuningConfig(Config):
-    """How many trials, of what, judged how.
+    """Search space, objective, sampler, early stopping, and resources.
 
-    A sweep may be continued with other resources: they are not in its fingerprint.
+    A sweep can be resumed with other resources, because they are not in its fingerprint.
     """
 
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
         {"max_concurrent_trials", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
     )
 
-    num_trials: int = Field(24, ge=1, description="configurations to try; the first is the configuration as it stands")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random draws")
+    num_trials: int = Field(24, ge=1, description="number of trials; the first one is the base configuration")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random sampling")
     max_concurrent_trials: int | None = Field(
-        None, ge=1, description="trials at a time; none: as many as there is room for"
+        None, ge=1, description="concurrent trials; none: as many as resources allow"
     )
-    workers_per_trial: int = Field(1, ge=1, description="processes of a trial; more than one train it as a DDP group")
-    cpus_per_trial: float = Field(1, gt=0, description="CPUs of each of these processes")
-    gpus_per_trial: float = Field(0, ge=0, le=1, description="share of a GPU of each of these processes")
+    workers_per_trial: int = Field(1, ge=1, description="processes per trial; more than one form a DDP group")
+    cpus_per_trial: float = Field(1, gt=0, description="CPUs per process of a trial")
+    gpus_per_trial: float = Field(0, ge=0, le=1, description="fraction of a GPU per process of a trial")
     num_evaluations: int = Field(
-        10, ge=2, description="times that a whole trial is evaluated, and may be stopped early"
+        10, ge=2, description="evaluations per full trial, after each of which it may be stopped early"
     )
-    grace_period: int = Field(2, ge=1, description="evaluations before a trial may be stopped")
-    reduction_factor: float = Field(3, gt=1, description="ASHA goes on with one in so many trials")
+    grace_period: int = Field(2, ge=1, description="evaluations before a trial may be stopped early")
+    reduction_factor: float = Field(3, gt=1, description="reduction factor of ASHA: one in this many trials continues")
     seed: int = Field(0, ge=0, description="seed of the sampler")
     weights: Weights = Weights()
     space: dict[str, Space] = Field({}, description="dotted keys of the configuration and their values")
@@ -84,7 +84,7 @@ class TuningConfig(Config):
     def _tokenizer_only(self) -> TuningConfig:
         wrong = [key for key in self.space if not key.startswith("tokenizer.")]
         if wrong:
-            raise ValueError(f"the search is over the tokenizer; {', '.join(wrong[:MAX_LISTED])} is no key of it")
+            raise ValueError(f"only tokenizer keys can be tuned; {', '.join(wrong[:MAX_LISTED])} is not one")
         if self.grace_period > self.num_evaluations:
             raise ValueError(
                 f"grace_period = {self.grace_period} is more than num_evaluations = {self.num_evaluations}: no trial "
@@ -94,13 +94,13 @@ class TuningConfig(Config):
 
 
 class TuningStageConfig(Config):
-    """What decides a search's outcome."""
+    """The configuration that determines the result of a sweep."""
 
     tokenizer: SerializeAsAny[TokenizerConfig]
     tuning: TuningConfig
 
     def family(self, embeddings: str) -> str:
-        """Return a fingerprint of all that two sweeps have in common if one can continue the trials of the other.
+        """Return a fingerprint that is equal for two sweeps if one can continue the trials of the other.
 
         Args:
             embeddings: the fingerprint of the embeddings.
@@ -111,10 +111,15 @@ class TuningStageConfig(Config):
 
 
 def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfig:
-    """The configuration with a trial's values, looked at `looks` times during training.
+    """Return the configuration with a trial's values, evaluated `looks` times during training.
+
+    Args:
+        run: the base configuration.
+        values: dotted keys and their values.
+        looks: evaluations during training; None: as configured.
 
     Raises:
-        ConfigError: a key does not exist or a value is impossible.
+        ConfigError: a key does not exist or a value is invalid.
     """
     plain = overridden(RunConfig, run.model_dump(mode="json", serialize_as_any=True), values)
     if looks is None:
@@ -125,13 +130,13 @@ def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfi
 
 
 def require_possible(run: RunConfig, tuning: TuningConfig) -> None:
-    """Try the values of every key of the space, so that a mistake ends the sweep before its first trial.
+    """Validate the values of every key of the space, so that errors are reported before the first trial.
 
     Raises:
-        ConfigError: the space is empty, a key does not exist, or one of its values is impossible.
+        ConfigError: the space is empty, a key does not exist, or one of its values is invalid.
     """
     if not tuning.space:
-        raise ConfigError("tuning.space is empty: name at least one key of the tokenizer, with choices or low and high")
+        raise ConfigError("tuning.space is empty: add at least one key of the tokenizer, with choices or low and high")
     for key, space in tuning.space.items():
         if space.choices is not None:
             for choice in space.choices:
@@ -144,11 +149,11 @@ def require_possible(run: RunConfig, tuning: TuningConfig) -> None:
             try:
                 apply(run, {key: low + (high - low) / 3 + 1e-3 * (high - low)}, None)
             except ConfigError as error:
-                raise ConfigError(f"{error}; set tuning.space.{key}: integer = true for whole numbers") from None
+                raise ConfigError(f"{error}; set tuning.space.{key}: integer = true for integers") from None
 
 
 def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:
-    """The objective, as `fit_tokenizer` takes it."""
+    """Return the objective as an argument of `fit_tokenizer`: (codes, metrics) -> overlap metrics and objective."""
 
     def figures(codes: npt.NDArray[np.int64], found: dict[str, float]) -> dict[str, float]:
         overlap = neighbor_prefix_agreement(codes, neighbors)
@@ -163,11 +168,11 @@ def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[
 
 
 def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
-    """Trials as lines of text under a heading, for a console.
+    """Format trials as aligned lines of text with a header.
 
     Args:
-        rows: as in trials.parquet; figures that a trial has not are None.
-        keys: the searched keys; their last parts head the columns.
+        rows: rows as in trials.parquet; missing metrics are None.
+        keys: the tuned keys; their last components are column names.
     """
     figures = ["objective", "unique_ratio", "reconstruction_error", "overlap@1"]
     cells = [["trial", "status", "looks", "epochs", *figures, *(key.rsplit(".", 1)[-1] for key in keys)]]
@@ -181,7 +186,7 @@ def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
 
 
 def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:
-    """The objective against each searched key, one panel a key, as SVG; the best trial is filled."""
+    """Plot the objective against each tuned key, one panel per key, as SVG; the best trial is filled."""
     width, height, margin = 240, 180, 40
     scored = [trial for trial in trials if trial["objective"] is not None]
     best = max(scored, key=lambda trial: trial["objective"])

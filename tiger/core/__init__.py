@@ -1,1 +1,1 @@
-"""What every part uses: errors, configuration, storage, artifacts, logging, progress, devices, precision."""
+"""Code shared by all packages: errors, configuration, storage, artifacts, logging, progress, devices, precision."""

@@ -1,8 +1,8 @@
-"""What a stage leaves behind: a folder `<kind>-<fingerprint>` whose `manifest.json` is written last.
+"""Stage outputs: a folder `<kind>-<fingerprint>` whose `manifest.json` is written last.
 
-The manifest is the commit point, because object stores have no atomic rename: a folder without one does not exist to
-a reader. It records what the stage was given (configuration, fingerprints of its inputs), what it found (rows, health)
-and the size and sha256 of every file, so that a truncated or altered artifact is refused by name.
+The manifest is the commit point, because object stores have no atomic rename: readers ignore a folder without one. It
+records the stage's configuration, the fingerprints of its inputs, its metrics and health checks, and the size and
+sha256 of every file, so that a truncated or altered artifact is rejected with the name of the file.
 Tables are Parquet, weights are safetensors, everything else is JSON; nothing is ever unpickled.
 Two runs of one stage never write to each other's files: see `tiger.core.publishing`.
 """
@@ -56,23 +56,31 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        return self.manifest["kind"]
+        """The kind of stage output, such as `catalog`."""
+        kind: str = self.manifest["kind"]
+        return kind
 
     @property
     def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
+        """8 hexadecimal digits that identify the configuration and inputs; see `stage_fingerprint`."""
+        own: str = self.manifest["fingerprint"]
+        return own
 
     @property
     def health(self) -> list[dict[str, Any]]:
-        return self.manifest["health"]
+        """The records of the stage's health checks."""
+        health: list[dict[str, Any]] = self.manifest["health"]
+        return health
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return self.manifest["metrics"]
+        """The stage's metrics, by name."""
+        metrics: dict[str, Any] = self.manifest["metrics"]
+        return metrics
 
     @property
     def home(self) -> Folder:
-        """The folder `<kind>-<fingerprint>`; on an object store `folder` is the attempt in it that is read."""
+        """The folder `<kind>-<fingerprint>`; on an object store, `folder` is the attempt inside it that is read."""
         attempt = self.manifest.get("attempt")
         return self.folder.parent if attempt and self.folder.uri.endswith(f"/{attempt}") else self.folder
 
@@ -80,8 +88,7 @@ class Artifact:
     def inputs(self) -> dict[str, Artifact]:
         """The artifacts that this one was made from, by kind; they are sibling folders.
 
-        Of those that it was made from by content (see `build`), which may be older than what is used today, only those
-        that are still there.
+        Artifacts of which only the content counts (`read_from` of `build`) are included only if they still exist.
         """
         root = self.home.parent
         found = {
@@ -89,14 +96,14 @@ class Artifact:
             for kind, given in self.manifest["inputs"].items()
         }
         for kind, given in self.manifest.get("read_from", {}).items():
-            with contextlib.suppress(ArtifactError):  # it is not needed
+            with contextlib.suppress(ArtifactError):  # optional
                 found[kind] = open_artifact(root.child(f"{kind}-{given}"), expected_kind=kind)
         return found
 
     def lineage(self) -> Iterator[Artifact]:
-        """This artifact and all that it was made from, inputs before what they went into, each once.
+        """Yield this artifact and all its ancestors once each, in topological order (inputs first).
 
-        What was read by content only is left out if another artifact of its kind is an input in the full sense.
+        An artifact that is only in `read_from` is left out if another artifact of its kind is a fingerprinted input.
         """
         seen: dict[str, Artifact] = {}
         certain: dict[str, str] = {}  # folder -> kind
@@ -114,10 +121,10 @@ class Artifact:
         yield from (artifact for uri, artifact in seen.items() if uri in certain or artifact.kind not in kinds)
 
     def verify(self) -> None:
-        """Compares every file with the manifest's sha256.
+        """Compare every file with the manifest's sha256.
 
         Raises:
-            ArtifactError: a file is missing, altered, or not of this artifact; names it.
+            ArtifactError: a file is missing, altered, or not part of this artifact; names it.
         """
         found = self.folder.files()
         for name, expected in self.manifest["files"].items():
@@ -130,7 +137,7 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact being made: `folder` to write into; `metrics` and `health` to fill for the manifest."""
+    """An artifact that is being written: files go to `folder`, metrics to `metrics`, health records to `health`."""
 
     folder: Folder
     fingerprint: str
@@ -141,7 +148,7 @@ class Draft:
 def stage_fingerprint(
     kind: str, config: Config, inputs: Mapping[str, Artifact], source: Mapping[str, str] | None = None
 ) -> str:
-    """Return the identity of a stage's outcome: its name, its configuration, its inputs and `source`, not the root."""
+    """Return the fingerprint of a stage's output: its kind, configuration, inputs and `source`, but not the root."""
     given = {name: artifact.fingerprint for name, artifact in inputs.items()}
     return fingerprint(SCHEMA_VERSION, kind, config.identity(), given, dict(source or {}))
 
@@ -157,17 +164,21 @@ def build(
     read_from: dict[str, Artifact] | None = None,
     record: dict[str, Any] | None = None,
 ) -> Artifact:
-    """Opens the artifact of this configuration and these inputs, or has `make` fill it and publishes it.
+    """Return the cached artifact for this configuration and these inputs, or run `make` and publish its output.
 
-    The fingerprint covers what `stage_fingerprint` is given. See the top of this file for two runs at once.
+    The fingerprint covers the arguments of `stage_fingerprint`. For concurrent runs see `tiger.core.publishing`.
 
     Args:
-        make: fills the draft. It may find files of an earlier attempt that was killed.
-        source: {role: sha256} of what the stage reads that is not a whole artifact: raw files, a file of an artifact, a
-            model's weights. Roles do not name files, so that a renamed file is the same source.
+        root: folder or URI that contains all artifacts.
+        kind: kind of the artifact.
+        config: configuration of the stage.
+        inputs: input artifacts by kind; verified before `make` runs.
+        make: writes the artifact's files and fills the draft. It may find files of an earlier attempt that was killed.
+        source: {role: sha256} of inputs that are not whole artifacts: raw files, a file of an artifact, a model's
+            weights. Roles do not name files, so that a renamed file is the same source.
         read_from: artifacts of which the stage reads only what `source` covers: recorded, and verified before they are
             read, but not part of the fingerprint.
-        record: further entries of the manifest, for people; not part of the fingerprint.
+        record: further entries of the manifest, for information only; not part of the fingerprint.
 
     Raises:
         ArtifactError: a finished artifact of the same fingerprint has a file missing or of another size.
@@ -177,7 +188,7 @@ def build(
     own = stage_fingerprint(kind, config, inputs, source)
     home = Folder(root).child(f"{kind}-{own}")
     if home.exists(MANIFEST):
-        log.info("%s: already there, skipped (%s)", kind, home.uri)
+        log.info("%s: already finished, skipped (%s)", kind, home.uri)
         tidy(home)
         return open_artifact(home, expected_kind=kind)
     for artifact in [*inputs.values(), *(read_from or {}).values()]:
@@ -197,7 +208,7 @@ def build(
 
 
 def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Callable[[Draft], None]) -> dict[str, Any]:
-    """Have a draft filled; return its manifest, which is not written yet."""
+    """Run `make` on a draft; return its manifest, which is not written yet."""
     if attempt:
         given = given | {"attempt": attempt}
     begin = time.monotonic()
@@ -217,7 +228,7 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest's own content, so that it cannot be altered unnoticed either."""
+    """Return the sha256 of a manifest's own content, to detect edits of the manifest."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -238,22 +249,26 @@ _MADE_BY = {
 
 
 def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Artifact:
-    """Opens a published artifact; refuses one that is incomplete.
+    """Open a published artifact; reject one that is incomplete.
+
+    Args:
+        where: its folder.
+        expected_kind: the kind that it must have; None: any.
 
     Raises:
         ArtifactError: no manifest (names the job that makes it), another schema, another kind, or a file that is
             missing or not of the recorded size. `Artifact.verify` compares contents, too.
-        SecurityError: the manifest names inputs that are not artifacts beside it.
+        SecurityError: the manifest names inputs that are not sibling artifacts.
     """
     folder = where if isinstance(where, Folder) else Folder(where)
     if not folder.exists(MANIFEST):
         job = _MADE_BY.get(expected_kind or folder.uri.rpartition("/")[2].partition("-")[0], "pipeline")
-        raise ArtifactError(f"{folder.uri} holds no finished artifact; `python -m jobs.{job}` makes it")
+        raise ArtifactError(f"{folder.uri} is not a finished artifact; create it with `python -m jobs.{job}`")
     try:
         manifest = folder.read_json(MANIFEST)
         version, kind, files = manifest["schema_version"], manifest["kind"], manifest["files"]
-        beside = [*manifest["inputs"].items(), *manifest.get("read_from", {}).items()]
-        strange = [f"{key}-{given}" for key, given in beside if not _is_name(key, given)]
+        siblings = [*manifest["inputs"].items(), *manifest.get("read_from", {}).items()]
+        invalid = [f"{key}-{given}" for key, given in siblings if not _is_name(key, given)]
         attempt = manifest.get("attempt")
         recorded = {name: int(file["bytes"]) for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -267,18 +282,18 @@ def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Arti
         raise ArtifactError(f"{folder.uri} is a {kind} artifact where {expected_kind} is needed")
     if manifest.get("digest") != _digest(manifest):
         raise ArtifactError(f"{folder.uri}/{MANIFEST} was altered; delete the folder and run the stage again")
-    if strange:
-        raise SecurityError(f"{folder.uri}/{MANIFEST} names {strange[0]!r} as an input, which is no artifact beside it")
+    if invalid:
+        raise SecurityError(f"{folder.uri}/{MANIFEST} references {invalid[0]!r}, which is not the name of an artifact")
     if attempt is not None:
         if not re.fullmatch(rf"{ATTEMPT}[0-9a-f]{{12}}", str(attempt)):
-            raise SecurityError(f"{folder.uri}/{MANIFEST} names {attempt!r} as its attempt, which is not one")
+            raise SecurityError(f"{folder.uri}/{MANIFEST} references {attempt!r}, which is not the name of an attempt")
         if folder.uri.rpartition("/")[2] != attempt:
             folder = folder.child(attempt)
     found = folder.files()
     for name, size in recorded.items():
         if found.get(name) != size:
             raise ArtifactError(
-                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, recorded were {size}; "
+                f"{folder.uri}: {name} has {found.get(name, 'no')} bytes, expected {size}; "
                 "delete the folder and run the stage again"
             )
     _require_no_others(folder, found, recorded)
@@ -291,12 +306,12 @@ def _require_no_others(folder: Folder, found: Mapping[str, int], recorded: Mappi
 
 
 def _is_name(kind: str, given: str) -> bool:
-    """Whether a manifest's input is a folder beside the artifact: it becomes part of a path."""
+    """Return whether a manifest's input is the name of a sibling folder: it becomes part of a path."""
     return re.fullmatch(r"[a-z_]{1,32}-[0-9a-f]{8}", f"{kind}-{given}") is not None
 
 
 def newest(root: str, kind: str | None = None) -> Artifact:
-    """The artifact of this kind (of any, if None) under `root` that was published last.
+    """Return the artifact of this kind (of any kind, if None) under `root` that was published last.
 
     Raises:
         ArtifactError: there is none.
@@ -309,5 +324,5 @@ def newest(root: str, kind: str | None = None) -> Artifact:
     done = [(info.mtime_ns, name) for info, name in zip(manifests, names, strict=True) if info.mtime_ns]
     if not done:
         job = _MADE_BY.get(kind or "", "pipeline")
-        raise ArtifactError(f"{root} holds no finished {kind or 'stage'}; `python -m jobs.{job}` makes one")
+        raise ArtifactError(f"{root} contains no finished {kind or 'stage'}; create one with `python -m jobs.{job}`")
     return open_artifact(base.child(max(done)[1]))

@@ -1,8 +1,8 @@
 """Configuration: frozen models, TOML files, dotted overrides, fingerprints, plug-ins by name.
 
-Every component keeps its knobs in a `Config` subclass beside the code that they turn; `run.py` composes them.
-A value comes from, in rising order: the default in the class, the TOML file, `key=value` on the command line. If a
-later source changes the `kind` of a section, values for keys that only the former kind has are dropped.
+Each component declares its options in a `Config` subclass next to its code; `run.py` composes them.
+Precedence, lowest to highest: the default in the class, the TOML file, `key=value` on the command line. If a source of
+higher precedence changes the `kind` of a section, values of keys that only the former kind has are dropped.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ RENAMED = {
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and unknown keys are refused.
+    """Base of every configuration: immutable, and unknown keys are rejected.
 
-    Fields named in `unfingerprinted` change where or how fast a stage runs, not what it leaves behind.
+    Fields named in `unfingerprinted` affect resources, speed or limits of a stage, not its output.
     """
 
     model_config = ConfigDict(
@@ -105,7 +105,7 @@ class Config(BaseModel):
         return value if field is None else _as_text(value, field.annotation)
 
     def identity(self) -> dict[str, Any]:
-        """The part of this configuration that decides a stage's outcome, as plain JSON values."""
+        """Return the part of this configuration that determines a stage's output, as plain JSON values."""
         identity = {}
         for name in type(self).model_fields:
             if name not in self.unfingerprinted:
@@ -124,7 +124,7 @@ class PluginConfig(Config):
 
     @classmethod
     def resolve(cls, value: Any) -> Any:
-        """Turns a table with a `kind` into the `Config` of the plug-in of that name; anything else passes."""
+        """Validate a mapping with `kind` as that plug-in's `Config`; return any other value unchanged."""
         return (
             cls.of_kind(value.get("kind", cls.default_kind)).model_validate(value) if isinstance(value, dict) else value
         )
@@ -134,6 +134,7 @@ class PluginConfig(Config):
         """Return the `Config` class of a plug-in.
 
         Args:
+            kind: name of the plug-in: a module of `plugin_package`, or a dotted module name.
             key: the dotted key that names the plug-in, for messages.
 
         Raises:
@@ -151,19 +152,21 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(*parts: Any) -> str:
-    """First 8 hexadecimal digits of the sha256 over the canonical JSON of `parts`."""
+    """Return the first 8 hexadecimal digits of the sha256 over the canonical JSON of `parts`."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
 def load_plugin(package: str, kind: Any, key: str = "kind") -> types.ModuleType:
-    """The module behind `kind`: `"rqvae"` is `<package>.rqvae`, a dotted name is imported as it stands.
+    """Import a plug-in: `"rqvae"` is the module `<package>.rqvae`, a dotted name is imported unchanged.
 
     Args:
+        package: dotted name of the package of the built-in plug-ins.
+        kind: name of the plug-in.
         key: the dotted key that names the plug-in, for messages.
 
     Raises:
-        ConfigError: no such module; names the kinds that the package ships.
+        ConfigError: no such module; lists the built-in kinds.
     """
     shipped = f"shipped: {', '.join(shipped_plugins(package))}; a dotted name is imported from any installed package"
     if not isinstance(kind, str) or not all(part.isidentifier() for part in kind.split(".")):
@@ -178,7 +181,7 @@ def load_plugin(package: str, kind: Any, key: str = "kind") -> types.ModuleType:
 
 
 def shipped_plugins(package: str) -> list[str]:
-    """Return the names of the modules in `package` that define a `Config`, sorted; none of them is imported."""
+    """Return the sorted names of the modules in `package` that define a `Config`, without importing them."""
     folder = Path(next(iter(importlib.import_module(package).__path__)))
     return sorted(
         path.stem for path in folder.glob("*.py") if re.search(r"(?m)^(class Config\(|Config = )", path.read_text())
@@ -186,17 +189,18 @@ def shipped_plugins(package: str) -> list[str]:
 
 
 def load(model: type[C], name: str | None, overrides: list[str], search: Path, prefix: str = "") -> C:
-    """Builds `model` from a TOML file and overrides.
+    """Build `model` from a TOML file and overrides.
 
     Args:
+        model: the configuration class.
         name: a file's path, or the name of a file `<search>/<name>.toml`; None for the class's defaults alone.
-        overrides: `dotted.key=value` strings; a value is read as TOML and, where it is none, taken as text. For keys
-            that hold text a number or a date is taken as it was typed.
-        search: the folder of the shipped configurations.
+        overrides: `dotted.key=value` strings; values are parsed as TOML, falling back to a string. For keys that hold
+            text, a number or a date is kept as typed.
+        search: the folder of the built-in configurations.
         prefix: put before every key in messages.
 
     Raises:
-        ConfigError: no such file, invalid TOML, an unknown key (with the nearest valid one), an impossible value.
+        ConfigError: no such file, invalid TOML, an unknown key (with a suggestion), or an invalid value.
     """
     values: dict[str, Any] = {} if name is None else _read_toml(_find(name, search))
     given = [_split(override) for override in overrides]
@@ -204,14 +208,19 @@ def load(model: type[C], name: str | None, overrides: list[str], search: Path, p
 
 
 def build(model: type[C], values: dict[str, Any], prefix: str = "") -> C:
-    """Validates `values` as `model`; one `ConfigError` lists what is wrong with them.
+    """Validate `values` as `model`.
 
     Args:
+        model: the configuration class.
+        values: nested tables of plain values.
         prefix: put before every key in messages.
+
+    Raises:
+        ConfigError: lists all invalid values, at most `MAX_LISTED`.
     """
     for name, field in model.model_fields.items():
         if isinstance(given := values.get(name), dict):
-            _section(field, given, prefix + name)  # a kind that does not exist is named with its section
+            _section(field, given, prefix + name)  # reports an unknown kind with its section
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -227,10 +236,13 @@ def overridden(
     """Return a copy of nested tables in which dotted keys have other values.
 
     The kinds of plug-ins are changed first, whatever the order. A changed kind drops the keys of its section that only
-    the former kind has, and those that mean something else in both; keys that all kinds share keep their values.
+    the former kind has, and those whose type differs between the two; keys that all kinds share keep their values.
 
     Args:
-        changes: dotted keys with their values; `_Typed` text is read by what the key holds.
+        model: the configuration class.
+        values: nested tables of plain values.
+        changes: dotted keys with their values; `_Typed` text is parsed according to the type of the key.
+        prefix: put before every key in messages.
 
     Raises:
         ConfigError: a kind does not exist, or a key leads through a value that is not a section.
@@ -250,7 +262,7 @@ def overridden(
 
 
 def _of_other_kind(model: type[Config], name: str, given: Any, kind: Any, prefix: str) -> Any:
-    """Return the values of a section that stay if its kind becomes `kind`."""
+    """Return the values of a section that are kept if its kind becomes `kind`."""
     field = model.model_fields[name]
     default = field.get_default(call_default_factory=True)
     if not isinstance(given, dict) or not isinstance(default, PluginConfig):
@@ -265,7 +277,7 @@ def _of_other_kind(model: type[Config], name: str, given: Any, kind: Any, prefix
     if new is old:
         return given
 
-    def stays(key: str) -> bool:
+    def is_kept(key: str) -> bool:
         if key not in old.model_fields:
             return True  # not a key of any kind: reported as unknown
         shared = base.model_fields.get(key)
@@ -274,11 +286,11 @@ def _of_other_kind(model: type[Config], name: str, given: Any, kind: Any, prefix
             for config in (old, new)
         )
 
-    return {key: value for key, value in given.items() if stays(key)}
+    return {key: value for key, value in given.items() if is_kept(key)}
 
 
 def _plugin_base(config: type[PluginConfig]) -> type[PluginConfig]:
-    """Return the class that declares what all plug-ins of a section share."""
+    """Return the class that declares the options that all plug-ins of a section share."""
     return next(base for base in reversed(config.__mro__) if "plugin_package" in vars(base))
 
 
@@ -286,7 +298,7 @@ class _Typed(str):
     """The value of an override, as it was typed."""
 
     def read(self, annotation: Any) -> Any:
-        """Return the value as TOML; as text if it is not TOML, or if the key holds text and this is not a string."""
+        """Parse the value as TOML; return it unchanged if it is not TOML, or a number or date for a text key."""
         try:
             value = tomllib.loads(f"value = {self}")
         except (ValueError, RecursionError):  # also of integers of thousands of digits, and deep nesting
@@ -309,7 +321,7 @@ def _annotation(model: type[Config], values: dict[str, Any], key: str, prefix: s
 
 
 def _scalars(annotation: Any) -> set[Any]:
-    """Return the types of plain values that a field takes; of a Literal those of its choices."""
+    """Return the types of plain values that a field accepts; for a Literal, the types of its choices."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return {type(choice) for choice in typing.get_args(annotation)}
@@ -387,7 +399,7 @@ def _nearest(name: str, candidates: typing.Iterable[str], prefix: str = "") -> s
 
 
 def dump_toml(values: dict[str, Any]) -> str:
-    """Return nested tables of plain values as TOML; None, which TOML does not have, is left out."""
+    """Return nested tables of plain values as TOML, without values that are None, which TOML cannot express."""
 
     def without_none(value: Any) -> Any:
         if isinstance(value, dict):
@@ -398,7 +410,7 @@ def dump_toml(values: dict[str, Any]) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested tables as {dotted key: value}."""
+    """Return nested tables as {dotted key: value}."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
@@ -407,7 +419,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def with_override(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of nested tables in which the dotted `key` has `value`.
+    """Return a copy of nested tables in which the dotted `key` has `value`.
 
     Raises:
         TypeError: the key leads through a value that is not a table.
@@ -422,10 +434,11 @@ def with_override(values: dict[str, Any], key: str, value: Any) -> dict[str, Any
 
 
 def describe(model: type[Config], values: dict[str, Any] | None = None) -> Iterator[tuple[str, str, Any, str]]:
-    """Yields (dotted key, type, default, meaning) of every knob, in the order of the classes.
+    """Yield (dotted key, type, default, description) of every option, in declaration order.
 
     Args:
-        values: what was given, so that a plug-in section shows the knobs of the kind chosen there.
+        model: the configuration class.
+        values: given values, so that a plug-in section lists the options of the kind chosen there.
     """
     for name, field in model.model_fields.items():
         given = (values or {}).get(name)
@@ -443,7 +456,7 @@ def describe(model: type[Config], values: dict[str, Any] | None = None) -> Itera
 
 
 def _section(field: Any, given: dict[str, Any], name: str) -> type[Config] | None:
-    """The Config class behind a nested field: declared directly, or by the `kind` of a plug-in.
+    """Return the Config class of a nested field: declared directly, or by the `kind` of a plug-in; None for a value.
 
     Raises:
         ConfigError: there is no plug-in of the given kind.
@@ -455,7 +468,7 @@ def _section(field: Any, given: dict[str, Any], name: str) -> type[Config] | Non
 
 
 def _named_sections(field: Any) -> type[Config] | None:
-    """Return the Config class of a field that holds sections under names of the user's choice."""
+    """Return the Config class of a field that holds sections with user-defined names; None for any other field."""
     arguments = typing.get_args(field.annotation)
     if typing.get_origin(field.annotation) is dict and isinstance(arguments[1], type):
         return arguments[1] if issubclass(arguments[1], Config) else None

@@ -1,6 +1,6 @@
-"""Which devices a process may compute on: a GPU is what CUDA sees.
+"""Compute devices of a process: CUDA GPUs or the CPU.
 
-Ray also counts the GPUs of Apple and Intel machines, on which neither NCCL nor our CUDA code runs; they are not used.
+Ray also counts Apple and Intel GPUs, which support neither NCCL nor our CUDA code; they are not used.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import torch
 
 PRETEND = "TIGER_PRETEND_GPUS"
-"""Environment variable for tests of placement: so many GPUs are taken as usable; work placed on them runs on CPUs."""
+"""Environment variable for tests of placement: number of GPUs to report as usable; work on them runs on CPUs."""
 
 
 def pretended_gpus() -> int:
-    """Return the number of GPUs that a test pretends a machine has; 0 outside of tests."""
+    """Return the number of simulated GPUs of this machine; 0 outside of tests."""
     value = os.environ.get(PRETEND, "")
     return int(value) if value.isdecimal() else 0
 
 
 def usable_gpus() -> int:
-    """Return how many GPUs this process can compute on with CUDA."""
+    """Return the number of GPUs that this process can use through CUDA."""
     if pretended := pretended_gpus():
         return pretended
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

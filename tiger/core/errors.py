@@ -1,12 +1,12 @@
-"""Errors that a user can act on: one sentence that names what was found, where, and the cure.
+"""Errors that a user can fix: one sentence that names what was found, where, and how to fix it.
 
-The command line prints them as one line and leaves with `exit_code`; everything else is a defect of ours and
-keeps its traceback.
+The command line prints them as one line and exits with `exit_code`; any other exception is a bug and keeps its
+traceback.
 """
 
 
 class TigerError(Exception):
-    """Base of all errors with a cure in their message."""
+    """Base of all errors whose message says how to fix them."""
 
     exit_code = 1
 
@@ -30,13 +30,13 @@ class ArtifactError(TigerError):
 
 
 class ResourceError(TigerError):
-    """Processors, memory, or disk that the configuration asks for and the machine or cluster does not have."""
+    """CPUs, GPUs, memory, or disk space that the configuration requires and the machine or cluster does not have."""
 
     exit_code = 5
 
 
 class SecurityError(TigerError):
-    """A setting, a path or a file that would let others run code here or read what is not theirs."""
+    """A setting, a path or a file that would let others run code here or read data without authorization."""
 
     exit_code = 8
 
@@ -48,6 +48,6 @@ class HealthError(TigerError):
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of a library's message that is not empty: of a traceback the reason; or the error's type."""
+    """Return the last non-empty line of an error's message (in a traceback, the reason), or the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""What a job says: lines for a person on the console, the same as JSON lines beside the artifacts; secrets in neither.
+"""Console and JSON-lines logging, with secrets redacted.
 
 A line of `ROOT/logs/JOB-TIME.jsonl` has `time` (UTC, ISO 8601), `level`, `logger`, `job`, `message`, and `error` for
-the error that ended the job. On an object store, which cannot append, the file is written anew every half minute.
+the error that ended the job. On an object store, which cannot append, the whole file is rewritten every 30 seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLUSH_SECONDS = 30
 
 
 def redact(text: str) -> str:
-    """The text without secrets: values of variables whose names say so, credentials in URIs, `password=...`."""
+    """Return the text without secrets: environment variables named as secrets, credentials in URIs, `password=...`."""
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAMES.search(name) and not name.endswith(("_PATH", "_FILE")):
             text = text.replace(value, "[redacted]")
@@ -36,7 +36,7 @@ class _Console(logging.Formatter):
 
 
 class JsonLinesHandler(logging.Handler):
-    """Writes every record as a line of JSON."""
+    """Write every record as a line of JSON to `ROOT/logs`."""
 
     def __init__(self, root: str, job: str) -> None:
         super().__init__()
@@ -47,6 +47,7 @@ class JsonLinesHandler(logging.Handler):
         self.written, self.flushed = 0, time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Append a record; write the file at once on a local disk, otherwise every `_FLUSH_SECONDS`."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -61,6 +62,7 @@ class JsonLinesHandler(logging.Handler):
             self.flush()
 
     def flush(self) -> None:
+        """Write the lines that are not written yet."""
         self.flushed = time.monotonic()
         if self.written == len(self.lines):
             return
@@ -73,15 +75,15 @@ class JsonLinesHandler(logging.Handler):
 
 
 def configure_console(debug: bool = False) -> None:
-    """Send INFO and above to standard error, and of libraries what says that something is wrong.
+    """Log INFO and above to standard error, but only warnings or errors of noisy libraries.
 
     Args:
-        debug: let all lines of Ray through.
+        debug: log all lines of Ray.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Console("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    for chatty in ("ray.train", "ray.tune"):  # those of Ray Data have a console of their own: see `on_ray.cluster`
+    for chatty in ("ray.train", "ray.tune"):  # Ray Data has its own console handler: see `on_ray.cluster`
         logging.getLogger(chatty).setLevel(logging.DEBUG if debug else logging.WARNING)

@@ -1,9 +1,9 @@
-"""float32 or bfloat16: which is faster on this device, measured.
+"""Choice of float32 or bfloat16: whichever is faster on this device.
 
 `precision = "auto"` means the faster one. On a GPU the hardware decides: native bfloat16 at least doubles the rate of
-matrix products. On a CPU the instructions alone do not decide: with AVX512-BF16, bfloat16 was 1.8 times as fast as
-float32 on a Zen 4 processor and half as fast on a Xeon without AMX. There a measurement of a fraction of a second
-decides, once per node: the times are kept in a file in the temporary directory.
+matrix products. On a CPU, the supported instructions alone do not decide: with AVX512-BF16, bfloat16 was 1.8 times as
+fast as float32 on a Zen 4 processor and half as fast on a Xeon without AMX. So a benchmark of a fraction of a second
+decides, once per node: the times are cached in a file in the temporary directory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torch.nn import functional as F
 log = logging.getLogger(__name__)
 
 MIN_SPEEDUP = 1.15
-"""bfloat16 must be this many times as fast as float32: it costs accuracy, and the optimizer's share gains nothing."""
+"""bfloat16 must be this many times as fast as float32: it costs accuracy, and the optimizer step gains nothing."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_ROUNDS, _SECONDS = 5, 0.4  # the measurement ends after either, but not before two rounds
+_ROUNDS, _SECONDS = 5, 0.4  # the benchmark ends after either, but not before two rounds
 _OPERATIONS = 5e8  # floating-point operations per thread and pass; rows beyond that are left out
 _LOCK_SECONDS = 30.0
 _MAX_BYTES = 1 << 20
@@ -43,7 +43,7 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes of a model that decide how fast each precision is.
+    """The sizes of a model that determine the speed of each precision.
 
     Attributes:
         rows: tokens per batch.
@@ -69,7 +69,11 @@ class Shapes:
         """Read the sizes from a module's largest linear layer.
 
         Args:
-            head_dim: features of an attention head, where the module has attention; heads are then `width // head_dim`.
+            module: the model.
+            rows: tokens per batch.
+            length: tokens per sequence.
+            head_dim: features per attention head, 0 without attention; the number of heads is `width // head_dim`.
+            training: whether the model is trained; see `Shapes`.
         """
         linears = [layer.weight.shape for layer in module.modules() if isinstance(layer, nn.Linear)]
         hidden, width = max(linears, key=math.prod, default=(1, 1))
@@ -86,6 +90,7 @@ class Choice:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The PyTorch type of the precision."""
         return DTYPES[self.name]
 
     def figures(self) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def choose(precision: str, device: torch.device, shapes: Shapes) -> Choice:
     """Return the precision to compute in: the one that is given or, for `auto`, the faster one.
 
     For `auto`: on CUDA bfloat16 if the GPU has it natively, otherwise float32 for training and float16 for inference;
-    on a CPU with bfloat16 instructions the faster one by measurement; float32 anywhere else.
+    on a CPU with bfloat16 instructions the measured faster one; float32 on any other device.
     """
     if precision != "auto":
         return Choice(precision)
@@ -126,7 +131,7 @@ def choose(precision: str, device: torch.device, shapes: Shapes) -> Choice:
 def allow_tf32(device: torch.device) -> None:
     """Let a GPU compute float32 matrix products in TensorFloat-32: 10 bits of mantissa, several times as fast.
 
-    Without effect on any other device.
+    This has no effect on other devices.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -146,9 +151,9 @@ def device_name(device: torch.device) -> str:
 
 
 def node_speedup(shapes: Shapes) -> float:
-    """Return how many times as fast bfloat16 is as float32 on this CPU, with the present number of threads.
+    """Return the speedup of bfloat16 over float32 on this CPU, with the current number of threads.
 
-    Measured once per node: the first process that asks measures and the others wait for its result.
+    Measured once per node: the first process measures, and the others wait for its result.
     """
     sizes = "x".join(str(int(size)) for size in astuple(shapes))
     key = f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}"
@@ -170,8 +175,8 @@ def _node_speedup(key: str, shapes: Shapes) -> float:
 def measure(shapes: Shapes) -> tuple[float, float]:
     """Time one transformer block of the given shapes on the CPU; return seconds in float32 and in bfloat16.
 
-    The precisions alternate over several rounds, so that other processes disturb both alike, and each counts with its
-    minimum. No generator of random numbers is used.
+    The precisions alternate over several rounds, so that other processes slow down both equally; the minimum of each
+    is returned. No random number generator is used.
     """
     width, hidden, inner = shapes.width, shapes.hidden, shapes.heads * shapes.head_dim
     passes = 3 if shapes.training else 1  # a backward pass takes two products for every product of the forward pass
@@ -230,12 +235,12 @@ def _block(shapes: Shapes, x_BSM: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 def _values(*shape: int) -> Tensor:
-    """Return numbers in [-1, 1] that are neither equal nor random."""
+    """Return distinct deterministic numbers in [-1, 1]: sin(0), sin(1), ..."""
     return torch.arange(math.prod(shape), dtype=torch.float32).sin().view(shape)
 
 
 def _open_own(path: Path, flags: int) -> int:
-    """Open a regular file that belongs to this user; the temporary directory is open to others.
+    """Open a regular file that belongs to this user; other users can write to the temporary directory.
 
     Raises:
         OSError: it cannot be opened, or it is a link, belongs to another user, or is not a regular file.
@@ -250,7 +255,7 @@ def _open_own(path: Path, flags: int) -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on `path`; go on without it if the file cannot be had or the lock is not free for 30 seconds."""
+    """Hold a lock on `path`; continue without it if the file cannot be opened or is locked for 30 seconds."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = _open_own(path, os.O_RDWR | os.O_CREAT)
@@ -268,7 +273,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, tuple[float, float]]:
-    """Return the times in the file; none if it is missing, unreadable, of another user, or not what `_write` writes."""
+    """Return the times in the file; empty if it is missing, unreadable, another user's, or not written by `_write`."""
     try:
         with os.fdopen(_open_own(path, os.O_RDONLY), "rb") as file:
             found = json.loads(file.read(_MAX_BYTES))
@@ -279,7 +284,7 @@ def _read(path: Path) -> dict[str, tuple[float, float]]:
 
 
 def _write(path: Path, known: dict[str, tuple[float, float]]) -> None:
-    """Replace the file as a whole; without it, the next process measures again."""
+    """Replace the file atomically; if that fails, the next process measures again."""
     try:
         descriptor, partial = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     except OSError:

@@ -1,6 +1,6 @@
-"""Progress of long work with a rate and an ETA: one rewritten line in a terminal, a line now and then in a job log.
+"""Progress of long tasks with a rate and an ETA: one rewritten line in a terminal, periodic lines in a job log.
 
-What is not for a terminal goes through `logging`, so that a worker's lines find their way to the driver like its logs.
+Without a terminal, lines go through `logging`, so that a worker's lines are forwarded to the driver with its logs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts work done and says so, at most every `interval` seconds."""
+    """Track progress and log it at most every `interval` seconds."""
 
     def __init__(
         self, what: str, total: int | None, unit: str, *, done: int = 0, interval: float | None = None
     ) -> None:
-        """
+        """Start the clock.
+
         Args:
-            what: the stage, as the reader knows it.
-            total: units of work in all, None where that is not known.
-            done: units done by an earlier attempt; they count, but not for the rate.
+            what: label of the line, such as the stage's name.
+            total: total number of units, None if it is not known.
+            unit: plural name of a unit, such as `rows`.
+            done: units done by an earlier attempt; included in the count, but not in the rate.
             interval: seconds between two lines; by default 0.2 in a terminal and 10 in a log.
         """
         self.what, self.total, self.unit = what, total, unit
@@ -37,10 +39,11 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second, of this attempt."""
+        """Units per second in this attempt."""
         return (self.done - self.before) / max(time.monotonic() - self.begin, 1e-9)
 
     def add(self, amount: int, note: str = "") -> None:
+        """Add finished units; log a line, with `note` at its end, if the interval has passed."""
         self.done += amount
         now = time.monotonic()
         if now - self.said >= self.interval:
@@ -48,11 +51,12 @@ class Progress:
             self._say(now, note)
 
     def at(self, fraction: float) -> None:
-        """Note the fraction of the work that is done, for a total that is not known in units: bytes of rows."""
+        """Set the finished fraction in [0, 1], for a total that is not known in units (bytes read, not rows)."""
         self.fraction = fraction
         self.add(0)
 
     def close(self, note: str = "") -> None:
+        """Log the final line with the elapsed time."""
         self._say(time.monotonic(), note, final=True)
 
     def _say(self, now: float, note: str, final: bool = False) -> None:
@@ -65,9 +69,9 @@ class Progress:
         if final:
             line += f", {elapsed:.1f} s"
         elif self.total is not None and rate > 0:
-            line += f", {(self.total - self.done) / rate:,.0f} s to go"
+            line += f", ETA {(self.total - self.done) / rate:,.0f} s"
         elif fraction:
-            line += f", {fraction:.0%}, {elapsed * (1 - fraction) / fraction:,.0f} s to go"
+            line += f", {fraction:.0%}, ETA {elapsed * (1 - fraction) / fraction:,.0f} s"
         if note:
             line += f"; {note}"
         if not self.terminal:
@@ -79,7 +83,7 @@ class Progress:
 
 @contextlib.contextmanager
 def timed(what: str, after: float = 10.0) -> Iterator[None]:
-    """Log that `what` is in progress once it has taken `after` seconds, again at doubling intervals, and its time."""
+    """Log that `what` is in progress after `after` seconds, then at doubling intervals, and finally its duration."""
     begin, done = time.monotonic(), threading.Event()
 
     def watch() -> None:

@@ -1,7 +1,7 @@
-"""Files on any file system that pyarrow knows: a local or mounted disk, `s3://`, `gs://`, ...
+"""Files on any file system that pyarrow supports: a local or mounted disk, `s3://`, `gs://`, ...
 
-A write is seen as a whole or not at all, also after a power cut. An error of the storage is one line that names the
-path, the reason, and how to fix it: a `StorageError`.
+Writes are atomic and durable. A storage error is a `StorageError`: one line with the path, the reason, and how to fix
+it.
 """
 
 from __future__ import annotations
@@ -30,71 +30,72 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"  # files being written, or left by a killed writer: they do not exist to readers
+PARTIAL = ".partial"  # temporary files, also those of a killed writer; ignored by readers
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
-_REQUEST_ATTEMPTS = 10  # at a request to S3
-_REQUEST_TIME = timedelta(seconds=60)  # for a request to Google's, with all attempts
+_REQUEST_ATTEMPTS = 10  # per request to S3
+_REQUEST_TIME = timedelta(seconds=60)  # per request to Google Cloud Storage, including retries
 
 
 class StorageError(ResourceError, OSError):
-    """A file system that refuses or fails; names the path, the reason, and how to fix it."""
+    """A failed file system operation; names the path, the reason, and how to fix it."""
 
 
 class MissingError(StorageError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 @contextlib.contextmanager
 def in_one_line(where: str) -> Iterator[None]:
-    """Turn what the operating system and Arrow raise into a `StorageError` about `where`."""
+    """Convert exceptions of the operating system and Arrow into a one-line `StorageError` about `where`."""
     try:
         yield
     except TigerError:
         raise
     except FileNotFoundError as error:
         check = "the bucket" if "://" in where else "symbolic links in it"
-        raise MissingError(f"{where} does not exist, or not any more; check the path and {check}") from error
+        raise MissingError(f"{where} does not exist, or no longer exists; check the path and {check}") from error
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"{where}: {explain(error, '://' in where)}") from error
 
 
 def explain(error: Exception, is_remote: bool) -> str:
-    """Return the reason of an error of a file system and how to fix it, without line breaks."""
+    """Return the reason of a file system error and how to fix it, without line breaks."""
     code = getattr(error, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some of it, or set root to another disk"
     if code is not None and not is_remote:
-        return f"{os.strerror(code)}; {_FIXES.get(code, 'correct that, or name another folder')}"
+        return f"{os.strerror(code)}; {_FIXES.get(code, 'fix that, or choose another folder')}"
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{reason.partition(' Detail: ')[0][:300]}; check the address, the credentials, and the server"
 
 
 _FIXES = {
-    errno.EACCES: "give this user the right to it, or name another folder",
-    errno.EPERM: "give this user the right to it, or name another folder",
-    errno.EROFS: "name a folder on another disk",
-    errno.ENOTDIR: "a part of this path is a file; remove it, or name another folder",
-    errno.EEXIST: "a part of this path is a file; remove it, or name another folder",
-    errno.EISDIR: "remove that folder, or name another one",
-    errno.ELOOP: "correct the symbolic links",
+    errno.EACCES: "grant this user access to it, or choose another folder",
+    errno.EPERM: "grant this user access to it, or choose another folder",
+    errno.EROFS: "choose a folder on another disk",
+    errno.ENOTDIR: "a component of this path is a file; remove it, or choose another folder",
+    errno.EEXIST: "a component of this path is a file; remove it, or choose another folder",
+    errno.EISDIR: "remove that folder, or choose another one",
+    errno.ELOOP: "fix the symbolic links",
 }
 
 
 class Folder:
-    """A folder on any filesystem that pyarrow knows: a local path, `s3://`, `gs://`, ..."""
+    """A folder on any file system that pyarrow supports: a local path, `s3://`, `gs://`, ..."""
 
     def __init__(self, uri: str) -> None:
-        """
+        """Connect to the file system of a folder, which need not exist yet.
+
         Args:
-            uri: a local path (made absolute, because Ray's workers have other working folders) or a filesystem URI.
+            uri: a local path (made absolute, because Ray workers have other working directories) or a file system URI.
 
         Raises:
             ConfigError: the URI has a query, or pyarrow cannot open it.
         """
         if "://" in uri:
-            if "?" in uri:  # nothing could be joined to it, and a query may hold secrets, which end up in logs
+            if "?" in uri:  # no path could be joined to it, and a query may contain secrets, which end up in logs
                 raise ConfigError(
-                    f"{uri.partition('?')[0]}?...: a folder is named without a query; set the region with AWS_REGION "
+                    f"{uri.partition('?')[0]}?...: a folder's URI has no query; set the region with AWS_REGION "
                     "and the server with AWS_ENDPOINT_URL (http://host:port)"
                 )
             try:
@@ -110,28 +111,34 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
+        """Whether this is a local or mounted disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def child(self, name: str) -> Folder:
-        child = copy.copy(self)  # with the connection, which an object store takes a request or two to make
+        """Return the folder `name` inside this one, which need not exist."""
+        child = copy.copy(self)  # reuses the connection, which costs one or two requests to an object store
         child.uri, child.path = f"{self.uri}/{name}", self.join(name)
         return child
 
     @property
     def parent(self) -> Folder:
+        """The folder that contains this one."""
         parent = copy.copy(self)
         parent.uri, parent.path = self.uri.rpartition("/")[0], self.path.rpartition("/")[0]
         return parent
 
     def join(self, name: str) -> str:
+        """Return the path of `name` inside this folder, as pyarrow's file system takes it."""
         return f"{self.path}/{name}"
 
     def exists(self, name: str) -> bool:
+        """Return whether `name` is a file in this folder."""
         with in_one_line(f"{self.uri}/{name}"):
-            return self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.File
+            is_file: bool = self.filesystem.get_file_info(self.join(name)).type == pafs.FileType.File
+            return is_file
 
     def files(self) -> dict[str, int]:
-        """{relative name: bytes} of all files below, the manifest and the scratch folder left out, sorted."""
+        """Return {relative name: bytes} of all files below, sorted, without manifest, scratch and temporary files."""
         names = {
             info.path[len(self.path) + 1 :]: info.size for info in self.entries() if info.type == pafs.FileType.File
         }
@@ -142,14 +149,14 @@ class Folder:
         }
 
     def entries(self, recursive: bool = True) -> Any:
-        """Return pyarrow's information on every file and folder below, or directly in it; none if it does not exist."""
+        """Return pyarrow's `FileInfo` of every file and folder below, or directly in it; none if it does not exist."""
         flat = not recursive and isinstance(self.filesystem, pafs.GcsFileSystem)
         with in_one_line(self.uri):
             selector = pafs.FileSelector(self.path, recursive=recursive or flat, allow_not_found=True)
             found = self.filesystem.get_file_info(selector)
         if not flat:
             return found
-        # Without `recursive`, pyarrow's of Google leaves out folders that only exist as parts of names, as ours do.
+        # Without `recursive`, pyarrow's GcsFileSystem omits folders that exist only as prefixes of names, as ours do.
         direct: dict[str, Any] = {}
         for info in found:
             name, _, below = info.path[len(self.path) + 1 :].partition("/")
@@ -157,45 +164,49 @@ class Folder:
         return list(direct.values())
 
     def read_bytes(self, name: str) -> bytes:
-        path = self.join(name)
-        with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
-            return stream.read()
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file as a whole: a reader sees the old content or the new, nothing between, also after a power cut.
-
-        An object store does that by itself.
+        """Read a file.
 
         Raises:
-            StorageError: the disk is full, or the storage refuses or fails.
+            StorageError: the file does not exist, or cannot be read.
+        """
+        path = self.join(name)
+        with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file atomically and durably; on a local disk with a temporary file, fsync and rename.
+
+        Raises:
+            StorageError: the disk is full, or the write fails.
         """
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"):
             if self.is_local:
                 _write_local(path, data)
                 return
-            for again in (True, False):
+            for may_retry in (True, False):
                 try:
                     with self._open_output(path) as stream:
                         stream.write(data)
                     return
-                except OSError as error:  # a store that was restarted may have forgotten an upload of several parts
-                    if not again:
+                except OSError as error:  # a store that was restarted may have lost a multipart upload
+                    if not may_retry:
                         raise
-                    log.warning("%s/%s is written once more: %s", self.uri, name, error)
+                    log.warning("%s/%s: retrying a failed write: %s", self.uri, name, error)
 
     def _open_output(self, path: str) -> Any:
-        """Open a file for writing; without `compression`, pyarrow would compress what is called `.gz` once more."""
+        """Open a file for writing, uncompressed: by default, pyarrow compresses files whose name ends with `.gz`."""
         try:
             return self.filesystem.open_output_stream(path, compression=None)
         except FileNotFoundError:  # some filesystems have real folders
             if isinstance(self.filesystem, pafs.GcsFileSystem):
-                raise  # there is no such bucket, and none is made
+                raise  # the bucket does not exist, and is not created
             self.filesystem.create_dir(path.rpartition("/")[0])
             return self.filesystem.open_output_stream(path, compression=None)
 
     def copy_from(self, other: Folder, name: str) -> None:
-        """Copy a file of another folder on the same filesystem; an object store does that without sending it here."""
+        """Copy a file of another folder on the same file system; on an object store the copy is server-side."""
         path = self.join(name)
         with in_one_line(f"{other.uri}/{name}"):
             try:
@@ -207,42 +218,54 @@ class Folder:
                 self.filesystem.copy_file(other.join(name), path)
 
     def append_bytes(self, name: str, data: bytes) -> None:
-        """Add to a file on a local disk; object stores cannot."""
+        """Append to a file on a local disk; object stores cannot append."""
         with in_one_line(f"{self.uri}/{name}"):
             os.makedirs(self.path, exist_ok=True)
             with open(self.join(name), "ab") as file:
                 file.write(data)
 
     def read_json(self, name: str) -> Any:
+        """Read a JSON file."""
         return json.loads(self.read_bytes(name))
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON; see `write_bytes`.
+
+        Raises:
+            ValueError: a number is not finite.
+            StorageError: the disk is full, or the write fails.
+        """
         self.write_bytes(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Read one Parquet file, or all files of a folder in the order of their names.
+        """Read one Parquet file, or all Parquet files of a folder in the order of their names.
+
+        Args:
+            name: the file or folder.
+            columns: columns to read; None: all.
 
         Raises:
             ArtifactError: not a Parquet file, or a folder without any.
-            StorageError: the storage refuses or fails.
+            StorageError: the file does not exist, or cannot be read.
         """
         with in_one_line(f"{self.uri}/{name}"):
             kind = self.filesystem.get_file_info(self.join(name)).type
         if kind == pafs.FileType.Directory:
             parts = [part for part in self.files() if part.startswith(f"{name}/") and part.endswith(".parquet")]
             if not parts:
-                raise ArtifactError(f"{self.uri}/{name} holds no Parquet file")
+                raise ArtifactError(f"{self.uri}/{name} contains no Parquet file")
             return pa.concat_tables([self.read_table(part, columns) for part in parts])
         try:
             return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
-        except OSError as failure:  # of the storage
+        except OSError as failure:  # a storage error
             with in_one_line(f"{self.uri}/{name}"):
                 raise failure from None
             raise AssertionError("unreachable") from None
-        except Exception as error:  # of Arrow, or of the readers of Ray's extension types, which believe files
-            raise ArtifactError(f"{self.uri}/{name} is no table: {str(error).partition(chr(10))[0]}") from None
+        except Exception as error:  # a malformed file; Ray's Arrow extension types raise errors of any kind
+            raise ArtifactError(f"{self.uri}/{name} is not a table: {str(error).partition(chr(10))[0]}") from None
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        """Write a Parquet file, compressed with zstd; see `write_bytes`."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
         self.write_bytes(name, sink.getvalue())
@@ -251,42 +274,44 @@ class Folder:
         """Read named tensors, on the CPU.
 
         Raises:
-            ArtifactError: the file is not a safetensors file. No other format is ever tried: pickles run code.
+            ArtifactError: the file is not a safetensors file. No other format is accepted: unpickling runs code.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
-            return load(self.read_bytes(name))
+            tensors: dict[str, Tensor] = load(self.read_bytes(name))
         except SafetensorError as error:
-            raise ArtifactError(f"{self.uri}/{name} is no safetensors file: {error}") from None
+            raise ArtifactError(f"{self.uri}/{name} is not a safetensors file: {error}") from None
+        return tensors
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write named tensors as safetensors; see `write_bytes`."""
         from safetensors.torch import save
 
         self.write_bytes(name, save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}))
 
     def delete(self, name: str = "") -> None:
-        """Remove the folder `name` in this one, or this one, if it is there."""
+        """Remove the folder `name` inside this one (or this folder) if it exists."""
         path = self.join(name) if name else self.path
         with in_one_line(f"{self.uri}/{name}" if name else self.uri):
             if self.filesystem.get_file_info(path).type != pafs.FileType.Directory:
                 return
             try:
                 self.filesystem.delete_dir(path)
-            except FileNotFoundError:  # pyarrow's of Google also removes an object for the folder itself; there is none
+            except FileNotFoundError:  # GcsFileSystem also deletes a marker object for the folder, which we never write
                 if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
                     raise
 
     def delete_partials(self) -> None:
-        """Remove what killed writers have left."""
+        """Remove the temporary files of killed writers."""
         for info in self.entries():
             if info.path.endswith(PARTIAL):
                 with in_one_line(info.path):
                     self.filesystem.delete_file(info.path)
 
     def digest(self, name: str) -> str:
-        """Return the sha256 of a file, read in pieces."""
+        """Return the sha256 of a file in hexadecimal, computed in chunks."""
         sha = hashlib.sha256()
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
@@ -298,19 +323,19 @@ class Folder:
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
     filesystem, path = pafs.FileSystem.from_uri(uri)
     if isinstance(filesystem, pafs.S3FileSystem) and "@" not in uri:
-        # By default it gives up after three attempts, about a second: a store that restarts takes longer. The waits
-        # double, up to 20 s.
-        patient = pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
+        # The default of three attempts (about 1 s) is too short for a store that restarts. The delays double, up to
+        # 20 s.
+        retries = pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         filesystem = pafs.S3FileSystem(
             region=filesystem.region,
             endpoint_override=endpoint,
-            retry_strategy=patient,
+            retry_strategy=retries,
             allow_delayed_open=True,  # small files in one request
         )
     if isinstance(filesystem, pafs.GcsFileSystem):
-        # By default it tries a request again for 15 minutes, in silence, also if there are no credentials.
-        server = os.environ.get("STORAGE_EMULATOR_HOST", "")  # as Google's own libraries name it
+        # By default a request is retried silently for 15 minutes, even without credentials.
+        server = os.environ.get("STORAGE_EMULATOR_HOST", "")  # the variable of Google's own libraries
         scheme, _, host = server.rpartition("://")
         filesystem = pafs.GcsFileSystem(
             anonymous="anonymous@" in uri or bool(server),
@@ -322,7 +347,7 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _write_local(path: str, data: bytes) -> None:
-    """The content is on the disk before the name is, and the name before this returns."""
+    """Write a temporary file, fsync and rename it, then fsync its folder."""
     parent = os.path.dirname(path)
     partial = f"{path}.{os.getpid()}{PARTIAL}"
     try:
@@ -338,7 +363,7 @@ def _write_local(path: str, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # keep the original error
             os.unlink(partial)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(

@@ -1,6 +1,6 @@
-"""Figures of a running stage for whoever watches: TensorBoard and MLflow here, Prometheus in `on_ray/metrics.py`.
+"""Metric tracking: TensorBoard and MLflow here, Prometheus in `on_ray/metrics.py`.
 
-A stage calls `record`; where its figures go is settled once, by the job. Without a sink they go nowhere.
+A stage calls `record`; the job chooses the sinks once. Without a sink, metrics are discarded.
 """
 
 from __future__ import annotations
@@ -19,37 +19,39 @@ from tiger.core.logs import redact
 log = logging.getLogger(__name__)
 
 Sink = Callable[[str, int, Mapping[str, float]], None]
-"""(stage, step, {figure: value}); `recall@10` is the figure recall at 10."""
+"""(stage, step, {metric: value}); `recall@10` is the metric recall at cutoff 10."""
 
 _sinks: list[Sink] = []
 
 
 class TrackingConfig(Config):
-    """Where losses, code usage, rates and metrics go while a job runs, beside the log."""
+    """Where losses, codebook utilization, rates and metrics go while a job runs, in addition to the log."""
 
-    tensorboard: str | None = Field(None, min_length=1, description="a local folder for TensorBoard; none: not written")
-    mlflow: str | None = Field(None, min_length=1, description="MLflow's tracking URI; none: not used")
-    experiment: str = Field("tiger", min_length=1, description="MLflow's experiment")
+    tensorboard: str | None = Field(None, min_length=1, description="local folder for TensorBoard; none: off")
+    mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; none: off")
+    experiment: str = Field("tiger", min_length=1, description="MLflow experiment")
 
 
 def record(stage: str, step: int, figures: Mapping[str, Any]) -> None:
-    """Hands the numbers among `figures` to every sink. One that fails is said to and switched off: the run goes on.
+    """Send the numbers among `figures` to every sink. A failing sink is logged and disabled; the run continues.
 
     Args:
-        step: training steps, rows, or 0 for figures that come once.
+        stage: prefix of the metrics' names.
+        step: training steps, rows, or 0 for metrics that are logged once.
+        figures: metrics by name; values that are not numbers are ignored.
     """
     numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
     for sink in list(_sinks):
         try:
             sink(stage, step, numbers)
-        except Exception as error:  # a library's own, of any kind
+        except Exception as error:  # libraries raise errors of any kind
             _sinks.remove(sink)
-            log.warning("figures are no longer tracked by %s: %r", getattr(sink, "__qualname__", sink), error)
+            log.warning("metrics are no longer tracked by %s: %r", getattr(sink, "__qualname__", sink), error)
 
 
 @contextlib.contextmanager
 def recording(*sinks: Sink) -> Iterator[None]:
-    """Figures go to these sinks, too, until the end of the block."""
+    """Add these sinks until the end of the block."""
     _sinks.extend(sinks)
     try:
         yield
@@ -59,7 +61,7 @@ def recording(*sinks: Sink) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tensorboard(folder: str, run: str) -> Iterator[Sink]:
-    """A sink that writes `FOLDER/RUN` with the writer that Ray Tune brings along, tensorboardX."""
+    """Yield a sink that writes `FOLDER/RUN` with tensorboardX, a dependency of Ray Tune."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(f"{folder}/{run}", flush_secs=10) as writer:
@@ -73,7 +75,13 @@ def tensorboard(folder: str, run: str) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -> Iterator[Sink]:
-    """A sink that logs to a run of an MLflow server, with the configuration, without its secrets, as its parameters.
+    """Yield a sink that logs to a run of an MLflow server, with the redacted configuration as its parameters.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: name of the experiment.
+        run: name of the run.
+        parameters: nested tables of plain values.
 
     Raises:
         ResourceError: MLflow is not installed, or the server does not answer.
@@ -92,12 +100,12 @@ def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -
         library.log_params({key: redact(str(value)) for key, value in flat(parameters).items() if value is not None})
 
         def sink(stage: str, step: int, figures: Mapping[str, float]) -> None:
-            # By its id: a run is the active one of its thread, and figures of a training come from another.
+            # Pass run_id: the active MLflow run is thread-local, and training metrics arrive from another thread.
             library.log_metrics(_named(stage, figures), step=step, run_id=active.info.run_id)
 
         yield sink
 
 
 def _named(stage: str, figures: Mapping[str, float]) -> dict[str, float]:
-    """Names that TensorBoard and MLflow both allow: `recall@10` on test is `test/recall_at_10`."""
+    """Rename metrics so that TensorBoard and MLflow both accept them: `recall@10` on test is `test/recall_at_10`."""
     return {f"{stage}/{name.replace('@', '_at_')}": value for name, value in figures.items()}

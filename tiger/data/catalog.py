@@ -2,17 +2,19 @@
 
 Rules, in the order in which they are applied; every row that one of them drops is counted in the profile.
 
-1. Of several rows for one item, the one with most non-empty fields is kept, among equals the one whose cleaned fields
-   come first as text: the result does not depend on the order of rows or files.
-2. Interactions with items that have no row in the catalog are dropped; above `max_unknown_items` the stage stops.
+1. Of several rows for one item, the most complete one (most non-empty fields) is kept; ties are broken by the
+   lexicographic order of the cleaned fields, so that the result does not depend on the order of rows or files.
+2. Interactions with items that have no row in the catalog are dropped; above
+   `max_unknown_item_fraction` the stage fails.
 3. Equal interactions (user, item and time) count once; of a user's several interactions with one item the first in
    time is kept (`repeats = "first"`), or all are.
-4. k-core: users and items with fewer than `k_core` interactions are dropped, again and again until none is left.
+4. k-core: users and items with fewer than `k_core` interactions are dropped iteratively until convergence.
 5. Items and users are numbered in the order of their source ids. Items without interactions are left out.
-6. A history is in time order, to the microsecond. Equal times are ordered by `ties`: as in the files, at random by
-   `seed`, or by item id.
-7. leave-one-out: a user's last item is the test target, the one before it the validation target, the rest is for
-   training (TIGER, section 4.1). temporal: two moments cut all histories; the first item after each is a target.
+6. A history is in time order, to the microsecond. Ties are broken by `tie_break`: file order, at random by `seed`, or
+   item id.
+7. leave-one-out: a user's last item is the test target, the one before it the validation target, the remaining ones
+   are for training (TIGER, section 4.1). temporal: two points in time cut all histories; the first item after each is a
+   target.
 """
 
 from __future__ import annotations
@@ -42,35 +44,37 @@ from tiger.data.sources.base import field_name
 log = logging.getLogger(__name__)
 
 ITEM_ROW_GROUP = 1024
-"""Items per row group of items.parquet: the unit in which the embedding stage reads, encodes and restarts."""
+"""Items per row group of items.parquet: the unit in which the embedding stage reads, encodes and resumes."""
 
 
 class CatalogConfig(Config):
     """How raw rows become items, texts and histories."""
 
     text_fields: list[str] = Field(
-        ["title", "brand", "categories", "price", "description"], min_length=1, description="fields of an item's text"
+        ["title", "brand", "categories", "price", "description"],
+        min_length=1,
+        description="fields of an item's text, in order",
     )
-    k_core: int = Field(5, ge=0, description="least interactions of every user and item; 0 keeps all")
-    duplicates: Literal["first", "all"] = Field("first", description="which of a user's events with one item to keep")
-    tie_break: Literal["file", "shuffle", "id"] = Field("file", description="order of a user's events at equal times")
+    k_core: int = Field(5, ge=0, description="minimum interactions per user and item (0 = no filter)")
+    duplicates: Literal["first", "all"] = Field("first", description="which of a user's interactions per item to keep")
+    tie_break: Literal["file", "shuffle", "id"] = Field(
+        "file", description="order of a user's interactions at equal times"
+    )
     split: Literal["leave-one-out", "temporal"] = Field(
         "leave-one-out", description="how evaluation targets are chosen"
     )
-    valid_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: share of interactions that validate")
-    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: share of interactions that test")
+    valid_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: fraction of interactions for validation")
+    test_fraction: float = Field(0.1, gt=0, lt=0.5, description="temporal: fraction of interactions for testing")
     max_unknown_item_fraction: float = Field(
-        0.05, ge=0, le=1, description="stop above this share of events without an item"
+        0.05, ge=0, le=1, description="maximum fraction of interactions with unknown items"
     )
     seed: int = Field(0, ge=0, description="seed of shuffled ties")
 
-    unfingerprinted = frozenset(
-        {"max_unknown_item_fraction"}
-    )  # it stops the stage, and changes nothing that the stage writes
+    unfingerprinted = frozenset({"max_unknown_item_fraction"})  # a limit that does not affect the stage's output
 
 
 class Catalog:
-    """Reads a catalog artifact."""
+    """A catalog artifact; tables are read on first access."""
 
     def __init__(self, artifact: Artifact) -> None:
         if artifact.kind != "catalog":
@@ -80,11 +84,12 @@ class Catalog:
 
     @cached_property
     def items(self) -> pa.Table:
+        """items.parquet: one row per item, in the order of item ids."""
         return self.artifact.folder.read_table("items.parquet")
 
     @cached_property
     def titles(self) -> list[str]:
-        """What to show a person of each item: its title, else the beginning of its text, else its source id."""
+        """Display title of each item: its title, else the beginning of its text, else its source id."""
         columns = self.items.column_names
         texts = self.items["text"].to_pylist()
         titles = self.items["title"].to_pylist() if "title" in columns else [None] * len(texts)
@@ -93,21 +98,24 @@ class Catalog:
 
     @cached_property
     def source_ids(self) -> list[str]:
-        return self.items["source_id"].to_pylist()
+        """Original id of each item in the raw data."""
+        names: list[str] = self.items["source_id"].to_pylist()
+        return names
 
     @cached_property
     def histories(self) -> Histories:
+        """All users' histories."""
         return read_histories(self.artifact.folder)
 
 
 def make(
     config: CatalogConfig, items: Iterable[pa.RecordBatch], interactions: Iterable[pa.RecordBatch], folder: Folder
 ) -> dict[str, Any]:
-    """Applies the rules above, writes items.parquet, histories.parquet and profile.json; returns the profile.
+    """Apply the rules above, write items.parquet, histories.parquet and profile.json; return the profile.
 
     Raises:
-        DataError: no item or user is left, a text field does not exist, too many events have unknown items, or a split
-            by time leaves nobody to validate or test with.
+        DataError: no item or user is left, a text field does not exist, too many interactions have unknown items, or a
+            split by time leaves no validation or test users.
     """
     kept_items, duplicate_items = deduplicate_items(clean_batches(items, config.text_fields))
     fields = _fields(config.text_fields, kept_items.column_names)
@@ -124,10 +132,10 @@ def make(
         user, item, time = user[kept], item[kept], time[kept]
     if not len(user):
         raise DataError(
-            f"no user and item with {config.k_core} interactions each is left of {read:,} interactions; "
+            f"no user and item with {config.k_core} interactions each is left out of {read:,} interactions; "
             "lower catalog.k_core or use more data"
         )
-    item_kept, item = _dense(item)  # ids follow the order of source ids, in which the items are
+    item_kept, item = _dense(item)  # the items are sorted by source id
     dropped["items without interactions"] = int(kept_items.num_rows - len(item_kept))
     user_kept, user = _dense(user)
     with timed(f"order {size} of {len(user_kept):,} users"):
@@ -162,7 +170,7 @@ def make(
 
 
 def _fields(text_fields: list[str], columns: list[str]) -> list[str]:
-    """Finds the columns of text fields, which are named as they are in the raw files.
+    """Find the columns of text fields, which are named as in the raw files.
 
     Raises:
         DataError: there is no such field.
@@ -170,12 +178,12 @@ def _fields(text_fields: list[str], columns: list[str]) -> list[str]:
     found = [next((each for each in (field_name(name), name) if each in columns), None) for name in text_fields]
     missing = [name for name, column in zip(text_fields, found, strict=True) if column is None]
     if missing:
-        raise DataError(f"catalog.text_fields names {listed(missing)}; the items have {listed(columns)}")
+        raise DataError(f"catalog.text_fields contains {listed(missing)}; the items have {listed(columns)}")
     return [column for column in found if column is not None]
 
 
 def _add_text(items: pa.Table, text_fields: list[str]) -> pa.Table:
-    """Adds item_id, text, and category_leaf (the last name of an item's first category path)."""
+    """Add item_id, text, and category_leaf (the last name of an item's first category path)."""
     has_leaf = "categories" in items.column_names and "category_leaf" not in items.column_names
     texts: list[pa.Array] = []
     leaves: list[pa.Array] = []
@@ -219,9 +227,9 @@ def _leaf_category(value: Any) -> str | None:
 def _index_interactions(
     config: CatalogConfig, batches: Iterable[pa.RecordBatch], known_items: pa.ChunkedArray, dropped: dict[str, int]
 ) -> tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Numbers users (in the order of appearance) and items; drops events with unknown items (rule 2).
+    """Convert ids of users (in order of appearance) and items to indices; drop events with unknown items (rule 2).
 
-    Ids become numbers batch by batch, so that an event takes 16 bytes, however long its ids are.
+    Ids are converted batch by batch, so that an event takes 16 bytes, regardless of the length of its ids.
     """
     user_of: dict[str, int] = {}
     item_of = {name: row for row, name in enumerate(known_items.to_pylist())}
@@ -249,7 +257,7 @@ def _index_interactions(
         raise DataError(
             f"{unknown:,} of {read:,} interactions are with items that have no row among the items, such as "
             f"{unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}: do the files belong "
-            f"together? catalog.max_unknown_item_fraction = {config.max_unknown_item_fraction} allows fewer"
+            f"together? This exceeds catalog.max_unknown_item_fraction = {config.max_unknown_item_fraction}"
         )
     del item_of
     user, item = (np.concatenate([np.empty(0, np.int32), *each]) for each in (users, items))
@@ -257,7 +265,7 @@ def _index_interactions(
 
 
 def _dense(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Numbers the codes that occur from 0 on, in their order: (the codes, the new numbers)."""
+    """Renumber the codes that occur as 0, 1, ... in ascending order; return (these codes, the new numbers)."""
     occurs = np.bincount(codes) > 0
     return np.flatnonzero(occurs), (np.cumsum(occurs, dtype=np.int32) - 1)[codes]
 
@@ -265,7 +273,7 @@ def _dense(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDA
 def _in_order(
     config: CatalogConfig, user: npt.NDArray[np.int32], item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Rule 6. The order of events: by user, time, and ties; events are given in file order, and sorting is stable."""
+    """Return the order of events (rule 6): by user, time, `tie_break`. Events are in file order; sorting is stable."""
     if config.tie_break == "file":
         return np.lexsort((time, user))
     if config.tie_break == "id":
@@ -280,7 +288,7 @@ def _deduplicate_interactions(
     time: npt.NDArray[np.int64],
     dropped: dict[str, int],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Rule 3. Events stay in file order."""
+    """Apply rule 3, keeping file order."""
     order = np.lexsort((time, item, user))
     same = np.ones(max(len(order) - 1, 0), bool)
     for column in (user, item):
@@ -299,7 +307,7 @@ def _deduplicate_interactions(
 
 
 def _k_core(user: npt.NDArray[Any], item: npt.NDArray[Any], k: int) -> npt.NDArray[np.bool_]:
-    """Mask of the interactions of the largest part in which every user and every item has at least `k`."""
+    """Return the mask of the k-core: the largest subset in which every user and item has at least `k` interactions."""
     kept = np.ones(len(user), bool)
     while kept.any():
         rare_user = np.bincount(user[kept], minlength=user.max() + 1) < k
@@ -314,10 +322,10 @@ def _k_core(user: npt.NDArray[Any], item: npt.NDArray[Any], k: int) -> npt.NDArr
 def _split(
     config: CatalogConfig, offsets: npt.NDArray[np.int64], time: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rule 7. Absolute positions [U] where training and validation end."""
+    """Return the absolute positions [U] at which training and validation end (rule 7)."""
     begin, end = offsets[:-1], offsets[1:]
     if config.split == "leave-one-out":
-        enough = end - begin >= 3  # a shorter history only trains
+        enough = end - begin >= 3  # a shorter history is only for training
         return np.where(enough, end - 2, end), np.where(enough, end - 1, end)
     shares = [1 - config.valid_fraction - config.test_fraction, 1 - config.test_fraction]
     valid_from, test_from = np.quantile(time, shares, method="higher")
@@ -327,10 +335,10 @@ def _split(
 
 
 def _check_split(config: CatalogConfig, histories: Histories) -> None:
-    """Refuses a split by time without targets, which would train into nothing.
+    """Check that a split by time has validation and test targets.
 
     Raises:
-        DataError: nobody is left to validate or to test with.
+        DataError: no user is left for validation or for testing.
     """
     if config.split != "temporal":
         return

@@ -1,9 +1,8 @@
-"""Files by URL into a cache: progress, resume after a broken connection, size check, revalidation.
+"""Cached downloads: progress, resumption of interrupted transfers, size check, revalidation.
 
 Next to every file `NAME` the cache keeps `NAME.version.json` with the ETag and Last-Modified that the server sent. A
-transfer is resumed only if the server still has that version (`If-Range`), so that no file is put together from two
-versions. Of a file that is in the cache the server is asked whether it has changed. Without a network the file in the
-cache is used.
+transfer is resumed only if the server still has that version (`If-Range`), so that no file is assembled from two
+versions. A cached file is revalidated with the server; if the server cannot be reached, the cached file is used.
 """
 
 from __future__ import annotations
@@ -33,29 +32,30 @@ _CHUNK = 1 << 20
 _ATTEMPTS = 5
 _CONNECT_SECONDS, _CHECK_SECONDS = 60, 15
 _SAME_TRANSFER_SECONDS = (
-    600  # in which a server without versions is trusted to have the same file if its size is the same
+    600  # within which a server without ETag and Last-Modified is trusted to have the same file if the size is equal
 )
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$TIGER_CACHE`, else `~/.cache/tiger-on-ray`."""
+    """Return the folder of downloads: `$TIGER_CACHE`, else `~/.cache/tiger-on-ray`."""
     return Path(os.environ.get("TIGER_CACHE", "~/.cache/tiger-on-ray")).expanduser()
 
 
 def download(url: str, cache: Path | None = None, pause: float = 1.0) -> Path:
-    """Return the local copy of `url`, and fetch what is missing of it or has changed.
+    """Return the local copy of `url`, after downloading the bytes that are missing or have changed.
 
-    A broken transfer is resumed by an HTTP range request if the server still has the same version of the file;
-    otherwise, and from a server without ranges, the file is read again from its start. From a server that names no
-    versions a transfer is resumed for some minutes, if the size is the same. Processes that download one URL at the
-    same time wait for each other. A file that has changed replaces the old one as a whole.
+    An interrupted transfer is resumed by an HTTP range request if the server still has the same version of the file;
+    otherwise, or if the server does not support ranges, the download restarts. From a server that sends no ETag or
+    Last-Modified a transfer is resumed within ten minutes, if the size is the same. Processes that download one URL at
+    the same time wait for each other. A changed file replaces the old one atomically.
 
     Args:
+        url: an HTTP or HTTPS URL.
         cache: the folder to keep files in; `cache_folder()` by default.
         pause: seconds before the first retry, doubled each time.
 
     Raises:
-        DataError: the server refuses, cannot be reached, or keeps sending less than it announced.
+        DataError: the server rejects the request, cannot be reached, or keeps sending less than it announced.
         StorageError: the cache cannot be written.
     """
     name = Path(urllib.parse.urlparse(url).path).name.strip(".") or "download"
@@ -68,9 +68,9 @@ def download(url: str, cache: Path | None = None, pause: float = 1.0) -> Path:
 
 @contextlib.contextmanager
 def _alone(lock: Path, url: str) -> Iterator[None]:
-    """Hold a lock that ends with the process; wait for a process that holds it."""
+    """Hold a lock that is released when the process exits; wait for a process that holds it."""
     with _in_cache(lock), lock.open("ab"):
-        pass  # to tell a folder that cannot be written from what fails below
+        pass  # distinguishes an unwritable folder from the failures below
     with lock.open("ab") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,17 +78,17 @@ def _alone(lock: Path, url: str) -> Iterator[None]:
             log.info("download: another process is downloading %s; waiting for it", url)
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         except OSError as error:
-            log.warning("download: %s cannot be locked (%s); let no other process download %s now", lock, error, url)
+            log.warning("download: %s cannot be locked (%s); do not download %s in another process", lock, error, url)
         yield
 
 
 @contextlib.contextmanager
 def _in_cache(path: Path) -> Iterator[None]:
-    """Tell errors of the cache's disk from those of the connection, which are tried again."""
+    """Convert errors of the cache's disk, to distinguish them from connection errors, which are retried."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: {explain(error, False)} (TIGER_CACHE names the folder of downloads)") from error
+        raise StorageError(f"{path}: {explain(error, False)} (TIGER_CACHE sets the folder of downloads)") from error
 
 
 def _download(url: str, target: Path, pause: float) -> Path:
@@ -104,10 +104,10 @@ def _download(url: str, target: Path, pause: float) -> Path:
             total = _fetch(url, partial)
         except urllib.error.HTTPError as error:
             reason = f"the server answered {error.code} {error.reason}"
-            if error.code == 416:  # the partial file is longer than the file: it belongs to another version
+            if error.code == 416:  # the partial file is longer than the file, so it belongs to another version
                 _remove(partial)
             elif error.code < 500 and error.code != 429:
-                raise DataError(f"{url}: {reason}; check the address, or download it by hand") from None
+                raise DataError(f"{url}: {reason}; check the URL, or download the file manually") from None
         except StorageError:
             raise
         except (OSError, HTTPException) as error:
@@ -118,14 +118,14 @@ def _download(url: str, target: Path, pause: float) -> Path:
                 partial.replace(target)  # before its version: a kill between the two costs one more transfer
                 _version_file(partial).replace(_version_file(target))
                 return target
-            reason = f"{size:,} of {total:,} bytes came"
+            reason = f"received {size:,} of {total:,} bytes"
             if size > total:
                 _remove(partial)
-    raise DataError(f"{url}: {reason}, {_ATTEMPTS} times; what came is kept, run the same command again to go on")
+    raise DataError(f"{url}: {reason}, {_ATTEMPTS} times; the partial download is kept, rerun to resume")
 
 
 def _has_changed(url: str, target: Path, method: str = "HEAD") -> bool:
-    """Ask the server whether it has another version than the one in the cache."""
+    """Return whether the server has another version than the cached one; False if the server cannot be asked."""
     version = _read_version(target)
     asked = {"If-None-Match": version.get("etag"), "If-Modified-Since": version.get("last_modified")}
     request = _request(url, asked, method)
@@ -137,15 +137,15 @@ def _has_changed(url: str, target: Path, method: str = "HEAD") -> bool:
         if error.code == 304:
             log.info("download: %s is in the cache and has not changed (%s)", url, target)
         elif method == "HEAD" and error.code in (403, 405, 501) and any(asked.values()):
-            return _has_changed(url, target, "GET")  # of whose answer only the headers are read
+            return _has_changed(url, target, "GET")  # only the headers of the response are read
         else:
             log.warning(
-                "download: whether %s has changed is not known (the server answered %d %s); the file in the cache is "
-                "used (%s)", url, error.code, error.reason, target,
+                "download: cannot check whether %s has changed (the server answered %d %s); using the cached file "
+                "(%s)", url, error.code, error.reason, target,
             )  # fmt: skip
         return False
     except (OSError, HTTPException) as error:
-        log.warning("download: %s cannot be reached (%s); the file in the cache is used (%s)", url, error, target)
+        log.warning("download: %s cannot be reached (%s); using the cached file (%s)", url, error, target)
         return False
     known = {key: value for key, value in now.items() if value and version.get(key)}
     key = "etag" if "etag" in known else "last_modified" if "last_modified" in known else None
@@ -160,7 +160,7 @@ def _has_changed(url: str, target: Path, method: str = "HEAD") -> bool:
 
 
 def _fetch(url: str, partial: Path) -> int | None:
-    """Append to `partial` what is missing of it; return the file's announced size, if any."""
+    """Append the missing bytes to `partial`; return the file's announced size, if any."""
     have = partial.stat().st_size if partial.exists() else 0
     version = _read_version(partial)
     unchanged = _strong(version)
@@ -174,15 +174,15 @@ def _fetch(url: str, partial: Path) -> int | None:
         length = response.headers.get("Content-Length")
         total = int(length) + (have if resumed else 0) if length else None
         if resumed and not _continues(response.headers.get("Content-Range"), have):
-            raise OSError("the server sent another part of the file than was asked for")
+            raise OSError("the server sent another byte range than requested")
         is_other = _strong(now) not in (None, unchanged) or str(total) != (version.get("total") or str(total))
-        if resumed and is_other:  # a server that does not know If-Range
+        if resumed and is_other:  # a server without support for If-Range
             _remove(partial)
             raise OSError("the file has changed on the server")
         name = partial.name.removesuffix(".partial")
         if not resumed:
             if have:
-                log.info("download: %s is read from its start: the server has another version, or does not resume", url)
+                log.info("download: restarting %s: the server has another version, or does not support ranges", url)
             _remove(partial)
             with _in_cache(partial):
                 _version_file(partial).write_text(json.dumps(now | {"total": None if total is None else str(total)}))
@@ -207,7 +207,7 @@ def _version_of(headers: Any) -> dict[str, str | None]:
 
 
 def _strong(version: dict[str, str | None]) -> str | None:
-    """Return what identifies a version byte by byte: a weak ETag (`W/...`) does not."""
+    """Return the strong validator of a version: its ETag unless it is weak (`W/...`), else Last-Modified."""
     etag = version.get("etag")
     return etag if etag and not etag.startswith("W/") else version.get("last_modified")
 

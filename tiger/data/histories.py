@@ -13,21 +13,21 @@ import pyarrow.compute as pc
 from tiger.core.storage import Folder
 
 CHUNK_EVENTS = 1 << 30
-"""Events in one chunk of histories.parquet's lists, which have room for 2^31 of them."""
+"""Events per chunk of the lists in histories.parquet; a chunk is limited to 2^31 events."""
 
 Split = Literal["valid", "test"]
 
 
 @dataclass(frozen=True)
 class Histories:
-    """All users' items in time order, back to back; user u owns positions offsets[u] to offsets[u + 1].
+    """All users' items in time order, in CSR layout: user u's items are items[offsets[u] : offsets[u + 1]].
 
     Attributes:
-        source_ids: names of the users in the raw data, [U].
+        source_ids: original ids of the users in the raw data, [U].
         offsets: int64 [U + 1].
-        items: int32, item ids.
-        train_end, valid_end: int64 [U], absolute positions: training items lie in [offsets[u], train_end[u]),
-            validation targets in [train_end[u], valid_end[u]), test targets in [valid_end[u], offsets[u + 1]).
+        items: int32 [E], item ids.
+        train_end, valid_end: int64 [U], absolute positions: training items are items[offsets[u] : train_end[u]],
+            validation items[train_end[u] : valid_end[u]], test items[valid_end[u] : offsets[u + 1]].
     """
 
     source_ids: list[str]
@@ -40,10 +40,11 @@ class Histories:
         return len(self.offsets) - 1
 
     def of(self, user: int) -> npt.NDArray[np.int32]:
+        """Return all items of a user, int32."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     def training_examples(self) -> int:
-        """Number of (prefix, next item) pairs inside the training part."""
+        """Return the number of (prefix, next item) pairs in the training splits."""
         return int(np.maximum(self.train_end - self.offsets[:-1] - 1, 0).sum())
 
     def training_targets(self) -> npt.NDArray[np.int32]:
@@ -59,7 +60,7 @@ class Histories:
         return np.bincount(self.items[inside], minlength=num_items)
 
     def evaluation(self, split: Split) -> EvalSplit:
-        """The users with a target in `split`; a target is the first item of the split, its history all before it."""
+        """Return the users with a target in `split`: its first item; the history is all items before it."""
         begin = self.train_end if split == "valid" else self.valid_end
         end = self.valid_end if split == "valid" else self.offsets[1:]
         users = np.flatnonzero((end > begin) & (begin > self.offsets[:-1]))
@@ -80,13 +81,16 @@ class EvalSplit:
         return len(self.users)
 
     def histories(self) -> list[npt.NDArray[np.int32]]:
+        """Return the history of each row, int32."""
         return [self.items[b:e] for b, e in zip(self.begin, self.end, strict=True)]
 
     def take(self, rows: npt.NDArray[np.int64]) -> EvalSplit:
+        """Return the given rows."""
         return EvalSplit(self.users[rows], self.begin[rows], self.end[rows], self.targets[rows], self.items)
 
 
 def read_histories(folder: Folder) -> Histories:
+    """Read histories.parquet from a catalog's folder."""
     table = folder.read_table("histories.parquet")
     lists = table["items"]
     lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
@@ -101,6 +105,7 @@ def read_histories(folder: Folder) -> Histories:
 
 
 def history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table:
+    """Return the table of histories.parquet: one row per user; `time` is in microseconds since 1970, int64 [E]."""
     begin = histories.offsets[:-1]
     return pa.table(
         {
@@ -115,7 +120,7 @@ def history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table
 
 
 def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.ChunkedArray:
-    """Return values[offsets[u] : offsets[u + 1]] for every user u, in chunks whose offsets have 32 bits."""
+    """Return values[offsets[u] : offsets[u + 1]] for every user u, in chunks small enough for 32-bit offsets."""
     chunks: list[pa.Array] = []
     first, users = 0, len(offsets) - 1
     while first < users or not chunks:

@@ -50,7 +50,7 @@ def _missing_and_distinct(column: pa.ChunkedArray) -> dict[str, int]:
             else:
                 distinct.add(
                     hash(json.dumps(value, sort_keys=True, default=str))
-                )  # the texts themselves take gigabytes
+                )  # hashes, because the texts themselves take gigabytes
     return {"missing": missing, "distinct": len(distinct)}
 
 

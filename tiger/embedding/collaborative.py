@@ -89,7 +89,9 @@ def fit_fusion(config: CollaborativeConfig, embeddings: Folder, histories: Histo
     """Learn how to fuse text embeddings with the training parts of histories; nothing later is read.
 
     Args:
+        config: weight, rank, window and penalties.
         embeddings: a folder of text embeddings. They are read shard by shard, twice.
+        histories: users' items; only their training parts are read.
     """
     num_items, text_sum = 0, np.zeros(1)
     for _, text in vector_shards(embeddings):

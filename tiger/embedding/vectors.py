@@ -21,7 +21,7 @@ from tiger.core.storage import Folder
 log = logging.getLogger(__name__)
 
 
-_SAMPLED_FILES = 64  # of which `sample_embeddings` reads rows; more if they are small
+_SAMPLED_FILES = 64  # files from which `sample_embeddings` reads rows; more if they are small
 
 
 _RECORDED = ("precision", "precision_speedup")
@@ -31,7 +31,7 @@ def precision_figures(folder: Folder) -> dict[str, Any]:
     """Return `precision` of all shards, read from their footers, for the manifest.
 
     Returns:
-        {"precision": "bfloat16", "precision_speedup": 1.83}, the second if it was measured and is the same everywhere;
+        {"precision": "bfloat16", "precision_speedup": 1.83}, the latter if it was measured and is equal in all shards;
         {"precision": {"bfloat16": 11, "float32": 1}} if shards differ. Shards without a record count as "unknown".
     """
     shards = [pq.read_metadata(folder.join(name), filesystem=folder.filesystem).metadata for name in _files(folder)]
@@ -46,12 +46,12 @@ def precision_figures(folder: Folder) -> dict[str, Any]:
 
 
 def unusable(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Rows that hold NaN, infinity, or nothing but zeros."""
+    """Return the indices of rows that contain NaN or infinity, or only zeros, int64."""
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1))
 
 
 def load_embeddings(folder: Folder) -> Tensor:
-    """Embeddings float32 [N, d], row = item_id; one file after the other, so that no second copy of all is ever held.
+    """Read embeddings float32 [N, d], row = item_id; one file at a time, to bound memory to about one copy.
 
     Raises:
         ArtifactError: a column is missing, or the item ids are not 0 .. N-1, each once.
@@ -79,23 +79,24 @@ def vector_shards(folder: Folder) -> Iterator[tuple[npt.NDArray[np.int64], npt.N
 
 
 def count_embeddings(folder: Folder) -> int:
-    """How many there are, without reading them.
+    """Return the number of embeddings, reading only the item ids.
 
     Raises:
-        ArtifactError: there are none, or as of `load_embeddings`.
+        ArtifactError: there are none, a column is missing, or the item ids are not 0 .. N-1, each once.
     """
     items = np.sort(
         np.concatenate([np.asarray(_columns(folder, name, "item_id")["item_id"]) for name in _files(folder)])
     )
     if not np.array_equal(items, np.arange(len(items))):
-        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or doubled; delete the folder")
+        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or duplicated; delete the folder")
     return len(items)
 
 
 def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
-    """Return at most `at_most` embeddings float32 [n, d] from all over the catalog: every n-th row of up to 64 files at
-    even distances, the first and the last among them; of more if these do not hold enough. Memory does not grow with
-    the catalog.
+    """Return at most `at_most` embeddings float32 [n, d], evenly spaced over the catalog.
+
+    Every n-th row of up to 64 evenly spaced files, including the first and the last, is read; of more files if these do
+    not contain enough rows. Memory does not grow with the catalog.
     """
     files = _files(folder)
     first = _columns(folder, files[0], "vector")
@@ -114,7 +115,7 @@ def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
 def _files(folder: Folder) -> list[str]:
     files = [name for name in folder.files() if name.startswith("vectors/") and name.endswith(".parquet")]
     if not files:
-        raise ArtifactError(f"{folder.uri}/vectors holds no file; delete the folder")
+        raise ArtifactError(f"{folder.uri}/vectors contains no file; delete the folder")
     return files
 
 
@@ -126,6 +127,6 @@ def _columns(folder: Folder, file: str, *names: str) -> pa.Table:
 
 
 def matrix(table: pa.Table) -> Tensor:
-    """The column `vector`, lists of equal length, as float32 [rows, d]."""
+    """Return the column `vector`, lists of equal length, as float32 [rows, d]."""
     lists = table["vector"].combine_chunks()
     return torch.from_numpy(np.asarray(lists.flatten()).reshape(len(table), -1).astype(np.float32))

@@ -1,11 +1,11 @@
 """Check the health of every stage of a finished run against its thresholds.
 
-Collapse comes silently from upstream: a broken reader leaves identical texts, identical texts give identical
-embeddings, identical embeddings one code for all. So each stage is held to thresholds of its own, and the pipeline
+Representation collapse propagates silently downstream: a broken reader produces identical texts, identical texts give
+identical embeddings, and identical embeddings get one code. So each stage checks its own thresholds, and the pipeline
 stops at the first one that fails, with the likely cause.
 
-`tiger check RUN` prints the whole table of a finished run; RUN is any of its artifacts, or the folder that holds them,
-whose newest artifact is taken.
+`tiger check RUN` prints all checks and metrics of a finished run; RUN is any of its artifacts, or the folder that
+contains them, of which the last evaluated run is checked.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Check:
-    """One figure held against one threshold.
+    """Comparison of one metric with one threshold.
 
     Attributes:
-        at_least: the threshold; with `upper` the figure must not be above it.
-        cause: what most likely went wrong upstream where the check fails.
+        stage: kind of the artifact.
+        name: name of the metric.
+        value: value of the metric.
+        threshold: minimum of the metric; its maximum if `upper` is set.
+        cause: the likely cause upstream of a failed check.
+        upper: whether the threshold is an upper bound.
     """
 
     stage: str
@@ -48,44 +52,43 @@ class Check:
 
     @property
     def healthy(self) -> bool:
+        """Whether the check passes."""
         return self.value <= self.threshold if self.upper else self.value >= self.threshold
 
     def record(self) -> dict[str, Any]:
+        """Return the check as a record for the manifest."""
         return asdict(self) | {"healthy": self.healthy}
 
 
 def require(checks: Sequence[Check]) -> list[dict[str, Any]]:
-    """The checks as records for the manifest.
+    """Return the checks as records for the manifest, if all of them pass.
 
     Raises:
-        HealthError: one fails; names the stage, the figure, the threshold and the likely cause.
+        HealthError: one fails; names the stage, the metric, the threshold and the likely cause.
     """
     for check in checks:
         if not check.healthy:
             bound = "at most" if check.upper else "at least"
             raise HealthError(
                 f"{check.stage} is unhealthy: {check.name} is {check.value:.4g}, {bound} {check.threshold:.4g} is "
-                f"needed; likely cause: {check.cause}"
+                f"required; likely cause: {check.cause}"
             )
     return [check.record() for check in checks]
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
-
-
-# --- verdicts ---------------------------------------------------------------------------------------------------
+# --- checks by stage ----------------------------------------------------------------------------------------------
 
 
 _NO_VALIDATION = (
-    "no history is long enough to be split; with catalog.split = temporal, both moments are the same because times are "
-    "too coarse: use finer times, other catalog.valid_fraction and catalog.test_fraction, or leave-one-out"
+    "no history is long enough to be split; with catalog.split = temporal, both split times are equal because times "
+    "are too coarse: use finer times, other catalog.valid_fraction and catalog.test_fraction, or leave-one-out"
 )
 
 
 def check_catalog(profile: dict[str, Any]) -> list[Check]:
-    """Texts and titles must differ, and few texts may be empty."""
+    """Check that texts and titles differ, few texts are empty, and there are examples for all splits."""
     items, columns = profile["items"], profile["columns"]
-    parsing = "the reader found none of the fields it knows: look at the fields of the raw files and at text_fields"
+    parsing = "the reader found none of the expected fields: check the fields of the raw files and text_fields"
     checks = [
         Check("catalog", "share of distinct texts", columns["text"]["distinct"] / items, 0.5, parsing),
         Check("catalog", "share of empty texts", columns["text"]["missing"] / items, 0.05, parsing, upper=True),
@@ -101,7 +104,7 @@ def check_catalog(profile: dict[str, Any]) -> list[Check]:
 
 
 def check_embeddings(vectors: npt.NDArray[np.float32]) -> list[Check]:
-    """Embeddings must lie apart; vectors shorter than 1 are judged as if that was their length."""
+    """Check that embeddings are not collapsed; if their root mean square norm is below 1, they are scaled to 1."""
     cause = "the texts are alike (see the catalog's checks), or the model is not a sentence encoder"
     length = float(np.sqrt(np.square(vectors, dtype=np.float64).sum(axis=1).mean()))
     if 0 < length < 1:
@@ -116,10 +119,10 @@ def check_embeddings(vectors: npt.NDArray[np.float32]) -> list[Check]:
 
 
 def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], codebook_size: int) -> list[Check]:
-    """EncodedTexts vectors must lie apart, and codes must be used and tell items apart."""
+    """Check that latents are not collapsed, codebooks are used, and codes distinguish items."""
     figures = code_metrics(codes, codebook_size)
-    encoder = "the encoder maps all items to one point: a lower learning rate, a shallower encoder, or less dropout"
-    quantizer = "the codebook collapsed: look at the embeddings' checks, then lower the learning rate"
+    encoder = "the encoder maps all items to one point: try a lower learning rate, a shallower encoder, or less dropout"
+    quantizer = "the codebook collapsed: check the embeddings' checks, then lower the learning rate"
     checks = [
         Check("tokenizer", "distance of encoded vectors", pairwise_distance(latents), 0.1, encoder),
         Check("tokenizer", "share of distinct code tuples", figures["unique_ratio"], 0.25, quantizer),
@@ -132,21 +135,24 @@ def check_tokenizer(latents: npt.NDArray[np.float32], codes: npt.NDArray[Any], c
 
 
 def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
-    """The collision level is for exceptions."""
+    """Check that at most half of the items need a collision code."""
     share = float((collisions > 0).mean())
     cause = "too few codes for the catalog: more tokenizer.num_levels or a larger tokenizer.codebook_size"
     return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
 
 
 def popularity_recall(histories: Histories, validation_users: int, seed: int, cutoff: int = 10) -> tuple[float, int]:
-    """Return Recall of the items most frequent in training, on the users that choose the model, and how many these are.
+    """Return Recall of the most popular items on the validation users of the model, and the number of these users.
 
     Args:
-        validation_users, seed: `model.training.validation_users` and `model.seed`, which say what users these are.
+        histories: all users' histories.
+        validation_users: `model.training.validation_users`, the maximum number of users.
+        seed: `model.seed`, which determines the sample of users.
+        cutoff: number of most popular items in training.
     """
     users = histories.evaluation("valid")
     users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
-    edges = np.zeros(len(histories.items) + 1, np.int64)  # +1 where a training part begins, -1 after its end
+    edges = np.zeros(len(histories.items) + 1, np.int64)  # +1 at the beginning of a training split, -1 after its end
     np.add.at(edges, histories.offsets[:-1], 1)
     np.add.at(edges, histories.train_end, -1)
     counts = np.bincount(histories.items[np.cumsum(edges[:-1]) > 0])
@@ -157,35 +163,35 @@ def popularity_recall(histories: Histories, validation_users: int, seed: int, cu
 def check_model(
     best_recall: float, uniform_recall: float, popularity: float | None = None, users: int | None = None
 ) -> list[Check]:
-    """The trained model must beat guessing on validation, and reach what the most popular items reach there.
+    """Check that the trained model is better than chance and not worse than popularity on validation.
 
-    A small catalog is easily guessed, and on few users chance moves Recall: with fewer than 100 items the model must
-    only not be much worse than guessing, and it may miss popularity's Recall by twice its standard error.
+    In a small catalog chance level is high, and with few users Recall is noisy: with 100 items or fewer the model must
+    only reach half of chance level, and it may be below popularity's Recall by twice its standard error.
 
     Args:
         best_recall: Recall@10 of the model.
-        uniform_recall: the share of the catalog that a list of 10 items is.
+        uniform_recall: Recall@10 of random lists: 10 divided by the number of items.
         popularity: Recall@10 of the most popular items on the same users.
-        users: how many these are.
+        users: number of these users.
     """
-    cause = "training diverged or stopped too early: look at the loss curve, lower model.training.learning_rate"
+    cause = "training diverged or stopped too early: check the loss curve, lower model.training.learning_rate"
     needed = 1.5 if uniform_recall < 0.1 else 0.5
     checks = [Check("model", "validation Recall@10 / that of guessing", best_recall / uniform_recall, needed, cause)]
     if popularity is not None:
         error = np.sqrt(popularity * (1 - popularity) / users) if users else 0.0
-        least = max(0.0, popularity - 2 * float(error))
+        minimum = max(0.0, popularity - 2 * float(error))
         name = "validation Recall@10 (popularity's, minus twice its error)"
-        checks.append(Check("model", name, best_recall, least, cause))
+        checks.append(Check("model", name, best_recall, minimum, cause))
     return checks
 
 
 def invalid(items: npt.NDArray[Any], n_items: int) -> int:
-    """Places of lists, padded with -1, that hold no item of the catalog."""
+    """Return the number of slots of lists, padded with -1, whose value is not an item of the catalog."""
     return int(((items >= n_items) | (items < -1)).sum())
 
 
 def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> list[Check]:
-    """Every recommendation must be a real item, no list may repeat one, and not all users may get the same list."""
+    """Check that all recommendations are valid items without repetitions, and that users get different lists."""
     top = items[:, :cutoff]
     wrong, ordered = invalid(top, n_items), np.sort(top, axis=1)
     repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
@@ -199,24 +205,24 @@ def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 1
     ]
 
 
-# --- the table --------------------------------------------------------------------------------------------------
+# --- report -----------------------------------------------------------------------------------------------------
 
 
 def table(artifact: Artifact) -> str:
-    """All checks and figures of an artifact and of everything it was made from, in the order of the stages."""
-    lines = [f"{'stage':<16} {'check':<46} {'value':>12} {'threshold':>14}  verdict"]
+    """Format all checks and metrics of an artifact and its ancestors, in the order of the stages."""
+    lines = [f"{'stage':<16} {'check':<46} {'value':>12} {'threshold':>14}  status"]
     figures = []
     for part in artifact.lineage():
         for check in part.health:
             bound = ("<= " if check["upper"] else ">= ") + f"{check['threshold']:.4g}"
-            verdict = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
-            lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {verdict}")
+            status = "healthy" if check["healthy"] else f"UNHEALTHY: {check['cause']}"
+            lines.append(f"{check['stage']:<16} {check['name']:<46} {check['value']:>12.4g} {bound:>14}  {status}")
         figures += [f"{part.kind:<16} {name:<46} {value:>12}" for name, value in _flat(part.metrics)]
-    return "\n".join([*lines, "", f"{'stage':<16} {'figure':<46} {'value':>12}", *figures])
+    return "\n".join([*lines, "", f"{'stage':<16} {'metric':<46} {'value':>12}", *figures])
 
 
 def _newest_run(root: str) -> Artifact:
-    """The last run that was evaluated; where there is none, the last artifact of any kind."""
+    """Return the metrics of the last evaluated run; if there are none, the last artifact of any kind."""
     try:
         return newest(root, "evaluation")
     except ArtifactError:
@@ -232,7 +238,7 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; exit code 6 where a check fails."""
+    """Print all checks and metrics; return the exit code, 6 if a check fails."""
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2

@@ -14,7 +14,7 @@ _SAMPLE_PAIRS = 20_000
 
 
 def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
-    """Mean Euclidean distance of random pairs of different rows."""
+    """Return the mean Euclidean distance of random pairs of different rows of vectors [N, d]."""
     random = np.random.default_rng(seed)
     first = random.integers(0, len(vectors), _SAMPLE_PAIRS)
     second = (first + random.integers(1, max(2, len(vectors)), _SAMPLE_PAIRS)) % len(vectors)
@@ -22,14 +22,14 @@ def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
 
 
 def code_metrics(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) -> dict[str, float]:
-    """Usage, perplexity and distinct prefixes of every level, and the share of distinct tuples.
+    """Return codebook utilization, perplexity and distinct prefixes of every level, and the fraction of unique tuples.
 
-    unique@l is the number of distinct prefixes of l codes per item, unique_ratio that of all L codes. usage@l is the
-    share of the level's codes that any item has; perplexity@l is exp(entropy) of the codes' frequencies, the number of
-    codes that a level with even use would need for the same entropy.
+    unique@l is the number of distinct prefixes of l codes divided by the number of items, unique_ratio that of all L
+    codes. usage@l is the codebook utilization: the fraction of the level's codes that any item has. perplexity@l is
+    exp(entropy) of the codes' frequencies, the effective number of codes.
 
     Args:
-        codes: [N, L], the collision level left out.
+        codes: [N, L], without the collision level.
         codebook_size: number of codes of all levels, or of each.
     """
     sizes = [codebook_size] * codes.shape[1] if isinstance(codebook_size, int) else codebook_size
@@ -46,20 +46,20 @@ def code_metrics(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) ->
 def nearest_neighbors(
     vectors: npt.NDArray[np.float32], k: int = 10, sample: int = 1000, seed: int = 0
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Items int64 [S] drawn by seed, and the k items nearest to each by cosine, [S, k], itself left out."""
-    drawn = np.random.default_rng(seed).permutation(len(vectors))[:sample]
+    """Return randomly sampled items int64 [S], and the k nearest other items of each by cosine, int64 [S, k]."""
+    items = np.random.default_rng(seed).permutation(len(vectors))[:sample]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    similarity = unit[drawn] @ unit.T
-    similarity[np.arange(len(drawn)), drawn] = -np.inf
-    return drawn, np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+    similarity = unit[items] @ unit.T
+    similarity[np.arange(len(items)), items] = -np.inf
+    return items, np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
 
 
 def neighbor_prefix_agreement(
     codes: npt.NDArray[Any], neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 ) -> dict[str, float]:
-    """overlap@l: of an item's nearest neighbors in embedding space, the share with the same first l codes.
+    """Return overlap@l: the fraction of an item's nearest neighbors in embedding space with the same first l codes.
 
-    Uniqueness alone can be bought with noise; codes that keep neighbors together cannot.
+    High uniqueness can come from noise; neighbor agreement cannot.
     """
     items, nearest = neighbors
     same = np.cumprod(codes[nearest] == codes[items][:, None], axis=2).mean(axis=(0, 1))
@@ -67,18 +67,23 @@ def neighbor_prefix_agreement(
 
 
 def gini(counts: npt.NDArray[np.integer]) -> float:
-    """Gini coefficient of how often codes are used: 0 where all are used equally, towards 1 where one has all."""
+    """Return the Gini coefficient of the codes' frequencies: 0 if they are uniform, close to 1 if one code has all."""
     ordered, n = np.sort(counts).astype(np.float64), len(counts)
     return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
 
 
 def category_agreement(codes: npt.NDArray[np.integer], categories: list[str | None], depth: int) -> tuple[float, float]:
-    """How often the items that share a prefix share a category.
+    """Return how often items with the same prefix have the same category.
+
+    Args:
+        codes: [N, L].
+        categories: [N], None for an item without one.
+        depth: number of codes of the prefix.
 
     Returns:
-        of two different items with the same first `depth` codes, the chance that their categories are equal; and the
-        same of any two items, which is what codes that mean nothing would reach. Items without a category, and prefixes
-        with one item, do not count; NaN where nothing is left.
+        The probability that two different items with the same first `depth` codes have the same category; and that of
+        any two items, the level that random codes would reach. Items without a category, and prefixes with one item,
+        are ignored; NaN if no pair is left.
     """
     known = np.array([category is not None for category in categories])
     labels = np.unique([category for category in categories if category is not None], return_inverse=True)[1]

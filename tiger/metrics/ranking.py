@@ -1,7 +1,7 @@
 """Ranking metrics on arrays, at item level, with confidence intervals over users.
 
-With one target a user, Recall@K is the share of users whose target is among the first K (the same as the hit rate),
-NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, MRR@K is 1 / rank likewise.
+With one target per user, Recall@K is the fraction of users whose target is in the top K (equal to the hit rate),
+NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, and MRR@K is 1 / rank likewise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _RESAMPLES = 1000
 
 
 def target_ranks(items: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Rank from 1 of each user's target in the user's list, 0 where it is not there.
+    """Return the rank from 1 of each user's target in the user's list, int64 [U]; 0 if it is not in the list.
 
     Args:
         items: [U, K] recommended items, best first, padded with -1.
@@ -27,7 +27,7 @@ def target_ranks(items: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDAr
 
 
 def ranking(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
-    """Recall, NDCG and MRR at every cutoff, each the mean over users.
+    """Return Recall, NDCG and MRR at every cutoff, averaged over users.
 
     Raises:
         ValueError: there is no user.
@@ -38,9 +38,9 @@ def ranking(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS) ->
 def confidence(
     ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of `ranking` by the percentile bootstrap over users, 1,000 resamples."""
+    """Return 95% confidence intervals of `ranking` by the percentile bootstrap over users, with 1,000 resamples."""
     values = _per_user(ranks, cutoffs)
-    # Users of one rank are alike: a resample is a multinomial draw over the distinct ranks.
+    # Users with equal ranks are exchangeable, so a resample is a multinomial draw over the distinct ranks.
     _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
     intervals = {}
@@ -56,21 +56,24 @@ def paired_difference(
     cutoffs: tuple[int, ...] = CUTOFFS,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
-    """How much better one run is than another on the same users: (difference, and its 95 % interval).
+    """Return how much better one run is than another on the same users: (difference, bounds of its 95% interval).
 
-    Users are resampled, and both runs' figures of a user with them: what makes a user hard is in both and cancels, so
-    the interval is narrower than the two runs' own.
+    Users are resampled together with the metrics of both runs (paired bootstrap): per-user difficulty cancels, so the
+    interval is narrower than the intervals of the two runs.
 
     Args:
-        ranks, other: [U] of the same users in the same order.
+        ranks: [U] of the first run.
+        other: [U] of the second run, for the same users in the same order.
+        cutoffs: cutoffs of the metrics.
+        seed: seed of the resamples.
 
     Raises:
-        ValueError: they are not of equally many users.
+        ValueError: the numbers of users differ.
     """
     if len(ranks) != len(other):
         raise ValueError(f"a paired comparison needs the same users: {len(ranks)} and {len(other)}")
     mine, theirs = _per_user(ranks, cutoffs), _per_user(other, cutoffs)
-    # Users of one pair of ranks are alike, as in `confidence`.
+    # Users with equal pairs of ranks are exchangeable, as in `confidence`.
     _, first, counts = np.unique(np.stack([ranks, other]), axis=1, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
     differences = {}
@@ -84,10 +87,13 @@ def paired_difference(
 def by_group(
     ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple[int, ...], cutoff: int = 10
 ) -> dict[str, dict[str, float]]:
-    """Users and Recall of groups of users: those with a value up to the first edge, up to the second, ..., above.
+    """Return size and Recall of groups of users: those with a value up to the first edge, up to the second, ..., above.
 
     Args:
-        values: [U], the length of the user's history or how often the target was bought in training.
+        ranks: [U], see `target_ranks`.
+        values: [U], such as the length of the user's history or the target's number of training interactions.
+        edges: ascending upper bounds of the groups, inclusive.
+        cutoff: cutoff of Recall.
     """
     groups = np.searchsorted(np.array(edges), values, side="left")
     names = [f"{low + 1} to {high}" for low, high in zip((-1, *edges[:-1]), edges, strict=True)] + [f"over {edges[-1]}"]
@@ -113,7 +119,7 @@ def _per_user(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...]) -> dict[st
 
 
 def coverage(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> dict[str, float]:
-    """How many different items the first `cutoff` places of all users show, and their share of the catalog."""
+    """Return the number of distinct items in all users' top `cutoff`, and their fraction of the catalog."""
     shown = np.unique(items[:, :cutoff])
     distinct = int((shown >= 0).sum())
     return {f"distinct@{cutoff}": distinct, f"coverage@{cutoff}": distinct / n_items}
@@ -122,12 +128,13 @@ def coverage(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> dict[st
 def popular_item_fraction(
     items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int = 10, share: float = 0.1
 ) -> float:
-    """Of the first `cutoff` places of all users, the part that shows one of the most popular items.
+    """Return the fraction of popular items in all users' top `cutoff`.
 
     Args:
         items: [U, K], padded with -1.
         counts: [N] interactions of every item in training.
-        share: part of the catalog that counts as popular; of equals the lower id.
+        cutoff: number of items per user to consider.
+        share: fraction of the catalog that is considered popular; ties are broken by item id.
     """
     order = np.lexsort((np.arange(len(counts)), -counts))
     popular = np.zeros(len(counts), bool)

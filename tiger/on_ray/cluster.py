@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster that is there, or a local one; what it offers; and what it lacks, before work begins."""
+"""Connection to a Ray cluster or a local Ray, inspection of its nodes, and preflight checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiger.on_ray.placement import Bundle, Cluster, Fit
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("ray", "torch", "pyarrow", "numpy", "sentence-transformers")
-_LEAST_DISK, _LEAST_STORE = 1 << 30, 75 << 20  # bytes; Ray itself asks for 75 MiB of object store
+_MIN_DISK, _MIN_STORE = 1 << 30, 75 << 20  # bytes; Ray itself requires 75 MiB of object store
 _ANSWER_SECONDS = 120
 _REACHABLE_SECONDS = 20
 _REPORT_SECONDS = 30
@@ -46,10 +46,10 @@ _UNSAFE = (
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse switches under which reading a Parquet file or a checkpoint would run code that is in it.
+    """Reject environment variables that enable code execution when reading data.
 
     Raises:
-        SecurityError: one is on; names it.
+        SecurityError: one is set; names it.
     """
     for name in _UNSAFE:
         if environment.get(name, "").lower() not in ("", "0", "false"):
@@ -59,16 +59,16 @@ def check_environment(environment: Mapping[str, str]) -> None:
 def connect(storage: Folder | None = None) -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a Ray job), or one started on this machine, or start a local one.
 
-    A local cluster counts two CPUs more than the machine has, for tasks that mostly wait while actors compute.
+    A local cluster has two CPUs more than the machine, for tasks that mostly wait while actors compute.
 
     Args:
-        storage: a folder that all nodes must be able to read and write. Every node is inspected once per connection,
-            so call this at the beginning of every stage: nodes that joined since then are inspected, too.
+        storage: a folder that all nodes must be able to read and write. Every node is inspected once per connection;
+            call this at the beginning of every stage, to inspect the nodes that joined since the last call.
 
     Raises:
-        ConfigError: `RAY_ADDRESS` names Ray Client.
-        ResourceError: the cluster cannot be reached, or a node lacks something that the run will need.
-        SecurityError: the environment lets data files run code.
+        ConfigError: `RAY_ADDRESS` is an address of Ray Client.
+        ResourceError: the cluster cannot be reached, or a node does not meet the requirements of the run.
+        SecurityError: the environment enables code execution when reading data.
     """
     check_environment(os.environ)
     if not ray.is_initialized():
@@ -79,8 +79,8 @@ def connect(storage: Folder | None = None) -> None:
         inspect_new_nodes(storage)
 
 
-_inspected: set[str] = set()  # ids of nodes, in this connection
-_cuda_gpus: dict[str, int] = {}  # node id -> GPUs that CUDA sees there
+_inspected: set[str] = set()  # ids of the nodes inspected in this connection
+_cuda_gpus: dict[str, int] = {}  # node id -> number of GPUs visible to CUDA
 
 
 def _join() -> None:
@@ -108,7 +108,7 @@ def _join() -> None:
         _require_reachable(address)
         _use_token_if_there_is_one()
         _initialize(
-            f"the Ray cluster at {address} does not let this process in. If it asks for a token, set "
+            f"the Ray cluster at {address} rejects this process. If it requires a token, set "
             "RAY_AUTH_MODE=token and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token; see `ray status`",
             address=address,
         )
@@ -116,7 +116,7 @@ def _join() -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if os.environ.get("RAY_AUTH_MODE") == "disabled" and len({node["NodeManagerAddress"] for node in nodes}) > 1:
         log.warning(
-            "this cluster asks nobody for a token: whoever reaches its ports runs code; set RAY_AUTH_MODE=token"
+            "cluster authentication is disabled: anyone with network access can run code; set RAY_AUTH_MODE=token"
         )
     resources = ray.cluster_resources()
     log.info(
@@ -133,7 +133,7 @@ def _initialize(failure: str, **options: Any) -> None:
     """Call `ray.init`, with Ray's own logs off unless `--debug` was given.
 
     Raises:
-        ResourceError: it fails; `failure` and the reason that Ray gives.
+        ResourceError: it fails; the message is `failure` and Ray's reason.
     """
     debug = bool(os.environ.get(DEBUG))
     try:
@@ -144,20 +144,20 @@ def _initialize(failure: str, **options: Any) -> None:
 
 
 def _set_console_levels() -> None:
-    """Let warnings of Ray Data, Train and Tune through to the console, and nothing below unless `--debug` was given.
+    """Log only warnings of Ray Data, Train and Tune to the console, unless `--debug` was given.
 
-    Only the console is limited: Ray's files in the session's log folder keep every line.
+    Ray's log files in the session's folder are not affected.
     """
     level = logging.DEBUG if os.environ.get(DEBUG) else logging.WARNING
     for name in ("ray.data", "ray.train", "ray.tune"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(level)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # we have switched its bars off ourselves
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its progress bars are off
 
 
 def _cluster_of_this_machine() -> str | None:
-    """Return the address of a head that `ray start --head` started on this machine, None if none answers."""
+    """Return the address of a head node started on this machine with `ray start --head`, None if none answers."""
     address = ray._private.utils.read_ray_address()
     return address if address and _answers(address, seconds=2) else None
 
@@ -172,7 +172,7 @@ def _answers(address: str, seconds: float) -> bool:
 
 
 def _require_reachable(address: str) -> None:
-    """Wait some seconds for a head to answer.
+    """Wait up to `_REACHABLE_SECONDS` for a head node to answer.
 
     Raises:
         ResourceError: nothing listens at the address; without this check `ray.init` waits for minutes.
@@ -189,9 +189,10 @@ def _require_reachable(address: str) -> None:
 
 
 def _use_token_if_there_is_one() -> None:
-    """Turn token authentication on if a token exists and `RAY_AUTH_MODE` does not say otherwise.
+    """Enable token authentication if a token exists and `RAY_AUTH_MODE` is not set.
 
-    `ray start --head` asks for a token if there is one on its machine; Ray looks for it only with RAY_AUTH_MODE=token.
+    `ray start --head` requires a token if there is one on its machine, but a driver uses it only with
+    RAY_AUTH_MODE=token.
     """
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -199,15 +200,15 @@ def _use_token_if_there_is_one() -> None:
 
 
 def cores() -> int:
-    """Return how many cores this process may use: those it is bound to, within the container's CPU quota."""
+    """Return the number of cores this process may use, given its affinity and the container's CPU quota."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(bound, int(ray._private.utils.get_num_cpus(override_docker_cpu_warning=True))))
 
 
 def shape() -> Cluster:
-    """Return what the cluster offers now, and what its autoscaler may add.
+    """Return the resources of the cluster now, and those that its autoscaler may add.
 
-    GPUs count if CUDA sees them on their node; every node with GPUs is asked once.
+    Only GPUs visible to CUDA are counted; every node with GPUs is queried once.
 
     Raises:
         ResourceError: a node with GPUs does not answer.
@@ -223,11 +224,11 @@ def shape() -> Cluster:
 
 
 def _ask_for_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Note how many of the GPUs that Ray counts on these nodes CUDA sees."""
+    """Query how many of the GPUs that Ray counts on these nodes are visible to CUDA."""
     own = ray.get_runtime_context().get_node_id()
     asked: dict[str, Any] = {}
     for node in nodes:
-        if node["NodeID"] == own:  # this machine: no process needs to be started to ask it
+        if node["NodeID"] == own:  # this machine, without starting a process
             _cuda_gpus[own] = usable_gpus()
         else:
             asked[node["NodeID"]] = _on_node(node, usable_gpus).remote()
@@ -250,7 +251,7 @@ def _ask_for_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _on_node(node: Mapping[str, Any], function: Any) -> Any:
-    """Return a remote function that runs on one node and takes nothing of what it offers."""
+    """Return a remote function that runs on one node without using its resources."""
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return ray.remote(function).options(num_cpus=0, scheduling_strategy=strategy)
 
@@ -258,8 +259,8 @@ def _on_node(node: Mapping[str, Any], function: Any) -> Any:
 def _has_autoscaler() -> bool:
     """Return whether an autoscaler can start nodes.
 
-    Ray's monitor runs on every head and reports even where it can only look on; it then names each node's type after
-    the node itself.
+    Ray's monitor runs on every head node and reports even if it cannot start nodes; then each node's type is named
+    after the node itself.
     """
     from ray.experimental.internal_kv import _internal_kv_get
 
@@ -277,7 +278,7 @@ def _has_autoscaler() -> bool:
 
 
 def _can_add(nodes: Sequence[placement.Node]) -> tuple[tuple[placement.Node, int], ...] | None:
-    """Return the autoscaler's node types with how many more of each it may start; None if it does not tell them."""
+    """Return the autoscaler's node types with the number of further nodes of each; None if they are unknown."""
     config = ray._private.state.state.get_cluster_config()
     if config is None or not config.node_group_configs:
         return None
@@ -290,7 +291,7 @@ def _can_add(nodes: Sequence[placement.Node]) -> tuple[tuple[placement.Node, int
 
 
 def available_nodes() -> list[placement.Node]:
-    """Return what alive nodes have free at the moment."""
+    """Return the free resources of alive nodes."""
     free = ray._private.state.available_resources_per_node()
     return [
         placement.Node(
@@ -305,10 +306,15 @@ def available_nodes() -> list[placement.Node]:
 def wait_for(bundles: Sequence[Bundle], what: str, minutes: float) -> None:
     """Wait until the cluster has room for bundles: other jobs end, or the autoscaler starts nodes.
 
-    The bundles are asked for as a placement group, which the autoscaler takes as demand, and given back at once.
+    The bundles are requested as a placement group, which the autoscaler counts as demand, and released immediately.
+
+    Args:
+        bundles: at least one bundle.
+        what: the stage, for messages.
+        minutes: maximum time to wait.
 
     Raises:
-        ResourceError: they never fit, or not in time; names what is pending.
+        ResourceError: they never fit, or not in time; reports the pending demand.
     """
     placement.require_fit(bundles, shape(), what)
     if placement.pack(bundles, available_nodes()):
@@ -322,32 +328,34 @@ def wait_for(bundles: Sequence[Bundle], what: str, minutes: float) -> None:
             now = time.monotonic()
             if now - begin > 60 * minutes:
                 raise ResourceError(
-                    f"{what}: {request} did not come in {minutes:g} minutes; {demand()}. "
-                    "See `ray status`, raise the limits of the cluster, or wait longer (scale.wait_minutes)"
+                    f"{what}: {request} not available after {minutes:g} minutes; {demand()}. "
+                    "See `ray status`, increase the limits of the cluster, or wait longer (scale.wait_minutes)"
                 )
             if now - reported >= _REPORT_SECONDS:
                 reported = now
-                log.info("%s: waiting since %.0f s for %s; %s", what, now - begin, request, demand())
+                log.info("%s: waiting for %.0f s for %s; %s", what, now - begin, request, demand())
     finally:
         ray.util.remove_placement_group(group)
-    log.info("%s: there after %.0f s", what, time.monotonic() - begin)
+    log.info("%s: available after %.0f s", what, time.monotonic() - begin)
 
 
 def wait_for_gpus(gpus: int | None, what: str, minutes: float) -> None:
-    """Wait until the cluster has so many GPUs that CUDA sees, and a node for work at all.
+    """Wait until the cluster has this many GPUs visible to CUDA, and at least one node with CPUs.
 
     Args:
-        gpus: `scale.gpus`; None or 0: no GPU is waited for.
+        gpus: `scale.gpus`; None or 0: do not wait for GPUs.
+        what: the stage, for messages.
+        minutes: maximum time to wait.
 
     Raises:
-        ResourceError: the cluster can never have them, or they do not come in time.
+        ResourceError: the cluster can never have them, or they are not available in time.
     """
     now = shape()
     if gpus and now.gpus < gpus:
         if not now.autoscaling or placement.fit([Bundle(0.0, 1.0)] * gpus, now) is Fit.NEVER:
             raise ResourceError(
-                f"{what}: {gpus} GPUs are asked for (scale.gpus), and CUDA sees {now.gpus}; {now}. Set scale.gpus "
-                "lower, 0 for CPUs, or add nodes with GPUs"
+                f"{what}: requested {gpus} GPUs (scale.gpus), and CUDA sees {now.gpus}; {now}. Decrease scale.gpus "
+                "(0: CPUs), or add nodes with GPUs"
             )
         wait_for([Bundle(0.0, 1.0)] * gpus, what, minutes)
         if (there := shape().gpus) < gpus:
@@ -357,7 +365,7 @@ def wait_for_gpus(gpus: int | None, what: str, minutes: float) -> None:
 
 
 def demand() -> str:
-    """Return what is asked of the cluster and not placed yet, and what it has free, for a log line."""
+    """Return the pending demand and the free resources of the cluster, for a log line."""
     pending: dict[str, int] = {}
     try:
         from ray.autoscaler.v2.sdk import get_cluster_status
@@ -367,8 +375,8 @@ def demand() -> str:
             for request in each.bundles_by_count:
                 name = " + ".join(f"{value:g} {key}" for key, value in sorted(request.bundle.items()) if value >= 1e-3)
                 pending[name] = pending.get(name, 0) + request.count
-    except Exception as error:  # an interface of Ray that is not public: without it the line is shorter
-        log.debug("no resource demand to be had: %r", error)
+    except Exception as error:  # not a public interface of Ray; without it the line is shorter
+        log.debug("the resource demand cannot be read: %r", error)
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [f"{free.get(name, 0):g} of {total[name]:g} {name}s free" for name in ("CPU", "GPU") if total.get(name)]
     asked = ", ".join(f"{count} x {name or 'no CPU'}" for name, count in pending.items())
@@ -377,19 +385,20 @@ def demand() -> str:
 
 def log_folder() -> str:
     """Return the folder of this session's log files on this node."""
-    node = ray._private.worker.global_worker.node
+    node: Any = ray._private.worker.global_worker.node
     return "the session's logs folder" if node is None else node.get_logs_dir_path()
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node answered, as it sees itself.
+    """Inspection of a node, by itself.
 
     Attributes:
-        sees_storage: whether it can read what the driver wrote there.
-        free_disk: bytes under the storage if that is a local path, else -1.
+        address: IP address.
+        sees_storage: whether it can read a file that the driver wrote there.
+        free_disk: free bytes on the disk of the storage if that is a local path, else -1.
         object_store: bytes.
-        versions: of Python and of the packages that pass objects between nodes.
+        versions: versions of Python and of the packages whose objects are sent between nodes.
     """
 
     address: str
@@ -400,10 +409,10 @@ class Node:
 
 
 def inspect_new_nodes(storage: Folder) -> None:
-    """Check the nodes that joined since the last call against what a run needs.
+    """Check the nodes that joined since the last call against the requirements of a run.
 
     Raises:
-        ResourceError: a node lacks something; names the node and how to fix it.
+        ResourceError: a node does not meet one; names the node and how to fix it.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     new = [node for node in alive if node["NodeID"] not in _inspected]
@@ -414,12 +423,12 @@ def inspect_new_nodes(storage: Folder) -> None:
 
 
 def inspect(storage: Folder, nodes: Sequence[Mapping[str, Any]] | None = None) -> list[Node]:
-    """Ask nodes what they have, all alive ones by default; the driver's node is the first of the answers.
+    """Inspect nodes, all alive ones by default; the driver's node is always included, as the first one.
 
     Raises:
         ResourceError: nodes do not answer.
     """
-    token = f".reachable-{uuid4().hex}{PARTIAL}"  # of a killed driver it is removed with what others have left
+    token = f".reachable-{uuid4().hex}{PARTIAL}"  # if the driver is killed, it is removed with other temporary files
     storage.write_bytes(token, b"")
     own = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
@@ -454,18 +463,18 @@ def _describe_node(uri: str, token: str, address: str, object_store: int) -> Nod
 
 
 def check_nodes(nodes: Sequence[Node], storage: Folder) -> None:
-    """Check what nodes answered against what a run needs.
+    """Check inspected nodes against the requirements of a run.
 
     Raises:
-        ResourceError: storage that not all nodes share, another version somewhere, too little disk or object store;
+        ResourceError: storage that is not shared by all nodes, different versions, too little disk or object store;
             names the nodes and how to fix it.
     """
-    blind = [node.address for node in nodes if not node.sees_storage]
-    if blind:
+    without_storage = [node.address for node in nodes if not node.sees_storage]
+    if without_storage:
         raise ResourceError(
-            f"the storage {storage.uri} is not shared: {len(blind)} of {len(nodes)} nodes do not see what the driver "
-            f"wrote there ({', '.join(blind[:5])}); set root to s3://, gs:// or a folder that is mounted on all nodes, "
-            "and let all of them access it"
+            f"the storage {storage.uri} is not shared: {len(without_storage)} of {len(nodes)} nodes do not see a file "
+            f"that the driver wrote there ({', '.join(without_storage[:5])}); set root to s3://, gs:// or a folder "
+            "that is mounted on all nodes, and grant all of them access to it"
         )
     for node in nodes:
         for name, version in node.versions.items():
@@ -474,18 +483,18 @@ def check_nodes(nodes: Sequence[Node], storage: Folder) -> None:
                     f"{name} is {nodes[0].versions[name]} on {nodes[0].address} and {version} on {node.address}; "
                     "install the pins of pyproject.toml, or the same image, on all nodes"
                 )
-        if 0 <= node.free_disk < _LEAST_DISK:
+        if 0 <= node.free_disk < _MIN_DISK:
             raise ResourceError(
                 f"{node.address} has {node.free_disk / 1e9:.2f} GB free under {storage.uri}, at least "
-                f"{_LEAST_DISK / 1e9:.2f} are needed; free some, or set root elsewhere"
+                f"{_MIN_DISK / 1e9:.2f} are needed; free some, or set root to another disk"
             )
-        if node.object_store < _LEAST_STORE:
+        if node.object_store < _MIN_STORE:
             raise ResourceError(
                 f"{node.address} has an object store of {node.object_store / 1e6:.0f} MB, at least "
-                f"{_LEAST_STORE / 1e6:.0f} are needed; start Ray with a larger --object-store-memory"
+                f"{_MIN_STORE / 1e6:.0f} are needed; start Ray with a larger --object-store-memory"
             )
 
 
 def _comparable(name: str, version: str) -> str:
-    """Return what must be equal on all nodes: of Python, as Ray has it, the minor version."""
+    """Return the version that must be equal on all nodes: for Python, as in Ray, only major and minor."""
     return ".".join(version.split(".")[:2]) if name == "python" else version

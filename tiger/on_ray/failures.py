@@ -1,4 +1,4 @@
-"""Errors of Ray's as errors of ours."""
+"""Conversion of Ray's errors to `TigerError`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ __all__ = ["RayError", "to_tiger_error"]
 
 
 def to_tiger_error(error: TigerError | RayError) -> TigerError:
-    """Return an error of Ray's as one line that says where more is to be found; return ours unchanged."""
+    """Convert an error of Ray to one line that says where to find more; return a `TigerError` unchanged."""
     if isinstance(error, TigerError):
         return error
-    return ResourceError(
-        f"Ray: {last_line(error)} (--debug shows the traceback; {cluster.log_folder()} has Ray's logs)"
-    )
+    return ResourceError(f"Ray: {last_line(error)} (--debug shows the traceback; Ray's logs: {cluster.log_folder()})")

@@ -1,9 +1,9 @@
-"""Residual k-means for catalogs beyond one machine's memory: the same state as in memory, over a Ray Dataset.
+"""Residual k-means for catalogs larger than memory, over a Ray Dataset.
 
-Codebooks start from a sample that fits (`tokenizer.kmeans_sample`). Then every level makes full passes of Lloyd's
-algorithm over all vectors: each part of the embeddings becomes one row of sums and counts, and the driver adds these
-up, one part at a time. No task holds more than a part. Passes over everything rather than steps on mini-batches, which
-leave most codes of the later levels unused and cost as much reading.
+Codebooks are initialized from a sample that fits in memory (`tokenizer.kmeans_sample`). Then Lloyd's algorithm makes
+full passes over all vectors for each level: each shard of the embeddings is reduced to one row of sums and counts,
+which the driver adds up, one shard at a time. No task holds more than one shard. Full passes rather than mini-batches,
+because mini-batch k-means leaves most codes of the later levels unused and reads as much.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _TASK_CPUS = 1
 
 
 def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
-    """Residual k-means on the vectors of an embeddings artifact, read part by part.
+    """Fit residual k-means to the vectors of an embeddings artifact, streamed by shard.
 
-    The result does not depend on how many tasks there were: sums are taken in float64, in the order of the parts.
+    The result does not depend on the number of tasks: sums are computed in float64, in the order of the shards.
 
     Raises:
         ConfigError: fewer items than codes, or a balanced last level, which needs all distances at once.
@@ -65,7 +65,7 @@ def fit(config: Config, embeddings: Folder) -> ResidualTokenizer:
 
 
 def encode(tokenizer: Tokenizer, embeddings: Folder) -> tuple[npt.NDArray[np.int64], float]:
-    """Codes int64 [N, L] of all items, and the reconstruction error relative to the variance."""
+    """Return the codes int64 [N, L] of all items, and the normalized mean squared reconstruction error."""
     cluster.connect(embeddings.parent)
     parts, rows = _parts(embeddings)
     codes, error, done = np.zeros((rows, tokenizer.levels), np.int64), 0.0, 0
@@ -76,12 +76,12 @@ def encode(tokenizer: Tokenizer, embeddings: Folder) -> tuple[npt.NDArray[np.int
         done += len(result["items"])
         progress.add(len(result["items"]))
     progress.close()
-    assert done == rows, f"{rows} rows went in, {done} came out"
+    assert done == rows, f"{rows} input rows, {done} output rows"
     return codes, error / (rows * tokenizer.dim)
 
 
 def _parts(embeddings: Folder) -> tuple[list[str], int]:
-    """Names of the Parquet files, and their rows together."""
+    """Return the names of the Parquet files, and their total number of rows."""
     names = [name for name in embeddings.files() if name.startswith("vectors/") and name.endswith(".parquet")]
     rows = 0
     for name in names:
@@ -91,13 +91,13 @@ def _parts(embeddings: Folder) -> tuple[list[str], int]:
 
 
 def _vectors(folder: Folder, name: str) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """Items [n] and vectors float32 [n, d] of one part."""
+    """Read items int64 [n] and vectors float32 [n, d] of one shard."""
     table = folder.read_table(name, ["item_id", "vector"]).combine_chunks()
     return np.asarray(table["item_id"]).astype(np.int64), matrix(table)
 
 
 def _sample(embeddings: Folder, parts: list[str], rows: int, size: int, seed: int) -> Tensor:
-    """Rows drawn by seed, without replacement, in the order of the parts."""
+    """Return `size` rows sampled without replacement, float32, in the order of the shards."""
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:size])
     taken, begin = [], 0
     for name in parts:
@@ -113,10 +113,10 @@ def _sample(embeddings: Folder, parts: list[str], rows: int, size: int, seed: in
 def _over(
     parts: list[str], work: Callable[..., dict[str, Any]], arguments: dict[str, Any]
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """`work(part, **arguments)` as one task a part; results in the order of the parts."""
+    """Run `work(part, **arguments)` as one task per shard; yield results in the order of the shards."""
     options = ray.data.DataContext.get_current().execution_options
     before, options.preserve_order = options.preserve_order, True
-    try:  # a dataset keeps the context of its creation; other datasets of this process need no order
+    try:  # a dataset keeps the context of its creation; other datasets of this process do not need the order
         stream = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
             _Task(work), batch_size=1, batch_format="pyarrow", num_cpus=_TASK_CPUS, fn_kwargs=arguments
         )
@@ -134,7 +134,7 @@ def _over(
 
 
 class _Task:
-    """Turns the arrays that `work` returns into one row of bytes, dtypes and shapes."""
+    """Converts the arrays that `work` returns to one row of bytes, dtypes and shapes."""
 
     def __init__(self, work: Callable[..., dict[str, Any]]) -> None:
         self.work = work
@@ -151,7 +151,7 @@ class _Task:
 def _pass(
     tokenizer: ResidualTokenizer, level: int, embeddings: Folder, parts: list[str], sample: Tensor, progress: Progress
 ) -> None:
-    """One iteration of Lloyd's algorithm on a level's codebook, and the lengths that the next level is relative to."""
+    """Run one Lloyd iteration on a level's codebook, and update the lengths of the next level."""
     arguments = {"uri": embeddings.uri, "tokenizer": ray.put(tokenizer), "level": level}
     totals: dict[str, npt.NDArray[np.float64]] = {}
     for result in _over(parts, _sum_part, arguments):
@@ -161,9 +161,9 @@ def _pass(
     counts = torch.from_numpy(totals["counts"])
     means = torch.from_numpy(totals["points"]) / counts.clamp_min(1)[:, None]
     moved = torch.where(counts[:, None] > 0, means.float(), tokenizer.codebooks[level])
-    *_, look = islice(tokenizer.quantize(tokenizer.latent(sample)), level + 1)
-    distance = (look.point - look.chosen).square().sum(1)
-    tokenizer.codebooks[level] = revive(moved, counts, look.point, distance)
+    *_, sampled = islice(tokenizer.quantize(tokenizer.latent(sample)), level + 1)
+    distance = (sampled.point - sampled.chosen).square().sum(1)
+    tokenizer.codebooks[level] = revive(moved, counts, sampled.point, distance)
     if level + 1 < tokenizer.levels and tokenizer.distance != "euclidean":
         tokenizer.lengths[level + 1] = torch.from_numpy(totals["lengths"]).float() / counts.clamp_min(1).float()
         tokenizer.lengths[level + 1].clamp_min_(1e-6)

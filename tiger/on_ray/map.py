@@ -1,12 +1,11 @@
-"""A table through a pool of actors into another table: streamed, counted, restartable.
+"""Resumable shard-wise map of a table on an actor pool.
 
-The unit is a row group of the source, a *shard*. Shards are read by tasks, computed by actors that hold what is
-expensive to load (a model), and written by tasks, each under the shard's own name and as a whole. So a shard is there
-or it is not; a run after a kill computes the missing ones; nothing is ever written twice; and the result does not
-depend on how many actors there were, or which of them was lost.
+A *shard* is a row group of the source. Shards are read by tasks, computed by actors that hold an expensive object (a
+model), and written atomically by tasks, each to its own file. So reruns process only missing shards, no shard is
+written twice, and the result does not depend on the number of actors or on lost ones.
 
-Between the operators a shard travels as one row, its table as Arrow IPC bytes, so that Ray Data neither joins nor
-splits what belongs together, whatever batch size it needs for GPUs.
+Between the operators a shard is one row, with its table as Arrow IPC bytes, so that Ray Data neither merges nor splits
+shards.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ from tiger.run import ResourcesConfig
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
-"""How often a shard is computed if it kills its actor each time."""
+"""Maximum attempts to compute a shard that kills its actor."""
 
 
 class Worker(Protocol):
-    """What an actor runs: built once, with `device` in addition to its arguments, then called shard by shard."""
+    """Function of an actor: constructed once, with `device` in addition to its arguments, and called per shard."""
 
     def __call__(self, part: pa.Table, /) -> pa.Table:
-        """Return a table with as many rows."""
+        """Return a table with the same number of rows."""
         ...
 
 
 @dataclass(frozen=True)
 class ActorPool:
-    """How many actors, and what each one has.
+    """Size of a pool, and resources per actor.
 
     Attributes:
-        minimum: actors that must be there before work begins.
-        maximum: actors at most; None: as many as the cluster can hold.
-        cpus: CPUs of an actor without a GPU.
+        minimum: number of actors that must be available before work begins.
+        maximum: maximum number of actors; None: as many as the cluster can hold.
+        cpus: CPUs per actor without a GPU.
         gpus: fraction of a GPU per actor; 0: none; None: `placement.GPU_FRACTION` if the run uses GPUs.
     """
 
@@ -80,21 +79,26 @@ def map_shards(
     what: str,
     scale: ResourcesConfig | None = None,
 ) -> int:
-    """Send every row group of `source/name` through `worker` and write `target/part-00000.parquet` and so on.
+    """Apply `worker` to every row group of `source/name` and write `target/part-00000.parquet` and so on.
 
     Args:
-        columns: the columns that the worker gets.
-        worker: a plain class, built once per actor with `arguments` and the `device` that Ray assigned. A shard's
-            result must have as many rows.
+        source: folder of the table.
+        name: Parquet file of the table.
+        columns: the columns that are passed to the worker.
+        target: folder of the results.
+        worker: a plain class, constructed once per actor with `arguments` and the `device` that Ray assigned. A shard's
+            result must have the same number of rows.
+        arguments: keyword arguments of `worker`.
+        actors: size of the pool.
         what: the stage, for the progress line.
         scale: GPUs of the run, and how long to wait for them.
 
     Returns:
-        the number of shards that were there already.
+        The number of shards that were already finished.
 
     Raises:
-        TigerError: raised by the worker, passed on as it was.
-        ResourceError: the pool never fits the cluster, nodes for it do not come, or a shard killed its actor
+        TigerError: raised by the worker; passed on unchanged.
+        ResourceError: the pool never fits the cluster, nodes for it are not added in time, or a shard killed its actor
             `MAX_ATTEMPTS` times; names the shard and its rows.
     """
     with source.filesystem.open_input_file(source.join(name)) as file:
@@ -103,7 +107,7 @@ def map_shards(
     have = {file.rpartition("/")[2] for file in target.files()}
     missing = [shard for shard in range(len(sizes)) if _shard_name(shard) not in have]
     if len(missing) < len(sizes):
-        log.info("%s: %d of %d shards are there already", what, len(sizes) - len(missing), len(sizes))
+        log.info("%s: %d of %d shards are already finished", what, len(sizes) - len(missing), len(sizes))
     if not missing:
         return len(sizes)
     scale = scale or ResourcesConfig()
@@ -140,8 +144,8 @@ def map_shards(
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
         suspects = ", ".join(describe(shard) for shard in _running(attempts)) or "not known"
         raise ResourceError(
-            f"{what}: its actors were lost again and again, while they computed shard {suspects}. "
-            f"Ray says: {last_line(error)}"
+            f"{what}: its actors were lost repeatedly while they computed shard {suspects}. "
+            f"Ray reports: {last_line(error)}"
         ) from error
     finally:
         ray.kill(attempts)
@@ -160,7 +164,7 @@ def _stream(
     plan: placement.Plan,
     attempts: Any,
 ) -> ray.data.Dataset:
-    """Return one row per shard that was written, or that failed: `shard`, `rows`, `error`."""
+    """Return a dataset with one row per shard that was written or failed: `shard`, `rows`, `error`."""
     # One block per shard, so that every shard is one task of each operator.
     shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
     one = {"batch_size": 1, "batch_format": "pyarrow"}
@@ -168,13 +172,13 @@ def _stream(
     read = shards.map_batches(
         _read, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": source.uri, "name": name, "columns": columns}, **one
     )
-    with warnings.catch_warnings():  # no named parameter of Ray 2.60 limits retries
+    with warnings.catch_warnings():  # Ray 2.60 has no named parameter that limits retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         computed = read.map_batches(
             _Compute,
             compute=ray.data.ActorPoolStrategy(min_size=plan.minimum, max_size=plan.maximum),
             fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts},
-            max_task_retries=2 * MAX_ATTEMPTS,  # ends what `_Attempts` did not see
+            max_task_retries=2 * MAX_ATTEMPTS,  # limits failures that `_Attempts` does not count
             **one,
             **resources,
         )
@@ -186,9 +190,9 @@ def _shard_name(shard: int) -> str:
 
 
 def _row(shard: int, table: pa.Table | None, error: Exception | None = None) -> pa.Table:
-    """Return a shard as the one row that travels between operators: its number, Arrow IPC bytes, and an error as JSON.
+    """Return a shard as the one row passed between operators: its number, Arrow IPC bytes, and an error as JSON.
 
-    An error is a row because Ray Data keeps only the text of an exception.
+    An error is a row because Ray Data flattens exceptions to text.
     """
     sink = pa.BufferOutputStream()
     if table is not None:
@@ -216,7 +220,7 @@ def _read(row: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
 class _Compute:
     """Runs the worker on one shard at a time.
 
-    The worker is built with the first shard, so that an error of its constructor takes the way of all errors.
+    The worker is constructed with the first shard, so that errors of its constructor are handled like all errors.
     """
 
     def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any], attempts: Any) -> None:
@@ -244,15 +248,15 @@ class _Compute:
         if number > 1:
             log.info("shard %d was computed at attempt %d", shard, number)
         if len(result) != len(table):
-            raise AssertionError(f"shard {shard}: {len(table)} rows went in, {len(result)} came out")
+            raise AssertionError(f"shard {shard}: {len(table)} input rows, {len(result)} output rows")
         return _row(shard, result)
 
 
 _KILLED = (
-    f"the process that computes it was lost {MAX_ATTEMPTS} times, most likely for want of memory: lower "
-    "embedding.batch_tokens or the number of actors per node, and look at the texts of these rows"
+    f"the process that computes it was lost {MAX_ATTEMPTS} times, most likely due to lack of memory: lower "
+    "embedding.batch_tokens or the number of actors per node, and check the texts of these rows"
 )
-_NO_MEMORY = "a GPU has no memory left: lower embedding.batch_tokens, or give an actor a larger share of a GPU"
+_NO_MEMORY = "a GPU is out of memory: lower embedding.batch_tokens, or give each actor a larger fraction of a GPU"
 
 
 def _write(row: pa.Table, uri: str) -> pa.Table:
@@ -266,7 +270,7 @@ def _write(row: pa.Table, uri: str) -> pa.Table:
 
 
 def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:
-    """Raise the error of a row as it was, with the shard's name if it is about the shard's process."""
+    """Raise the error of a row unchanged, prefixed with the shard if its process was lost or out of memory."""
     if not row["error"]:
         return
     kind, message = json.loads(row["error"])
@@ -276,26 +280,27 @@ def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:
 
 
 class _Attempts:
-    """Counts how often each shard was begun and not ended: what was in an actor's hands when it died."""
+    """Counts how often each shard was started without being finished, to find shards that kill their actor."""
 
     def __init__(self) -> None:
         self.begun: dict[int, int] = {}
 
     def begin(self, shard: int) -> int:
-        """Return which attempt at the shard this is, from 1."""
+        """Record the start of a shard; return the number of the attempt, from 1."""
         self.begun[shard] = self.begun.get(shard, 0) + 1
         return self.begun[shard]
 
     def end(self, shard: int) -> None:
+        """Record the end of a shard."""
         self.begun.pop(shard, None)
 
     def running(self) -> list[int]:
-        """Return the shards that were begun and have not ended, those with the most attempts first."""
+        """Return the shards that were started and are not finished, those with the most attempts first."""
         return sorted(self.begun, key=lambda shard: (-self.begun[shard], shard))
 
 
 def _start_attempts() -> Any:
-    """Start the counter on the driver's node, so that it is not lost with another one."""
+    """Start the counter on the driver's node, so that it is not lost with another node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(_Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
 

@@ -1,4 +1,4 @@
-"""Figures of a running stage as Ray metrics: every node offers them to Prometheus beside Ray's own.
+"""Metrics of a running stage as Ray metrics, which every node exports to Prometheus next to Ray's own.
 
 https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html
 """
@@ -19,10 +19,11 @@ class Gauges:
         self.gauges: dict[str, Gauge] = {}
 
     def __call__(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+        """Set one gauge per metric; ignore them if Ray is not initialized."""
         if not ray.is_initialized():
             return
-        for figure, value in figures.items():
-            name, _, at = figure.partition("@")
+        for metric, value in figures.items():
+            name, _, at = metric.partition("@")
             if name not in self.gauges:
                 what = f"{name.replace('_', ' ')} of a stage of TIGER"
                 self.gauges[name] = Gauge(f"tiger_{name}", what, tag_keys=("job", "stage", "at"))

@@ -1,7 +1,7 @@
-"""Where work fits: bundles of CPUs and GPUs packed onto the nodes that a cluster has, or may start.
+"""Placement: bundles of CPUs and GPUs packed onto the nodes that a cluster has, or may start.
 
-Plain arithmetic without Ray, so that tests cover clusters that no test machine is. Ray places a bundle on one node:
-what the nodes have together says nothing about whether a bundle fits any of them.
+Plain arithmetic without Ray, so that tests cover clusters larger than the test machine. Ray places a bundle on one
+node, so the total resources of a cluster do not determine whether a bundle fits.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from tiger.core.errors import ConfigError, ResourceError
 
 TASK_CPUS = 0.25
-"""CPUs of a task that reads or writes; it mostly waits."""
+"""CPUs per task that reads or writes; it mostly waits."""
 
 RESERVED_CPUS = 2.0
-"""CPUs that long-lived actors leave to Ray Data's reading and writing tasks; without any it stalls."""
+"""CPUs that actors leave free for Ray Data's reading and writing tasks; without any it stalls."""
 
 GPU_FRACTION = 0.5
-"""Share of a GPU per actor of a pool: one tokenizes or reads the next shard while the other one computes."""
+"""Fraction of a GPU per actor of a pool: one actor tokenizes or reads the next shard while the other one computes."""
 
 ROWS_PER_GPU = 1024
-"""Rows of a training batch per GPU below which one more GPU costs more in launches and communication than it gives."""
+"""Rows of a training batch per GPU below which another GPU costs more in launches and communication than it saves."""
 
 _GPU_WORKER_CPUS = 4.0  # for collating and copying the next batches
 
@@ -31,14 +31,14 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Bundle:
-    """What one actor, worker, trial or replica takes on one node; a fraction of a GPU comes from one GPU."""
+    """Resources of one actor, worker, trial or replica on one node; a fraction of a GPU is on one GPU."""
 
     cpus: float
     gpus: float = 0.0
 
     @property
     def resources(self) -> dict[str, float]:
-        """Return the bundle in Ray's words."""
+        """The bundle as Ray's resources."""
         return {name: value for name, value in (("CPU", self.cpus), ("GPU", self.gpus)) if value}
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Node:
-    """What a node offers to work; `gpus` are those that CUDA sees."""
+    """Resources of a node; `gpus` are those visible to CUDA."""
 
     cpus: float
     gpus: float = 0.0
@@ -57,7 +57,7 @@ class Node:
 
 
 def counted(count: float, noun: str) -> str:
-    """Return `1 shard`, `2 shards`."""
+    """Format a count: `1 shard`, `2 shards`."""
     return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
@@ -68,12 +68,12 @@ def _amount(cpus: float, gpus: float) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes that are there, and what an autoscaler may add.
+    """The nodes of a cluster, and those that an autoscaler may add.
 
     Attributes:
         nodes: alive nodes.
-        can_add: node types of the autoscaler, each with how many more nodes of it may be started.
-        autoscaling: whether an autoscaler runs. If it does and `can_add` is None, its limits are not known.
+        can_add: node types of the autoscaler, each with the number of further nodes that may be started.
+        autoscaling: whether an autoscaler runs. If it does and `can_add` is None, its limits are unknown.
     """
 
     nodes: tuple[Node, ...]
@@ -82,19 +82,19 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """Return the number of GPUs of the alive nodes."""
+        """Number of GPUs of the alive nodes."""
         return int(sum(node.gpus for node in self.nodes))
 
     @property
     def possible_nodes(self) -> tuple[Node, ...]:
-        """Return the alive nodes and those that the autoscaler may add, as far as its limits are known."""
+        """The alive nodes and those that the autoscaler may add, as far as its limits are known."""
         if not self.autoscaling:
             return self.nodes
         return (*self.nodes, *(node for node, count in self.can_add or () for _ in range(count)))
 
     @property
     def limits_known(self) -> bool:
-        """Return whether `possible_nodes` is all that the cluster can become."""
+        """Whether the cluster cannot have more than `possible_nodes`."""
         return not self.autoscaling or self.can_add is not None
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ class Cluster:
         if not self.autoscaling:
             return text
         if self.can_add is None:
-            return f"{text}; its autoscaler does not tell its limits"
+            return f"{text}; the limits of its autoscaler are unknown"
         return f"{text}; its autoscaler may add {_counted(self.can_add) or 'no more'}"
 
 
@@ -115,7 +115,7 @@ def _counted(nodes: Iterable[tuple[Node, int]]) -> str:
 
 
 class Fit(enum.Enum):
-    """Whether bundles fit the nodes that are there, may fit once the autoscaler has added nodes, or never can."""
+    """Whether bundles fit the alive nodes, may fit once the autoscaler has added nodes, or never fit."""
 
     NOW = "now"
     LATER = "later"
@@ -123,13 +123,13 @@ class Fit(enum.Enum):
 
 
 class _Free:
-    """What is left of a node while bundles are placed."""
+    """Free resources of a node while bundles are placed."""
 
     def __init__(self, node: Node) -> None:
         self.cpus, self.gpus = node.cpus, [1.0] * int(node.gpus)
 
     def take(self, bundle: Bundle) -> bool:
-        """Place a bundle if it fits."""
+        """Place a bundle if it fits; return whether it does."""
         if bundle.cpus > self.cpus + _EPSILON:
             return False
         if bundle.gpus >= 1:
@@ -148,7 +148,7 @@ class _Free:
 
 
 def _place(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[_Free] | None:
-    """Place bundles first-fit, the largest first, CPU work on nodes without GPUs if it fits; None if not all fit."""
+    """Place bundles first-fit, largest first, preferring nodes without GPUs for CPU work; None if not all fit."""
     free = [_Free(node) for node in sorted(nodes, key=lambda node: (node.gpus, node.cpus))]
     for bundle in sorted(bundles, key=lambda bundle: (bundle.gpus, bundle.cpus), reverse=True):
         if not any(node.take(bundle) for node in free):
@@ -162,7 +162,7 @@ def pack(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> bool:
 
 
 def capacity(bundle: Bundle, nodes: Sequence[Node], reserved_cpus: float = 0.0) -> int:
-    """Return how many copies of a bundle the nodes hold, with some CPUs left free for short tasks."""
+    """Return how many copies of a bundle fit the nodes, with some CPUs left free for short tasks."""
     free = [_Free(node) for node in nodes]
     for node in sorted(free, key=lambda node: (len(node.gpus) > 0, -node.cpus)):
         left = min(reserved_cpus, node.cpus)
@@ -184,10 +184,10 @@ def fit(bundles: Sequence[Bundle], cluster: Cluster) -> Fit:
 
 
 def require_fit(bundles: Sequence[Bundle], cluster: Cluster, what: str) -> None:
-    """Refuse bundles that the cluster can never hold.
+    """Check that the cluster can hold the bundles, now or later.
 
     Raises:
-        ResourceError: names the request, and the nodes that there are or may be.
+        ResourceError: it never can; names the request, and the existing and possible nodes.
     """
     if fit(bundles, cluster) is not Fit.NEVER:
         return
@@ -201,14 +201,15 @@ def uses_gpus(cluster: Cluster, gpus: int | None) -> bool:
     """Return whether a run computes on GPUs.
 
     Args:
-        gpus: `scale.gpus`: how many GPUs to use; 0: none; None: those that are there.
+        cluster: the cluster.
+        gpus: `scale.gpus`, the number of GPUs to use; 0: none; None: those of the alive nodes.
     """
     return cluster.gpus > 0 if gpus is None else gpus > 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """So many copies of a bundle, at least and at most."""
+    """Minimum and maximum number of copies of a bundle."""
 
     bundle: Bundle
     minimum: int
@@ -216,12 +217,12 @@ class Plan:
 
     def describe(self, noun: str) -> str:
         """Return the plan for a log line: `1 to 4 actors with 1 CPU each`."""
-        least = "" if self.minimum == self.maximum else f"{self.minimum} to "
-        return f"{least}{counted(self.maximum, noun)} with {self.bundle}" + " each" * (self.maximum > 1)
+        minimum = "" if self.minimum == self.maximum else f"{self.minimum} to "
+        return f"{minimum}{counted(self.maximum, noun)} with {self.bundle}" + " each" * (self.maximum > 1)
 
     @property
     def at_once(self) -> list[Bundle]:
-        """Return the bundles that must be there before the work begins."""
+        """The bundles that must be available before the work begins."""
         return [self.bundle] * self.minimum
 
 
@@ -236,17 +237,20 @@ def plan_pool(
     gpus: int | None = None,
     what: str = "a pool",
 ) -> Plan:
-    """Plan a pool of actors that work through shards.
+    """Plan a pool of actors that process shards.
 
-    The pool may grow to what the cluster can become. If the limits of an autoscaler are not known, it asks for as many
-    actors as there are shards, and the autoscaler stops at its own limits.
+    The pool may grow to the maximum size of the cluster. If the limits of an autoscaler are unknown, the pool requests
+    one actor per shard, and the autoscaler stops at its own limits.
 
     Args:
-        minimum: actors that must be there before work begins.
-        maximum: actors at most; None: as many as the cluster can hold.
-        cpus: CPUs of an actor that computes without a GPU.
+        cluster: the cluster.
+        shards: number of shards.
+        minimum: number of actors that must be available before work begins.
+        maximum: maximum number of actors; None: as many as the cluster can hold.
+        cpus: CPUs per actor without a GPU.
         gpus_per_actor: fraction of a GPU per actor; 0: none; None: `GPU_FRACTION` if the run uses GPUs.
         gpus: see `uses_gpus`.
+        what: the pool, for messages.
 
     Raises:
         ResourceError: the minimum never fits.
@@ -262,7 +266,7 @@ def plan_pool(
     if cluster.limits_known:
         nodes = cluster.possible_nodes
         holds = capacity(bundle, nodes, RESERVED_CPUS) or capacity(bundle, nodes, 2 * TASK_CPUS)
-        if not holds:  # the actor alone fits, but not beside the tasks that read for it and write what it made
+        if not holds:  # the actor alone fits, but not together with the tasks that read and write for it
             require_fit([Bundle(bundle.cpus + 2 * TASK_CPUS, bundle.gpus)], cluster, f"{what} of 1 actor and its tasks")
         most = min(most, max(holds, minimum))
     return Plan(bundle, minimum, max(most, minimum))
@@ -280,10 +284,12 @@ def plan_training(
     """Plan a process group for training: one GPU per worker, or CPUs only.
 
     Args:
+        cluster: the cluster.
         workers: size of the group; None: one per `ROWS_PER_GPU` rows of a batch and at most one per GPU; one on CPUs.
-        cpus: CPUs per worker; None: 4 with a GPU if the node has them, else all that one node can give.
+        cpus: CPUs per worker; None: 4 with a GPU if the node has them, else as many as one node can provide.
         gpus: see `uses_gpus`.
         batch_size: rows per step over all workers; None: one worker per GPU.
+        what: the training, for messages.
 
     Raises:
         ConfigError: more workers than GPUs.
@@ -296,8 +302,8 @@ def plan_training(
             workers = available if batch_size is None else max(1, min(available, batch_size // ROWS_PER_GPU))
         if workers > available:
             raise ConfigError(
-                f"scale.train_workers = {workers} is more than the {available} GPUs of this run, and a worker takes a "
-                "whole GPU; set it lower, raise scale.gpus, or set scale.gpus = 0 to train on CPUs"
+                f"scale.train_workers = {workers} is more than the {available} GPUs of this run, and a worker needs a "
+                "whole GPU; decrease it, increase scale.gpus, or set scale.gpus = 0 to train on CPUs"
             )
     workers = workers or 1
     if cpus is not None:
@@ -314,7 +320,7 @@ def plan_training(
 
 
 def _most_cpus(workers: int, nodes: Sequence[Node]) -> float:
-    """Return the most CPUs that each of some workers can have, with `RESERVED_CPUS` left free somewhere if possible."""
+    """Return the maximum CPUs per worker, leaving `RESERVED_CPUS` free on some node if possible."""
     reserved = [Bundle(1.0)] * int(RESERVED_CPUS)
     largest = int(max((node.cpus for node in nodes), default=1.0))
     for left_free in (reserved, []):
@@ -330,7 +336,7 @@ def plan_trials(
     """Plan how many trials of a sweep run at once; `minimum` and `maximum` count trials of `workers` bundles each.
 
     Raises:
-        ConfigError: workers of one trial would share a GPU, which NCCL refuses.
+        ConfigError: workers of one trial would share a GPU, which NCCL does not support.
         ResourceError: a single trial never fits.
     """
     if workers > 1 and 0 < gpus < 1:
@@ -353,6 +359,9 @@ def plan_replicas(cluster: Cluster, *, replicas: int, cpus: float, gpus: float |
     """Plan the replicas of a service.
 
     Args:
+        cluster: the cluster.
+        replicas: number of replicas.
+        cpus: CPUs per replica.
         gpus: GPUs, or the fraction of one, per replica; 0: none; None: one if the run uses GPUs.
         scale_gpus: see `uses_gpus`.
 

@@ -1,4 +1,4 @@
-"""Recommendations for many users: a table of histories through a pool of actors that hold the model."""
+"""Recommendations for many users: a table of histories is mapped over a pool of actors with the model."""
 
 from __future__ import annotations
 
@@ -34,16 +34,21 @@ def recommend_users(
     max_actors: int | None = None,
     scale: ResourcesConfig | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """The best items [U, k] of each user, padded with -1; with `both`, also those without the history's items.
+    """Return the top k items int64 [U, k] of each user, padded with -1; with `both`, also those without seen items.
 
     Args:
-        users: user ids, for their names.
-        taken: what each of them has taken so far, item ids in time order.
-        name: user_id int32, items [k], scores [k] (and masked_items, masked_scores) of every user are left in the draft
-            as `name/part-00000.parquet` and so on.
-        history: whether the lists may hold what the user already had.
+        model: model artifact.
+        histories: all users' histories, for their source ids.
+        users: user ids.
+        taken: history of each of these users, item ids in time order.
+        draft: artifact that is being written.
+        name: folder for the results in the draft: user_id int32, items [k], scores [k] (and masked_items,
+            masked_scores) of every user in `name/part-00000.parquet` and so on.
+        k: items per user.
+        beam: width of the beam search.
+        history: whether the lists may contain items of the history.
         options: see `RecommendShard`.
-        max_actors: actors at most; None: as many as the cluster can hold.
+        max_actors: maximum number of actors; None: as many as the cluster can hold.
         scale: GPUs of the run, and how long to wait for them.
     """
     table = pa.table(

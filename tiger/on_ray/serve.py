@@ -1,13 +1,13 @@
-"""A trained model behind HTTP: a Ray Serve deployment around `Recommender`, requests decoded in batches.
+"""HTTP serving of a trained model: a Ray Serve deployment around `Recommender` with dynamic batching.
 
-Ray's token does not cover Serve's port, and Serve takes a request of any size. So a bearer token is asked for wherever
-the port is open beyond loopback, a body is read up to a limit and for a few seconds only, and what one request may ask
-for is limited. These limits hold in the replicas. Serve's proxy, in front of them, buffers bodies while all replicas
-are busy: an open port needs a reverse proxy with a limit of its own.
+Ray's token does not protect Serve's port, and Serve accepts requests of any size. So a bearer token is required unless
+the port is bound to loopback, the size of request bodies and the time to read them are limited, and so is `k`. These
+limits apply in the replicas. Serve's proxy, in front of them, buffers bodies while all replicas are busy: an open port
+needs a reverse proxy with its own limit.
 """
 
-# `serve.ingress` pickles the class as soon as it is decorated: what its methods use must stand above it, and its
-# annotations must not be strings, as `from __future__ import annotations` would make them.
+# `serve.ingress` pickles the class when it is decorated: everything its methods use must be defined above it, and its
+# annotations must not be strings, which rules out `from __future__ import annotations`.
 
 import asyncio
 import hmac
@@ -46,8 +46,8 @@ TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
 """Environment variable of the replicas: a file with the bearer token."""
 
 MAX_BODY = 64 * 1024  # bytes
-BODY_SECONDS = 5.0  # for reading one
-REQUEST_SECONDS = 30.0  # from the proxy's first byte to the answer, waiting for a replica included
+BODY_SECONDS = 5.0  # to receive a body
+REQUEST_SECONDS = 30.0  # from the proxy's first byte to the response, including the wait for a replica
 _MAX_HISTORY, _MAX_NAME = 200, 256
 _BATCH, _BATCH_SECONDS = 64, 0.005
 
@@ -55,18 +55,18 @@ Name = Annotated[str, StringConstraints(max_length=_MAX_NAME)]
 
 
 class Request(BaseModel):
-    """What a user has taken, by the names of the catalog's items, in time order."""
+    """A user's history, as the catalog's original item ids in time order."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="source ids, the oldest first")
-    k: int = Field(10, ge=1, le=2**31 - 1, description="items that come back, at most as many as the server's beam")
-    exclude_history: bool = Field(True, description="leave out the items of the history")
-    user: Name | None = Field(None, description="name of the user, for a model with user tokens")
+    history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="catalog item ids, oldest first")
+    k: int = Field(10, ge=1, le=2**31 - 1, description="number of items to return, at most the server's beam")
+    exclude_history: bool = Field(True, description="exclude the items of the history")
+    user: Name | None = Field(None, description="user id, for a model with user tokens")
 
 
 class Recommendation(BaseModel):
-    """One item; its score is that of `decoding.beam_search`."""
+    """One item with its score of the beam search."""
 
     item: str
     title: str
@@ -74,7 +74,7 @@ class Recommendation(BaseModel):
 
 
 class Answer(BaseModel):
-    """The best items, best first; names of the history that the catalog does not have; the artifact that answered."""
+    """The top items, best first; unknown ids in the history (`ignored`); the model artifact."""
 
     items: list[Recommendation]
     ignored: list[str]
@@ -82,7 +82,7 @@ class Answer(BaseModel):
 
 
 def read_token(file: str | None) -> str | None:
-    """The token of a file, None without a file.
+    """Read the token in a file; None without a file.
 
     Raises:
         SecurityError: the file cannot be read, can be read by others, or is empty.
@@ -91,12 +91,12 @@ def read_token(file: str | None) -> str | None:
         return None
     try:
         if Path(file).stat().st_mode & 0o007:
-            raise SecurityError(f"{file} holds a token that every user of the machine can read: chmod 600 it")
+            raise SecurityError(f"{file} contains a token that every user of the machine can read: chmod 600 it")
         token = Path(file).read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise SecurityError(f"the token's file {file} cannot be read ({error})") from None
+        raise SecurityError(f"the token file {file} cannot be read ({error})") from None
     if not token:
-        raise SecurityError(f"the token's file {file} is empty: openssl rand -hex 32 makes a token")
+        raise SecurityError(f"the token file {file} is empty; create a token with openssl rand -hex 32")
     return token
 
 
@@ -108,18 +108,19 @@ def _is_loopback(host: str) -> bool:
 
 
 class RequestGuard:
-    """ASGI middleware: refuses who brings no token (401); stops reading a body at its limits (413, 408)."""
+    """ASGI middleware: rejects requests without a token (401), and bodies that are too large or too slow (413, 408)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.token = app, read_token(os.environ.get(TOKEN_FILE))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request to the application, or reject it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif scope["path"] == "/healthz" or self._knows(dict(scope["headers"]).get(b"authorization", b"")):
             await self._limited(scope, receive, send)
         else:
-            await _refuse(send, 401, b"a bearer token is needed", (b"www-authenticate", b"Bearer"))
+            await _refuse(send, 401, b"bearer token required", (b"www-authenticate", b"Bearer"))
 
     def _knows(self, authorization: bytes) -> bool:
         return self.token is None or hmac.compare_digest(authorization, f"Bearer {self.token}".encode())
@@ -133,19 +134,19 @@ class RequestGuard:
             if refused:
                 return {"type": "http.disconnect"}
             if complete:
-                return await receive()  # until the client hangs up
+                return await receive()  # until the client disconnects
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 refused = True
-                await _refuse(send, 408, b"the body did not arrive in time", (b"connection", b"close"))
+                await _refuse(send, 408, b"the request body did not arrive in time", (b"connection", b"close"))
                 return {"type": "http.disconnect"}
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if read > MAX_BODY:
                 refused = True
-                await _refuse(send, 413, b"a body of at most 64 KiB is read", (b"connection", b"close"))
+                await _refuse(send, 413, b"request body exceeds 64 KiB", (b"connection", b"close"))
                 return {"type": "http.disconnect"}
             return message
 
@@ -168,7 +169,7 @@ api.add_middleware(RequestGuard)
 
 @api.exception_handler(RequestValidationError)
 async def _invalid(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
-    """Answer with where and why, never with what was sent: NaN, infinity and lone surrogates cannot be sent back."""
+    """Respond with location and reason, but not the input: NaN, infinity and lone surrogates cannot be encoded."""
     detail = [
         {"type": found["type"], "loc": [_printable(part) for part in found["loc"]], "msg": _printable(found["msg"])}
         for found in error.errors()[:MAX_LISTED]
@@ -178,9 +179,9 @@ async def _invalid(request: HTTPRequest, error: RequestValidationError) -> JSONR
 
 @api.exception_handler(StarletteHTTPException)
 async def _refused(request: HTTPRequest, error: StarletteHTTPException) -> JSONResponse:
-    """Answer with the reason; 422 if a body is JSON that cannot be read, such as integers of thousands of digits."""
+    """Respond with the reason; 422 if a body cannot be parsed, such as integers of thousands of digits."""
     if error.status_code == 400:
-        return JSONResponse({"detail": "the body is not JSON that can be read"}, 422)
+        return JSONResponse({"detail": "the request body is not valid JSON"}, 422)
     return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
 
 
@@ -189,7 +190,7 @@ def _printable(part: Any) -> Any:
 
 
 def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
-    """Return the source id of every item, and what to show of it; the texts are never in memory as a whole."""
+    """Return the source id and the display title of every item, streaming the texts to save memory."""
     names: list[str] = []
     titles: list[str] = []
     with folder.filesystem.open_input_file(folder.join("items.parquet")) as source:
@@ -209,11 +210,11 @@ def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
 
 @serve.ingress(api)
 class Server:
-    """One replica: the model, its trie, and the names of its items."""
+    """Serve deployment class: the model, its trie, and the ids and titles of its items."""
 
     def __init__(self, model: str, beam: int, token_needed: bool) -> None:
         if token_needed and not read_token(os.environ.get(TOKEN_FILE)):
-            raise SecurityError(f"whoever reaches the port could ask this server: name a token's file in {TOKEN_FILE}")
+            raise SecurityError(f"the server would accept unauthenticated requests; set {TOKEN_FILE} to a token file")
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         artifact = open_artifact(model, expected_kind="model")
         self.recommender = Recommender.load(artifact, device=str(assigned_device(ray.get_gpu_ids())))
@@ -224,19 +225,19 @@ class Server:
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
-        """Answers once the model is loaded."""
+        """Respond once the model is loaded."""
         return {"status": "ok", "model": self.model}
 
     @api.post("/recommend")
     async def recommend(self, request: Request) -> Answer:
-        """The next items after a history."""
+        """Recommend the next items after a history."""
         if request.k > self.beam:
-            raise HTTPException(422, f"k: this server's beam is {self.beam}, at most so many items come back")
+            raise HTTPException(422, f"k: must be at most {self.beam}, the beam of this server")
         if self.recommender.num_user_tokens and request.user is None:
-            raise HTTPException(422, "user: this model reads user tokens, and needs the user's name")
+            raise HTTPException(422, "user: required, because this model has user tokens")
         history = [self.item_of[name] for name in request.history if name in self.item_of]
         if not history:
-            raise HTTPException(422, f"history: none of its {len(request.history)} names is an item of the catalog")
+            raise HTTPException(422, f"history: none of its {len(request.history)} ids is in the catalog")
         best = await self._decode((request, history))
         items = [Recommendation(item=self.names[item], title=self.titles[item], score=score) for item, score in best]
         ignored = [name for name in request.history if name not in self.item_of]
@@ -244,11 +245,11 @@ class Server:
 
     @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
     async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
-        """Of every request the best items with their scores; the histories are item ids.
+        """Return the top items with their scores for every request; the histories are item ids.
 
-        Not in a thread of its own: the search is a thousand small operations, after each of which it would wait for
-        the interpreter that the requests' thread holds. That halves what a replica answers (LOG.md). Health checks have
-        time: a batch takes a second at most.
+        It does not run in a separate thread: the search consists of about 1,000 small operations, each of which would
+        contend for the GIL with the request thread, which halves the throughput of a replica (LOG.md). Health checks
+        are not delayed much: a batch takes at most a second.
         """
         best: list[list[tuple[int, float]]] = [[] for _ in asked]
         for exclude in (False, True):
@@ -268,50 +269,50 @@ class Server:
         return best
 
 
-_NAME = "tiger"  # of the application
-_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # of a replica; for the same reason
+_NAME = "tiger"  # name of the application
+_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # of a replica, for the reason in `_decode`
 
 _deployment: Any = serve.deployment(
     ray_actor_options={"runtime_env": {"env_vars": _ENVIRONMENT}},
-    max_ongoing_requests=2 * _BATCH,  # the default of 5 would keep batches at 5 requests
-    max_queued_requests=8 * _BATCH,  # beyond that 503, at once
+    max_ongoing_requests=2 * _BATCH,  # the default of 5 would limit batches to 5 requests
+    max_queued_requests=8 * _BATCH,  # further requests get 503 at once
     health_check_timeout_s=30,
 )(Server)
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
-    """What a RayService's `import_path` names; its `args` are `model` (a URI) and, if wanted, `beam`.
+    """Build the application of a RayService's `import_path`; its `args` are `model` (a URI) and optionally `beam`.
 
-    The service's port is open to its network, so replicas ask for a token.
+    The service's port is open to its network, so replicas require a token.
 
     Raises:
-        ConfigError: an argument is missing, unknown, or no number.
+        ConfigError: an argument is missing, unknown, or not a number.
     """
     if "model" not in arguments or set(arguments) - {"model", "beam"}:
-        raise ConfigError(f"args of the application are model and beam, found {', '.join(arguments) or 'none'}")
+        raise ConfigError(f"args of the application must be model and beam, found {', '.join(arguments) or 'none'}")
     beam = str(arguments.get("beam", ServeConfig().beam))
     if not beam.isdecimal() or int(beam) < 1:
-        raise ConfigError(f"beam = {beam} of the application: a whole number from 1 is needed")
+        raise ConfigError(f"beam = {beam} of the application: must be an integer >= 1")
     return _deployment.bind(arguments["model"], int(beam), token_needed=True)
 
 
 def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) -> None:
-    """Serves a model artifact on this cluster until the process is interrupted; requests under way are answered first.
+    """Serve a model artifact on this cluster until interrupted; requests in progress are finished first.
 
     If Serve runs on this cluster already, at the same address and without applications, it is used and left running.
 
     Raises:
-        SecurityError: the port would be open beyond loopback without a token, its file can be read by others, or Serve
-            runs already at another address or for another application.
-        ResourceError: the cluster has too few CPUs or GPUs for the replicas, or the port is taken.
+        SecurityError: the port would be open beyond loopback without a token, the token file can be read by others, or
+            Serve runs already at another address or for another application.
+        ResourceError: the cluster has too few CPUs or GPUs for the replicas, or the port is in use.
     """
-    # That proxy listens on all addresses, whatever host it is given.
+    # The HAProxy of Ray Serve listens on all addresses, regardless of the configured host.
     is_open = not _is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     if is_open and not config.token_file:
         raise SecurityError(
             f"serve.host = {config.host} is open to others: set serve.token_file, or serve on 127.0.0.1"
         )
-    read_token(config.token_file)  # an error here, and not in a replica that is started again and again
+    read_token(config.token_file)  # fail here and not in replicas, which would be restarted repeatedly
     cluster.connect(model.home.parent)
     cluster.wait_for_gpus(scale.gpus, "serve", scale.wait_minutes)
     plan = placement.plan_replicas(
@@ -334,7 +335,7 @@ def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) 
             _stop(was_running)
         reason = last_line(error).removeprefix("RuntimeError: ").rstrip(".")
         raise ResourceError(f"{config.host}:{config.port} cannot be served: {reason}; set serve.port") from error
-    _require_no_other_address(config)  # another server may have started Serve meanwhile: then ours was ignored
+    _require_no_other_address(config)  # if another server has started Serve meanwhile, our options were ignored
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
         serve.run(
@@ -350,7 +351,7 @@ def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) 
 
 
 def _stop(was_running: bool) -> None:
-    """Stop what `serve_forever` has started: Serve as a whole only if nobody else uses it."""
+    """Stop the application; stop Serve as a whole only if it was not running before and has no other application."""
     if was_running or set(serve.status().applications) - {_NAME}:
         serve.delete(_NAME)
     else:
@@ -361,7 +362,7 @@ def _require_no_other_address(config: ServeConfig) -> bool:
     """Return whether Serve runs on this cluster already; its address cannot be changed, and others may depend on it.
 
     Raises:
-        SecurityError: it listens on another address than the one that was judged safe, or serves an application.
+        SecurityError: it listens on another address than the one that was checked, or serves an application.
     """
     client = serve.context._get_global_client(raise_if_no_controller_running=False)
     if client is None:
@@ -369,13 +370,13 @@ def _require_no_other_address(config: ServeConfig) -> bool:
     options = client.http_config
     if (options.host, options.port) != (config.host, config.port):
         raise SecurityError(
-            f"Ray Serve runs on this cluster already, on {options.host}:{options.port}, and serve.host and serve.port "
-            f"ask for {config.host}:{config.port}: set them to that address, with a token if it is open to others, or "
+            f"Ray Serve runs on this cluster already, on {options.host}:{options.port}, but serve.host and serve.port "
+            f"are {config.host}:{config.port}: set them to that address, with a token if it is open to others, or "
             "stop that Serve (`serve shutdown`)"
         )
     if names := list(serve.status().applications):
         raise SecurityError(
-            f"Ray Serve runs {', '.join(names[:MAX_LISTED])} on this cluster already, whose address would be taken; "
+            f"Ray Serve runs {', '.join(names[:MAX_LISTED])} on this cluster already, at the same address; "
             "use another cluster, or stop that application"
         )
     return True

@@ -1,4 +1,4 @@
-"""Ray Train around `training.fit`: a process group of workers that resumes from its last snapshot after a loss."""
+"""Distributed training with Ray Train: a worker group that resumes from its last checkpoint after a failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiger.training.loop import Callbacks
 
 log = logging.getLogger(__name__)
 
-_CONTROLLER_FAILURES = 3  # times that a group does not start, each after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
+_CONTROLLER_FAILURES = 3  # failed starts of a group, each after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
 _PREEMPTIONS = 100
 
 WorkerLoop = Callable[[dict[str, Any], torch.device, Callbacks], dict[str, Any]]
@@ -44,20 +44,23 @@ def train(
     *,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Run `loop(arguments, device, hooks)` on every worker of a process group; return what rank 0 returned.
+    """Run `loop(arguments, device, hooks)` on every worker of a process group; return the result of rank 0.
 
-    Checkpoints are in the target's scratch folder: after the loss of a worker or node the group starts again from the
-    last one, and so does the same command after the loss of the driver.
+    Checkpoints are in the target's scratch folder: after the loss of a worker or node the group restarts from the last
+    one, and after the loss of the driver the same command resumes from it.
 
     Args:
         loop: a function that worker processes can import.
-        target: the artifact being made.
-        batch_size: rows per step over all workers; decides how many GPUs are worth using.
+        arguments: first argument of `loop`, JSON values; all except `target` determine the result.
+        target: folder of the artifact that is being written.
+        scale: resources of the run.
+        what: the stage, for log lines.
+        batch_size: rows per step over all workers; determines how many GPUs are worth using.
 
     Raises:
-        TigerError: raised by the loop on any rank, passed on as it was, within seconds.
-        ResourceError: workers, CPUs or GPUs that the cluster can never have, or that did not come; or a group that was
-            lost more often than `scale.max_failures`.
+        TigerError: raised by the loop on any rank; passed on unchanged, within seconds.
+        ResourceError: the cluster can never provide the workers, or not in time; or the group failed more often than
+            `scale.max_failures`.
     """
     cluster.connect(target)
     cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
@@ -95,7 +98,7 @@ def _fit(
             num_workers=plan.minimum, use_gpu=plan.bundle.gpus > 0, resources_per_worker=plan.bundle.resources
         ),
         run_config=ray.train.RunConfig(
-            name=f"train-{time.time_ns()}",  # what Ray Train kept of an earlier start is of no use, and may be torn
+            name=f"train-{time.time_ns()}",  # unique: never reuse Ray Train's own state, which may be corrupt
             storage_path=f"{target.uri}/{SCRATCH}",
             failure_config=ray.train.FailureConfig(
                 max_failures=scale.max_failures,
@@ -113,8 +116,8 @@ def _fit(
         reasons = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
         reason = next(last_line(reason) for reason in reasons if reason is not None)
         raise ResourceError(
-            f"{what}: the training was lost and could not be continued: {reason}. The same command resumes from the "
-            f"last snapshot; {cluster.log_folder()}/train has the workers' logs"
+            f"{what}: the training failed and could not be resumed: {reason}. Rerun to resume from the last "
+            f"checkpoint; the workers' logs: {cluster.log_folder()}/train"
         ) from error
     return returned
 
@@ -136,17 +139,17 @@ def _error_of_ours(error: BaseException | None) -> TigerError | None:
 
 
 class _Failures(ray.train.UserCallback):
-    """Hears of workers' exceptions in Ray Train's controller.
+    """Handles workers' exceptions in Ray Train's controller.
 
-    A TigerError on any rank would come again: it ends the training at once, in place of the restarts that Ray Train
-    makes after an exception, and of the other ranks waiting in a collective. Other failures are reported to the driver.
+    A TigerError on any rank is deterministic: it ends the training at once, without Ray Train's retries, and without
+    waiting for the other ranks to time out in a collective. Other failures are reported to the driver.
     """
 
     def __init__(self, lines: ray.util.queue.Queue, restarts: int) -> None:
         self.lines, self.restarts, self.seen = lines, restarts, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise an error of ours, which Ray Train takes as the end; send a line about any other."""
+        """Raise a TigerError, which ends the training; send a log line about any other exception."""
         for exception in worker_exceptions.values():
             if (ours := _error_of_ours(exception)) is not None:
                 raise ours
@@ -160,21 +163,21 @@ class _Failures(ray.train.UserCallback):
 
 @contextmanager
 def _relayed_logs(what: str, watch: Watch) -> Iterator[ray.util.queue.Queue]:
-    """A queue that a thread of the driver empties: lines go to its log, validation metrics to whoever tracks them."""
+    """Yield a queue that a thread of the driver reads: lines are logged, validation metrics are tracked."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # On the driver's node: lost with another one, it would take a training down that survives the loss of a worker.
+    # On the driver's node, so that the loss of a worker's node does not end the training.
     lines = ray.util.queue.Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     done = threading.Event()
 
     def relay() -> None:
         while True:
             try:
-                for said in lines.get_nowait_batch(max(1, lines.qsize())):
+                for message in lines.get_nowait_batch(max(1, lines.qsize())):
                     watch.progress()
-                    if isinstance(said, str):
-                        log.info("%s", said)
+                    if isinstance(message, str):
+                        log.info("%s", message)
                     else:
-                        tracking.record(what, said["step"], said)
+                        tracking.record(what, message["step"], message)
             except queue.Empty:
                 if done.wait(0.5):
                     return
@@ -197,6 +200,7 @@ class _ToDriver(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send one record."""
         self.lines.put_nowait(self.format(record))
 
 
@@ -219,7 +223,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
         snapshots.save(state, metrics)
-        ray.train.report(metrics)  # waits for all workers: none continues before the snapshot is there
+        ray.train.report(metrics)  # a barrier: no worker continues before the checkpoint is written
 
     hooks.save, hooks.load = save, snapshots.load
-    return config["loop"](config["arguments"], device, hooks)
+    loop: WorkerLoop = config["loop"]
+    return loop(config["arguments"], device, hooks)

@@ -1,14 +1,14 @@
-"""Ray Tune over the tokenizer: each trial trains inside its own function.
+"""Hyperparameter tuning of the tokenizer with Ray Tune: each trial trains inside its own function.
 
-A trainer inside a trial would cost 25 to 45 s a trial and needs the dashboard to let go of its resources. The vectors
-go into the object store once and are read from there by all trials of a node.
+A Ray Train trainer inside a trial would cost 25 to 45 s per trial and requires the dashboard to release resources. The
+vectors are put into the object store once, and all trials of a node read them from there.
 
-Finished trials are noted in a journal of plain JSON, one file a trial, written when the trial ends. A sweep that was
-killed reads it and goes on: sampler and scheduler are told what was found, and no finished trial runs again. Tune's own
-restart state is not used: it is pickled, and it is written every few seconds, so that trials go missing from it.
+Finished trials are recorded in a journal of plain JSON, one file per trial, written when the trial ends. An interrupted
+sweep resumes from it: finished trials are replayed into sampler and scheduler, and are not run again. Tune's own
+restart state is not used: it is pickled, and it is written only every few seconds, so that trials can be missing.
 
-The number of trials is in the fingerprint of a sweep. So a sweep of more trials is another artifact, and begins with
-the journal of the one that has most trials of its family (`TuningStageConfig.family`), finished or killed.
+The number of trials is in the fingerprint of a sweep. So a sweep with more trials is another artifact; it starts with
+the journal of the sweep of its family (`TuningStageConfig.family`) with the most trials, finished or killed.
 """
 
 from __future__ import annotations
@@ -57,25 +57,29 @@ log = logging.getLogger(__name__)
 
 _METRIC = "objective"
 _TABLE_EVERY = 30.0  # seconds
-_FAILED = -1e9  # the objective of a trial that could not be trained: Tune and Optuna take numbers only
+_FAILED = -1e9  # the objective of a trial that could not be trained: Tune and Optuna accept only numbers
 
 
 def tune_tokenizer(
     run: RunConfig, tuning: TuningConfig, vectors: torch.Tensor, target: Folder, family: str = ""
 ) -> pa.Table:
-    """Runs the trials, or those that an earlier, killed search has left to do.
+    """Run the trials, or the remaining ones of an interrupted sweep.
 
     Args:
-        target: the artifact being made; the journal lies in its scratch folder, and in its `journal.json` at the end.
-        family: what sweeps have in common that can continue each other; empty: begin without the trials of others.
+        run: the configuration to vary.
+        tuning: the search space and its options.
+        vectors: embeddings float32 [N, d].
+        target: folder of the artifact that is being written; the journal is in its scratch folder, and at the end in
+            its `journal.json`.
+        family: fingerprint shared by sweeps that can continue each other; empty: start without trials of others.
 
     Returns:
-        one row a trial, the best first: `trial`, its values, the figures of its best look, `looks` and `epochs` made,
-        `seconds`, `status`, `failure`.
+        One row per trial, best first: `trial`, its values, the metrics of its best evaluation, `looks` (evaluations)
+        and `epochs` made, `seconds`, `status`, `failure`.
 
     Raises:
-        ConfigError: a key of the space does not exist, or a value is impossible.
-        HealthError: no trial ended with a figure.
+        ConfigError: a key of the space does not exist, or a value is invalid.
+        HealthError: all trials failed.
     """
     require_possible(run, tuning)
     cluster.connect(target)
@@ -94,7 +98,7 @@ def tune_tokenizer(
     left = tuning.num_trials - len(journal.trials)
     if journal.trials:
         log.info(
-            "tune: %d of %d trials are in the journal and do not run again", len(journal.trials), tuning.num_trials
+            "tune: %d of %d trials are in the journal and are not run again", len(journal.trials), tuning.num_trials
         )
     if left > 0:
         trainable = tune.with_resources(
@@ -113,7 +117,7 @@ def tune_tokenizer(
                 num_samples=left,
                 search_alg=ConcurrencyLimiter(_searcher(run, tuning, journal), plan.maximum),
                 scheduler=_scheduler(tuning, journal),
-                reuse_actors=workers == 1,  # a group's other processes end with the trial's resources
+                reuse_actors=workers == 1,  # the other processes of a group end with the trial's resources
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{len(journal.trials)}",
@@ -127,12 +131,11 @@ def tune_tokenizer(
                 tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise ResourceError(
-                f"tune: the sweep was lost: {last_line(error)}. The same command continues it; "
-                f"logs: {cluster.log_folder()}"
+                f"tune: the sweep failed: {last_line(error)}. Rerun to resume it; logs: {cluster.log_folder()}"
             ) from error
     rows = _rows(journal.trials, tuning)
     if not any(row["status"] == "finished" for row in rows):
-        raise HealthError("no trial of the search ended with a figure: look at the search space, and at a single run")
+        raise HealthError("all trials failed; check the search space and try a single run")
     target.write_json("journal.json", {"family": family, "trials": journal.trials})
     return pa.Table.from_pylist(rows)
 
@@ -144,7 +147,7 @@ def _trial(
     vectors: np.ndarray,
     neighbors: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """One trial: trains a tokenizer and reports every look at it; as rank 0 of a process group where it has several."""
+    """Train a tokenizer and report every evaluation; with several workers per trial, as rank 0 of a process group."""
     workers = tuning["workers_per_trial"]
     if workers == 1:
         _learn(values, run, tuning, vectors, neighbors)
@@ -164,7 +167,7 @@ def _trial(
 
 
 def _member(rank: int, address: str, workers: int, *arguments: Any) -> None:
-    """One process of a trial's group."""
+    """Run one process of a trial's process group."""
     backend = "nccl" if arguments[2]["gpus_per_trial"] and not pretended_gpus() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=workers)
     try:
@@ -187,7 +190,7 @@ def _learn(
     def report(figures: dict[str, Any]) -> None:
         if training.rank() == 0 and (
             figures["step"] or not config.training.epochs
-        ):  # the look before the first step is no result of training
+        ):  # the evaluation before the first step is not a result of training
             tune.report(figures | {"epochs": figures["step"] / steps_per_epoch})
 
     device = assigned_device(ray.get_gpu_ids() if settings.gpus_per_trial else [])
@@ -208,7 +211,7 @@ def _learn(
 
 
 class _Journal(tune.Callback):
-    """The trials that ended, one JSON file each: `values` (as the sampler has them), `looks`, `status`."""
+    """Records ended trials, one JSON file each: `values` (in the sampler's form), `looks` (evaluations), `status`."""
 
     def __init__(self, folder: Folder, tuning: TuningConfig) -> None:
         self.folder, self.tuning = folder, tuning
@@ -223,6 +226,7 @@ class _Journal(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        """Record an evaluation; log a table at most every `_TABLE_EVERY` seconds."""
         if self.watch:
             self.watch.progress()
         kept = {key: value for key, value in result.items() if isinstance(value, (int, float, str)) and "/" not in key}
@@ -231,9 +235,11 @@ class _Journal(tune.Callback):
             self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Write a finished or stopped trial to the journal."""
         self._note(trial, "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Write a failed trial to the journal."""
         self._note(trial, "failed")
 
     def _note(self, trial: Any, status: str) -> None:
@@ -245,7 +251,7 @@ class _Journal(tune.Callback):
         self.folder.write_json(f"{entry['trial']:05d}.json", entry)
         self.trials.append(entry)
         log.info(
-            "tune: trial %d %s after %d of %d looks with %.4f; %s",
+            "tune: trial %d %s after %d of %d evaluations with %.4f; %s",
             entry["trial"], entry["status"], len(looks), self.tuning.num_evaluations, _value(entry),
             _decoded(trial.config, self.tuning),
         )  # fmt: skip
@@ -258,7 +264,7 @@ class _Journal(tune.Callback):
         return self._running.setdefault(trial.trial_id, new)
 
     def _show(self) -> None:
-        """The best trials so far and those under way."""
+        """Log the best trials so far and the running ones."""
         self._shown = time.monotonic()
         best, running = (_rows(trials, self.tuning) for trials in (self.trials, list(self._running.values())))
         for line in table(best[:5] + running, list(self.tuning.space)):
@@ -266,7 +272,7 @@ class _Journal(tune.Callback):
 
 
 def _inherit(target: Folder, family: str, at_most: int) -> None:
-    """Begin with the trials of the sweep of this family that has most of them, if they are more than our own."""
+    """Copy the trials of the sweep of this family with the most trials, if it has more than this sweep."""
     home = target.parent if target.uri.rpartition("/")[2].startswith("attempt-") else target
     own = target.child(f"{SCRATCH}/trials")
     most: list[dict[str, Any]] = []
@@ -286,7 +292,7 @@ def _inherit(target: Folder, family: str, at_most: int) -> None:
 
 
 def _trials_of(sweep: Folder, family: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield the trials of a sweep, finished or not, if it is of this family; on object stores of each attempt."""
+    """Yield the trials of a sweep, finished or not, if it is of this family; on object stores, for each attempt."""
     names = sorted(info.path[len(sweep.path) + 1 :] for info in sweep.entries() if info.type == pafs.FileType.File)
     for name in names:
         try:
@@ -299,7 +305,7 @@ def _trials_of(sweep: Folder, family: str) -> Iterator[list[dict[str, Any]]]:
                 noted = [other for other in names if other.startswith(folder) and other.endswith(".json")]
                 yield [sweep.read_json(other) for other in noted]
         except (OSError, ValueError, KeyError, TypeError) as error:  # being deleted, or not as we wrote it
-            log.warning("tune: %s/%s is passed over: %s", sweep.uri, name, error)
+            log.warning("tune: %s/%s is skipped: %s", sweep.uri, name, error)
 
 
 def _value(trial: dict[str, Any]) -> float:
@@ -307,33 +313,37 @@ def _value(trial: dict[str, Any]) -> float:
 
 
 class _Searcher(OptunaSearch):
-    """Optuna's, except that a trial outside of the space may come first, of which Optuna is not told."""
+    """OptunaSearch whose first trial may be outside of the space; Optuna does not see that trial."""
 
     def __init__(self, *arguments: Any, outside: dict[str, Any] | None, **named: Any) -> None:
         self._outside, self._untold = outside, set[str]()
         super().__init__(*arguments, **named)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the values of the next trial."""
         if self._outside is None:
-            return super().suggest(trial_id)
+            suggested: dict[str, Any] | None = super().suggest(trial_id)
+            return suggested
         values, self._outside = self._outside, None
         self._untold.add(trial_id)
         return values
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass an evaluation to Optuna, unless the trial is outside of the space."""
         if trial_id not in self._untold:
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the end of a trial to Optuna, unless the trial is outside of the space."""
         if trial_id not in self._untold:
             super().on_trial_complete(trial_id, result, error)
 
 
 def _searcher(run: RunConfig, tuning: TuningConfig, journal: _Journal) -> OptunaSearch:
-    """Told of the trials in the journal, and of the configuration as it stands if it is not one of these."""
+    """Return a sampler seeded with the trials of the journal, and with the base configuration if it is not one."""
     standing, inside = _standing(run, tuning)
     untried = standing not in [trial["values"] for trial in journal.trials]
-    seed = tuning.seed + len(journal.trials)  # going on must not draw the same values again
+    seed = tuning.seed + len(journal.trials)  # a resumed sweep must not sample the same values again
     sampler: BaseSampler = TPESampler(seed=seed) if tuning.sampler == "tpe" else RandomSampler(seed=seed)
     space = {key: _distribution(space) for key, space in tuning.space.items()}
     searcher = _Searcher(
@@ -351,7 +361,7 @@ def _searcher(run: RunConfig, tuning: TuningConfig, journal: _Journal) -> Optuna
 
 
 def _scheduler(tuning: TuningConfig, journal: _Journal) -> ASHAScheduler:
-    """With the looks of the trials in the journal on its rungs."""
+    """Return an ASHA scheduler into which the trials of the journal have been replayed."""
     scheduler = ASHAScheduler(
         metric=_METRIC,
         mode="max",
@@ -377,19 +387,19 @@ def _distribution(space: Space) -> distributions.BaseDistribution:
 
 
 def _decoded(values: dict[str, Any], tuning: TuningConfig) -> dict[str, Any]:
-    """A trial's values as the configuration has them."""
+    """Convert a trial's values from the sampler's form to that of the configuration."""
     return {key: json.loads(value) if tuning.space[key].choices is not None else value for key, value in values.items()}
 
 
 def _standing(run: RunConfig, tuning: TuningConfig) -> tuple[dict[str, Any], bool]:
-    """Return the values of the configuration as it stands, in the sampler's form, and whether the space holds them."""
+    """Return the values of the base configuration in the sampler's form, and whether the space contains them."""
     values: dict[str, Any] = {}
     inside = True
     plain = run.model_dump(mode="json", serialize_as_any=True)
     for key, space in tuning.space.items():
         value: Any = functools.reduce(operator.getitem, key.split("."), plain)
         if space.choices is not None:
-            # The choice itself, not the value: 0 and 0.0 are one value, and two texts.
+            # The choice itself, not the value: 0 and 0.0 are equal values with different JSON.
             equal = [choice for choice in space.choices if _is_same(choice, value)]
             values[key] = json.dumps(equal[0] if equal else value)
             inside &= bool(equal)
@@ -405,7 +415,7 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 def _rows(trials: list[dict[str, Any]], tuning: TuningConfig) -> list[dict[str, Any]]:
-    """What `tune_tokenizer` returns of each trial, the best first."""
+    """Return the rows of `tune_tokenizer`, best first."""
     rows: list[dict[str, Any]] = []
     for trial in trials:
         best: dict[str, Any] = max(trial["looks"], key=operator.itemgetter(_METRIC), default={})

@@ -1,4 +1,4 @@
-"""No silence: a stage on Ray that makes no progress says what it waits for, and which log explains it."""
+"""Stall reports: a stage on Ray that makes no progress logs what it waits for, and which log file explains it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tiger.on_ray import cluster
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 60.0
-"""Seconds without progress after which a line is logged, and again after as many more."""
+"""Interval in seconds between log lines while there is no progress."""
 
 
 class Watch:
-    """Knows when a stage last made progress."""
+    """Time of the last progress of a stage."""
 
     def __init__(self, what: str, details: Callable[[], str]) -> None:
         self.what, self.details = what, details
@@ -30,11 +30,11 @@ class Watch:
         self.over = threading.Event()
 
     def progress(self) -> None:
-        """Note that something was done."""
+        """Record progress."""
         self.last = time.monotonic()
 
     def run(self, storage: Folder | None, seconds: float) -> None:
-        """Log a line whenever `seconds` passed without progress, and what nodes that joined meanwhile lack."""
+        """Log a line after every `seconds` without progress; check nodes that join against `storage`."""
         reported, known = self.begin, _alive()
         while not self.over.wait(min(seconds, 5.0)):
             now = time.monotonic()
@@ -55,8 +55,8 @@ def _alive() -> set[str]:
 def _inspect(storage: Folder) -> None:
     try:
         cluster.inspect_new_nodes(storage)
-    except ResourceError as error:  # the next stage stops there; this one may do without the node
-        log.warning("a node that joined is not fit for this run: %s", error)
+    except ResourceError as error:  # the next stage fails on it; this one may not need the node
+        log.warning("a node that joined cannot be used for this run: %s", error)
     except (OSError, ray.exceptions.RayError) as error:
         log.debug("nodes that joined were not inspected: %r", error)
 
@@ -70,13 +70,14 @@ def watching(
     storage: Folder | None = None,
     seconds: float = SILENT_SECONDS,
 ) -> Iterator[Watch]:
-    """Watch a block of code that waits for Ray; call `progress` on what this yields whenever something was done.
+    """Watch a block of code that waits for Ray; the block calls `progress` on the yielded object.
 
     Args:
-        what: the stage, for the lines.
-        log_file: file or folder below the session's logs that explains a stall.
-        details: more about what is in progress, asked for when a line is logged.
+        what: the stage, for log lines.
+        log_file: file or folder in the session's logs that explains a stall.
+        details: returns what is in progress; called when a line is logged.
         storage: nodes that join while the block runs are checked against it.
+        seconds: interval between log lines without progress.
     """
     where = f"see {cluster.log_folder()}/{log_file}"
     watch = Watch(what, lambda: f"{details()}; {where}" if details else where)

@@ -1,6 +1,7 @@
 """Embed the catalog's texts on a pool of sentence-transformers actors (Ray Data).
 
-With embedding.import_path=FILE.parquet (item_id, vector) it takes your own vectors of the catalog's items instead.
+With embedding.import_path=FILE.parquet (item_id, vector) it imports precomputed embeddings of the catalog's items
+instead.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from tiger.run import RunConfig
 
 log = logging.getLogger(__name__)
 
-_LOOK_AT = 20_000  # vectors that the health checks read, at most
-_PART_ROWS = 65_536  # of vectors made elsewhere, at least; those of texts come in the catalog's parts
+_HEALTH_SAMPLE = 20_000  # maximum number of vectors for the health checks
+_PART_ROWS = 65_536  # minimum rows per file of imported vectors; those of texts have the catalog's row groups
 
 
 class OwnVectorsConfig(Config):
-    """What of the embedding's settings counts for vectors that were made elsewhere."""
+    """The embedding options that are fingerprinted for imported vectors."""
 
     vectors_id: str
     vectors_column: str
@@ -39,7 +40,7 @@ class OwnVectorsConfig(Config):
 
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
-    """Embed the catalog: its texts, or with `embedding.import_path` your own vectors of its items."""
+    """Embed the catalog's texts, or import precomputed embeddings of its items if `embedding.import_path` is set."""
     config = run.embedding
     if config.import_path is not None:
         return join(run, catalog)
@@ -65,7 +66,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
             scale=run.scale,
         )
         draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
-        vectors = sample_embeddings(draft.folder, _LOOK_AT).numpy()
+        vectors = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
         tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
         quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
         draft.metrics = {
@@ -77,7 +78,9 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
         draft.health = require(check_embeddings(vectors))
 
     source = {
-        "items": catalog.manifest["files"]["items.parquet"]["sha256"],  # no histories, no split: they are not read
+        "items": catalog.manifest["files"]["items.parquet"][
+            "sha256"
+        ],  # not the histories and splits, which are not read
         "encoder": identity.get("sha256") or identity["revision"],
     }
     return artifacts.build(
@@ -87,7 +90,7 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
 
 
 def join(run: RunConfig, catalog: Artifact) -> Artifact:
-    """Join your own vectors to the items of the catalog by source id."""
+    """Import precomputed embeddings and join them to the items of the catalog by source id."""
     files = own_vector_files(run)
 
     def make(draft: Draft) -> None:
@@ -104,7 +107,7 @@ def join(run: RunConfig, catalog: Artifact) -> Artifact:
 
 
 def adopt(run: RunConfig) -> Artifact:
-    """Take your own vectors as they are, without a catalog: the items are those that have a vector."""
+    """Import precomputed embeddings without a catalog: the items are those that have a vector."""
     files = own_vector_files(run)
 
     def make(draft: Draft) -> None:
@@ -149,9 +152,9 @@ def _write_joined(draft: Draft, vectors: VectorJoin, files: list[RawFile]) -> No
     if pending:
         draft.folder.write_table(f"vectors/part-{parts:05d}.parquet", pa.concat_tables(pending))
     progress.close()
-    looked_at = sample_embeddings(draft.folder, _LOOK_AT).numpy()
-    draft.metrics = {"items": count_embeddings(draft.folder), "dimension": looked_at.shape[1]}
-    draft.health = require(check_embeddings(looked_at))
+    sample = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
+    draft.metrics = {"items": count_embeddings(draft.folder), "dimension": sample.shape[1]}
+    draft.health = require(check_embeddings(sample))
 
 
 def job(run: RunConfig) -> Artifact:

@@ -1,6 +1,6 @@
 """Run all stages in order, from raw catalog and history files to recommendations.
 
-What is finished already is skipped; a stage that ended in a degenerate state stops the run there.
+Finished stages are skipped; a stage that fails a health check stops the run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def pipeline(run: RunConfig) -> Artifact:
+    """Run all stages; return the metrics artifact."""
     catalog = prepare(run)  # raw files -> items with one text each, users with their histories
     embeddings = embed(run, catalog)  # texts -> vectors
     vectors = build_item_vectors(run, catalog, embeddings)  # ... and what is bought together -> item vectors
@@ -34,7 +35,7 @@ def pipeline(run: RunConfig) -> Artifact:
 
 
 def summary(parts: list[Artifact], dollars_per_hour: float | None) -> str:
-    """Seconds of every stage, and what they cost; those that were skipped with what they took when they ran."""
+    """Format seconds and cost per stage; for skipped stages, those of the run that created the artifact."""
     total = sum(part.manifest["seconds"] for part in parts)
     lines = []
     for kind, seconds in [*((part.kind, part.manifest["seconds"]) for part in parts), ("all stages", total)]:

@@ -25,11 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class PrepareConfig(Config):
+    """The options that determine a catalog."""
+
     data: DatasetConfig
     catalog: CatalogConfig
 
 
 def prepare(run: RunConfig) -> Artifact:
+    """Return the catalog artifact of a configuration."""
     source = load_plugin(DatasetConfig.plugin_package, run.data.kind)
     files = source.locate(run.data, cache_folder())
     raw = describe_files(files)
@@ -73,14 +76,14 @@ def describe_files(files: Files) -> list[dict[str, Any]]:
 
 
 def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
-    """Return what of the raw files counts in the fingerprint: role, order and content, not the names."""
+    """Return the fingerprinted properties of the raw files: role, order and content, not the names."""
     return {f"{file['role']}/{file['position']}": file["sha256"] for file in raw}
 
 
 def _read(
     batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_row_fraction: float
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of one role, show the progress in its files, and close its ledger."""
+    """Yield the batches of one role, log the progress in its files, and close its ledger."""
     progress = Progress(f"read {ledger.table}", None, "rows")
     for batch in metered(batches, Meter(files, progress)):
         progress.add(batch.num_rows)

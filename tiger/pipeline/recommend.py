@@ -1,4 +1,4 @@
-"""Recommend items to every user after the whole history: item ids, titles, scores."""
+"""Recommend items to every user, given the whole history: item ids, titles, scores."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _TABLE = "recommendations"
 
 
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
+    """Return the recommendations artifact of a model."""
     config = run.recommend
     catalog = Catalog(model.inputs["catalog"])
 
@@ -61,7 +62,7 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
 
 
 def _names(file: str | None) -> set[str] | None:
-    """Item names of a file, one a line.
+    """Read a file of item ids, one per line.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
@@ -72,12 +73,13 @@ def _names(file: str | None) -> set[str] | None:
         return {line.strip() for line in Path(file).read_text("utf-8").splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"recommend.allowed_items_file = {file} cannot be read ({error}); one source id per line is needed"
+            f"recommend.allowed_items_file = {file} cannot be read ({error}); it must contain one source id per "
+            "line, in UTF-8"
         ) from None
 
 
 def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
-    """Item ids of names; how many names are unknown is logged.
+    """Return the item indices of source ids, and log the number of unknown ones.
 
     Raises:
         DataError: none of the names is in the catalog.
@@ -87,15 +89,15 @@ def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
     items = [item for item, name in enumerate(catalog.source_ids) if name in names]
     if not items:
         raise DataError(
-            f"recommend.allowed_items_file: none of its {len(names)} names is an item of the catalog; "
-            "give one source id per line"
+            f"recommend.allowed_items_file: none of its {len(names)} ids is in the catalog; "
+            "it must contain one source id per line"
         )
-    log.info("recommend: %d items allowed, %d names are not in the catalog", len(items), len(names) - len(items))
+    log.info("recommend: %d items allowed, %d ids are not in the catalog", len(items), len(names) - len(items))
     return items
 
 
 def _write_readable(draft: Draft, catalog: Catalog) -> None:
-    """recommendations.jsonl: the user's name, and item names, titles and scores, best first."""
+    """Write recommendations.jsonl: per user the source id, and item ids, titles and scores, best first."""
     table, lines = draft.folder.read_table(_TABLE), []
     for user, items, scores in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
         found = [
@@ -108,7 +110,7 @@ def _write_readable(draft: Draft, catalog: Catalog) -> None:
 
 
 def print_examples(recommendations: Artifact) -> None:
-    """Prints the first users' histories and recommendations with titles."""
+    """Log the first users' histories and recommendations with titles."""
     catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
     found = recommendations.folder.read_table(_TABLE).slice(0, _SHOWN)
     for user, items, scores in zip(*(found[name].to_pylist() for name in found.column_names), strict=True):
@@ -117,7 +119,7 @@ def print_examples(recommendations: Artifact) -> None:
 
 
 def job(run: RunConfig) -> Artifact:
-    """Recommend items to every user and print the first lists; train the model first if needed."""
+    """Recommend items to every user and log the first lists; train the model first if needed."""
     artifact = recommend(run, ensure_model(run))
     print_examples(artifact)
     return artifact

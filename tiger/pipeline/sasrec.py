@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
+    """Return the artifact of SASRec trained and evaluated on a catalog."""
+
     def make(draft: Draft) -> None:
         arguments = {
             "config": run.sasrec.model_dump(mode="json"),
@@ -48,7 +50,7 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
         draft.folder.write_json("metrics.json", figures)
         draft.metrics |= {"test": {name: round(value, 5) for name, value in figures["test"]["all_items"].items()}}
 
-    evaluated = {"users": fingerprint(run.evaluation.max_users, run.evaluation.seed)}  # decide the metrics written here
+    evaluated = {"users": fingerprint(run.evaluation.max_users, run.evaluation.seed)}  # they determine the metrics
     return artifacts.build(run.root, "sasrec", run.sasrec, {"catalog": catalog}, make, source=evaluated)
 
 

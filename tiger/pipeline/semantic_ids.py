@@ -1,7 +1,7 @@
 """Train the tokenizer on the embeddings (Ray Train) and assign every item one unique tuple of codes.
 
-With embedding.import_path=FILE.parquet (item_id, vector) and no data files (`data.kind`) it needs no catalog and no
-text.
+With embedding.import_path=FILE.parquet (item_id, vector) and without data files (`data.kind`) it needs no catalog or
+texts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tiger.tokenizers.base import Tokenizer, TokenizerConfig
 from tiger.tokenizers.train import encode_dataset, load_tokenizer, reconstruction_error, tokenizer_worker
 from tiger.training.weights import write_weights
 
-_LOOK_AT = 20_000  # vectors whose latents the health checks compare
+_HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
 
 
 def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
+    """Return the tokenizer artifact trained on embeddings."""
     config = run.tokenizer
 
     def make(draft: Draft) -> None:
@@ -49,13 +50,14 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
         codes, error, _ = _quantize(config, tokenizer, embeddings)
         draft.metrics |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
         with torch.no_grad():
-            latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _LOOK_AT)))
+            latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
         draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
     return artifacts.build(run.root, "tokenizer", config, {embeddings.kind: embeddings}, make)
 
 
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
+    """Return the semantic_ids artifact of a tokenizer and the embeddings that it was trained on."""
     config = run.tokenizer
 
     def make(draft: Draft) -> None:
@@ -64,7 +66,7 @@ def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Art
         nearest = code_metrics(codes, config.codebook_size)
 
         def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            assert vectors is not None, "RunConfig refuses a streamed tokenizer with collision_policy = nearest_free"
+            assert vectors is not None, "RunConfig rejects a streamed tokenizer with collision_policy = nearest_free"
             return trained.last_level_costs(vectors[items]).numpy()
 
         ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
@@ -99,7 +101,7 @@ def _streamed(config: TokenizerConfig) -> bool:
 def _quantize(
     config: TokenizerConfig, tokenizer: Tokenizer, embeddings: Artifact
 ) -> tuple[npt.NDArray[np.int64], float, torch.Tensor | None]:
-    """Nearest codes [N, L] of all items, their reconstruction error, and the vectors where they are in memory."""
+    """Return the nearest codes [N, L] of all items, their reconstruction error, and the vectors if in memory."""
     if _streamed(config):
         codes, error = quantize.encode(tokenizer, embeddings.folder)
         return codes, error, None

@@ -9,6 +9,7 @@ from tiger.run import RunConfig
 
 
 def serve(run: RunConfig) -> Artifact:
+    """Train the model if needed and serve it until interrupted."""
     model = ensure_model(run)
     serve_forever(model, run.serve, run.scale)
     return model

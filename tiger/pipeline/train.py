@@ -18,6 +18,8 @@ from tiger.semantic_ids.trie import Trie
 
 
 def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
+    """Return the model artifact trained on a catalog's histories as semantic IDs."""
+
     def make(draft: Draft) -> None:
         arguments = {
             "config": run.model.model_dump(mode="json"),
@@ -39,6 +41,7 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
 
 
 def ensure_model(run: RunConfig) -> Artifact:
+    """Run all stages up to the model, as far as needed; return the model artifact."""
     catalog = prepare(run)
     vectors = build_item_vectors(run, catalog, embed(run, catalog))
     return train_model(run, catalog, build_semantic_ids(run, vectors))

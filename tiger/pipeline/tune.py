@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def tune(run: RunConfig, tuning: TuningConfig, embeddings: Artifact) -> Artifact:
+    """Return the tuning artifact of the tokenizer of a configuration."""
+
     def make(draft: Draft) -> None:
         family = config.family(embeddings.fingerprint)
         trials = tune_tokenizer(run, tuning, load_embeddings(embeddings.folder), draft.folder, family)
@@ -41,7 +43,8 @@ def tune(run: RunConfig, tuning: TuningConfig, embeddings: Artifact) -> Artifact
         for line in table(rows[:10], list(tuning.space)):
             log.info("tune: %s", line)
         job = "pipeline" if embeddings.manifest.get("read_from") else "semantic_ids"
-        log.info("tune: the winner is in %s/best.toml: python -m jobs.%s that-file", draft.folder.uri, job)
+        uri = draft.folder.uri
+        log.info("tune: best configuration: %s/best.toml (run: python -m jobs.%s %s/best.toml)", uri, job, uri)
 
     config = TuningStageConfig(tokenizer=run.tokenizer, tuning=tuning)
     return artifacts.build(run.root, "tuning", config, {embeddings.kind: embeddings}, make)

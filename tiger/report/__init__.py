@@ -1,1 +1,1 @@
-"""Reports for people: the explorer of semantic IDs."""
+"""Reports: the explorer of semantic IDs."""

@@ -3,8 +3,8 @@
     python -m tiger.report.semantic_ids RUN [--page FILE.html]
     python -m tiger.report.semantic_ids CODES.parquet [--page FILE.html]
 
-RUN is a semantic_ids artifact, or the folder that holds one. CODES.parquet comes from anywhere: `codes` (lists of equal
-length), and as far as there are any `item_id`, `title`, `category`, `vector`.
+RUN is a semantic_ids artifact, or the folder that contains one. CODES.parquet is any Parquet file with a column `codes`
+(lists of equal length) and optionally `item_id`, `title`, `category`, `vector`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from tiger.metrics.codes import category_agreement, code_metrics, gini, nearest_
 from tiger.semantic_ids.assignment import SemanticIds, packed
 
 _CATEGORY_COLUMNS = ("category_leaf", "category")
-_MOST_CODES = 1 << 24  # of a level; each is counted
+_MOST_CODES = 1 << 24  # per level; each is counted
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 @dataclass(frozen=True)
 class CodedItems:
-    """Items with their codes and what is known of them.
+    """Items with their codes, titles, categories and embeddings.
 
     Attributes:
-        codes: [N, L], the collision level left out.
-        sizes: number of codes of each level.
-        collisions: [N] collision codes, zeros where there is no such level.
-        names: [N] titles, or ids where there are no titles.
-        categories: [N], None for an item without one; None where there is no such column.
-        vectors: float32 [N, d] embeddings; None where there are none.
-        reconstruction_error: of these codes, as their artifact recorded it.
-        unique_of_nearest: the unique ratio of the codes before collisions were resolved, likewise.
+        codes: [N, L], without the collision level.
+        sizes: number of codes per level.
+        collisions: [N], collision codes; zeros if there is no collision level.
+        names: [N], titles, or ids if there are no titles.
+        categories: [N], None for an item without one; None if there is no such column.
+        vectors: float32 [N, d], embeddings; None if there are none.
+        reconstruction_error: reconstruction error of these codes, as recorded in their artifact.
+        unique_of_nearest: unique ratio of the codes before collisions were resolved, likewise.
     """
 
     codes: npt.NDArray[np.int64]
@@ -61,11 +61,11 @@ class CodedItems:
     unique_of_nearest: float | None = None
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------
 
 
 def figures(items: CodedItems) -> dict[str, float]:
-    """Return all metrics in one flat dict; `report` explains them."""
+    """Return all metrics in one flat dict; `report` describes them."""
     found: dict[str, float] = {"items": len(items.codes)}
     for level, size in enumerate(items.sizes):
         found[f"gini@{level + 1}"] = gini(np.bincount(items.codes[:, level], minlength=size))
@@ -88,7 +88,7 @@ def figures(items: CodedItems) -> dict[str, float]:
 
 
 def largest_groups(items: CodedItems, count: int = 3) -> list[tuple[tuple[int, ...], list[str]]]:
-    """The tuples of codes that most items share, and these items' names; the largest first, none with one item."""
+    """Return the tuples of codes shared by the most items (at least two), with these items' names; largest first."""
     _, inverse, sizes = np.unique(packed(items.codes), return_inverse=True, return_counts=True)
     groups = []
     for key in np.argsort(-sizes, kind="stable")[:count]:
@@ -99,16 +99,16 @@ def largest_groups(items: CodedItems, count: int = 3) -> list[tuple[tuple[int, .
 
 
 def report(items: CodedItems) -> str:
-    """The figures as a table by level, and the largest groups by name."""
+    """Format the metrics as a table by level, and the largest groups by name."""
     found, levels = figures(items), range(1, items.codes.shape[1] + 1)
     lines = [f"{'':<34}" + "".join(f"level {level:<6}" for level in levels)]
     meanings = {
-        "usage": "codes in use",
-        "perplexity": "codes used, as if evenly",
-        "gini": "Gini of the codes' use",
+        "usage": "codebook utilization",
+        "perplexity": "perplexity (effective codes)",
+        "gini": "Gini of code frequencies",
         "unique": "distinct prefixes / items",
         "overlap": "neighbors with the same prefix",
-        "category_agreement": "pairs of a prefix, same category",
+        "category_agreement": "category agreement of pairs",
     }
     for name, meaning in meanings.items():
         if f"{name}@1" in found:
@@ -120,14 +120,17 @@ def report(items: CodedItems) -> str:
     return "\n".join(lines)
 
 
-# --- the page ---------------------------------------------------------------------------------------------------
+# --- HTML page --------------------------------------------------------------------------------------------------
 
 
 def distinctive_words(names: list[str], among: Counter[str], total: int, count: int = 5) -> list[str]:
-    """Words that most set a group of names apart: share in the group x log(share in the group / share overall).
+    """Return the words with the largest p log(p / q): p is their frequency in the group, q the overall frequency.
 
     Args:
-        among: in how many of all `total` names each word occurs.
+        names: names of the group.
+        among: number of all names in which each word occurs.
+        total: number of all names.
+        count: maximum number of words.
     """
     own = Counter(word for name in names for word in _words(name))
     score = {w: n / len(names) * np.log((n / len(names)) / (among[w] / total)) for w, n in own.items() if n > 1}
@@ -139,11 +142,12 @@ def _words(name: str) -> set[str]:
 
 
 def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
-    """The tree of prefixes as one HTML page without scripts: counts, telling words, categories, example titles.
+    """Render the tree of prefixes as one HTML page without scripts: sizes, distinctive words, categories, titles.
 
     Args:
-        examples: titles shown of the items that have all codes of a prefix.
-        widest: children shown of one prefix, the largest first; how many are left out is said.
+        items: the items.
+        examples: maximum titles per tuple of codes.
+        widest: maximum children per prefix, largest first; the number of omitted ones is shown.
     """
     among = Counter(word for name in items.names for word in _words(name))
     order = np.argsort(packed(items.codes), kind="stable")
@@ -183,17 +187,17 @@ def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Semantic IDs</title>'
         f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
         f"<h1>Semantic IDs of {len(items.codes):,} items</h1>"
-        "<p>Each line is a prefix: its codes, how many items have it, the words that set their titles apart, and their "
-        "most frequent category.</p>"
-        f"{''.join(children(order, 0))}<h2>Figures</h2><pre>{html.escape(report(items))}</pre></html>\n"
+        "<p>Each line is a prefix: its codes, the number of items with it, the distinctive words of their titles, and "
+        "their most frequent category.</p>"
+        f"{''.join(children(order, 0))}<h2>Metrics</h2><pre>{html.escape(report(items))}</pre></html>\n"
     )
 
 
-# --- where the codes come from ----------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------------
 
 
 def of_artifact(artifact: Artifact) -> CodedItems:
-    """The items of a semantic_ids artifact, with titles, categories and embeddings from what it was made of."""
+    """Read the items of a semantic_ids artifact, with titles, categories and embeddings from its inputs."""
     ids = SemanticIds.read(artifact.folder)
     inputs = artifact.inputs
     embeddings = inputs.get("item_vectors") or inputs["embeddings"]  # what was quantized
@@ -211,7 +215,7 @@ def of_artifact(artifact: Artifact) -> CodedItems:
 
 
 def of_parquet(path: str) -> CodedItems:
-    """The items of a Parquet file from anywhere.
+    """Read the items of any Parquet file with a column `codes`.
 
     Raises:
         DataError: no such file, no column `codes`, or codes that are missing, negative or of different lengths.
@@ -221,7 +225,7 @@ def of_parquet(path: str) -> CodedItems:
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is no Parquet file: {error}") from None
+        raise DataError(f"{path} is not a Parquet file: {error}") from None
     if "codes" not in table.column_names:
         names = ", ".join(table.column_names[:MAX_LISTED])
         raise DataError(f"{path} has no column `codes`; its columns: {names}")
@@ -260,12 +264,12 @@ def _categories(table: pa.Table) -> list[str | None] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the report and, where asked to, writes the page."""
+    """Print the report and, with `--page`, write the HTML page; return the exit code."""
     parser = argparse.ArgumentParser(
         "python -m tiger.report.semantic_ids", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("source", help="a run, a semantic_ids artifact, or a Parquet file with a column `codes`")
-    parser.add_argument("--page", metavar="FILE.html", help="write a page to browse the prefixes")
+    parser.add_argument("--page", metavar="FILE.html", help="write an HTML explorer of the prefixes")
     options = parser.parse_args(arguments)
     try:
         if options.source.endswith(".parquet"):

@@ -1,8 +1,8 @@
-"""Codes -> semantic IDs: every item one unique tuple.
+"""Codes -> semantic IDs: one unique tuple per item.
 
-Items of equal codes are told apart by policy: by the nearest free code of the last level, by one more level that counts
-them, or not at all. Sorting does it, on one machine: 10 million items take seconds, and the result is a function of the
-codes alone, whatever the order or the number of pieces in which they came.
+Collisions (items with equal codes) are resolved by policy: reassign items to the nearest free codes of the last level,
+append a code that numbers them, or raise an error. It is implemented with sorting on one machine: 10 million items take
+seconds, and the result is deterministic given the codes, regardless of how they were computed.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from tiger.core.storage import Folder
 
 Costs = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
 
-_COSTS_AT_ONCE = 16_384  # items
+_COSTS_AT_ONCE = 16_384  # items whose costs are in memory at a time
 
 
 class SemanticIdsConfig(Config):
-    """How items of equal codes are told apart."""
+    """Collision policy."""
 
     collision_policy: Literal["extra_code", "nearest_free", "error"] = Field(
         "nearest_free",
-        description="extra_code: one more code counts them; nearest_free: they move to the nearest free codes of the "
-        "last level, and one more code counts what is left; error: stop",
+        description="items with equal codes: extra_code: append a code that numbers them; nearest_free: reassign them "
+        "to the nearest free codes of the last level, and append a code only if needed; error: raise an error",
     )
     items_per_id: int = Field(
-        1, ge=1, description="items that may keep one tuple of codes, with collision_policy = nearest_free"
+        1, ge=1, description="maximum items per tuple of codes, with collision_policy = nearest_free"
     )
-    collision_codes: int = Field(256, ge=1, le=32_767, description="items of equal codes that one more level holds")
+    collision_codes: int = Field(
+        256, ge=1, le=32_767, description="size of the appended level: maximum items with equal codes"
+    )
 
 
 def packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None) -> npt.NDArray[np.int64]:
-    """One integer per row of codes [N, L], in the lexical order of the rows: sorting it is ten times faster.
+    """Return one integer per row of codes, int64 [N], in the lexicographic order of the rows: it sorts 10x faster.
 
     Args:
-        sizes: codes of every level; by default what the rows need. Rows packed with equal sizes can be compared.
+        codes: [N, L], not negative.
+        sizes: codes per level; by default the maximum of each column + 1. Keys with equal sizes can be compared.
 
     Raises:
-        DataError: the levels have more than 2**63 tuples.
+        DataError: the levels have 2**63 tuples or more.
     """
     sizes = sizes or tuple(int(column.max(initial=0)) + 1 for column in codes.T)
     if math.prod(sizes) >= 2**63:
-        raise DataError(f"levels of {sizes} codes have more than 2**63 tuples; use fewer or smaller levels")
+        raise DataError(f"levels of {sizes} codes have 2**63 tuples or more; use fewer or smaller levels")
     keys = np.zeros(len(codes), np.int64)
     for column, size in zip(codes.T, sizes, strict=True):
         keys *= size
@@ -60,18 +63,21 @@ def packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None)
 
 
 class SemanticIds:
-    """The unique IDs of items 0 .. N-1 and the way back.
+    """The unique IDs of items 0 .. N-1, with lookup of items by ID.
 
     Attributes:
-        codes: int16 [N, L] or [N, L+1], row = item_id; the last column is the collision code where one was needed.
-        level_sizes: number of possible codes of each level.
-        levels: L, the codes that the tokenizer gave.
+        codes: int16 [N, L] or [N, L+1], row = item_id; the last column is the collision code if one was needed.
+        level_sizes: number of codes per level.
+        levels: L, the number of codes from the tokenizer.
     """
 
     def __init__(self, codes: npt.NDArray[np.int16], level_sizes: tuple[int, ...], levels: int | None = None) -> None:
-        """
+        """Check the IDs.
+
         Args:
-            levels: by default all but the last.
+            codes: int16 [N, L] or [N, L+1].
+            level_sizes: number of codes per level.
+            levels: number of codes from the tokenizer; None: all except the last.
 
         Raises:
             ArtifactError: two items share an ID, or a code is outside its level.
@@ -80,7 +86,7 @@ class SemanticIds:
         outside = ((codes < 0) | (codes >= sizes)).any(axis=1)
         if outside.any():
             item = int(outside.argmax())
-            raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is outside of {level_sizes}")
+            raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is out of range {level_sizes}")
         self.codes, self.level_sizes = codes, tuple(level_sizes)
         self.levels = len(level_sizes) - 1 if levels is None else levels
         sorted_keys = self._sorted[0]
@@ -94,42 +100,48 @@ class SemanticIds:
 
     @cached_property
     def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Packed IDs in ascending order, and the items they belong to."""
+        """Packed IDs in ascending order, and their items."""
         keys = packed(self.codes, self.level_sizes)
         order = np.argsort(keys, kind="stable")
         return keys[order], order
 
     @property
     def sorted_items(self) -> npt.NDArray[np.int64]:
-        """Items in the lexical order of their IDs, [N]."""
+        """Items in the lexicographic order of their IDs, int64 [N]."""
         return self._sorted[1]
 
     @cached_property
     def unique_before(self) -> npt.NDArray[np.bool_]:
-        """Which items' codes were unique without the collision level, [N]."""
+        """Whether each item's codes are unique without the collision level, bool [N]."""
         _, inverse, counts = np.unique(packed(self.codes[:, : self.levels]), return_inverse=True, return_counts=True)
-        return counts[inverse] == 1
+        unique: npt.NDArray[np.bool_] = counts[inverse] == 1
+        return unique
 
     @property
     def collisions(self) -> npt.NDArray[np.int16]:
-        """The collision code of every item, [N]; 0 where no level was needed."""
+        """The collision code of every item, int16 [N]; 0 if there is no collision level."""
         return self.codes[:, self.levels] if self.codes.shape[1] > self.levels else np.zeros(len(self), np.int16)
 
     def item_of(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Items [M] of semantic IDs [M, L+1]; -1 for an ID that no item has."""
-        asked = np.asarray(codes).reshape(-1, self.codes.shape[1])
-        possible = np.all((asked >= 0) & (asked < np.array(self.level_sizes)), axis=1)
+        """Return the items int64 [M] of semantic IDs [M, L] or [M, L+1]; -1 for an ID without an item."""
+        queries = np.asarray(codes).reshape(-1, self.codes.shape[1])
+        in_range = np.all((queries >= 0) & (queries < np.array(self.level_sizes)), axis=1)
         keys, order = self._sorted
-        wanted = packed(np.where(possible[:, None], asked, 0), self.level_sizes)
-        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where(possible & (keys[place] == wanted), order[place], -1)
+        query_keys = packed(np.where(in_range[:, None], queries, 0), self.level_sizes)
+        index = np.minimum(np.searchsorted(keys, query_keys), len(keys) - 1)
+        return np.where(in_range & (keys[index] == query_keys), order[index], -1)
 
     @classmethod
     def read(cls, folder: Folder) -> SemanticIds:
+        """Read ids.parquet and levels.json.
+
+        Raises:
+            ArtifactError: the codes are not lists of integers, the item ids are not in order, or the IDs are invalid.
+        """
         table = folder.read_table("ids.parquet").combine_chunks()
         kind = table.schema.field("codes").type if "codes" in table.column_names else pa.null()
         if not (isinstance(kind, pa.ListType | pa.FixedSizeListType) and pa.types.is_integer(kind.value_type)):
-            raise ArtifactError(f"{folder.uri}/ids.parquet: codes are no lists of integers")
+            raise ArtifactError(f"{folder.uri}/ids.parquet: codes are not lists of integers")
         lists = table["codes"].combine_chunks()
         codes = np.asarray(lists.flatten()).reshape(len(lists), -1)
         items = np.asarray(table["item_id"])
@@ -139,7 +151,7 @@ class SemanticIds:
         return cls(codes, tuple(levels["level_sizes"]), levels["levels"])
 
     def write(self, folder: Folder, source_ids: pa.ChunkedArray) -> None:
-        """ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json."""
+        """Write ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json."""
         width = self.codes.shape[1]
         folder.write_table(
             "ids.parquet",
@@ -158,21 +170,23 @@ class SemanticIds:
 def assign(
     codes: npt.NDArray[np.integer], codebook_size: int, config: SemanticIdsConfig, costs: Costs | None = None
 ) -> SemanticIds:
-    """Unique IDs from codes that items may share.
+    """Assign unique IDs to items whose codes may collide.
 
-    The collision level, where it is needed, numbers items of equal codes 0, 1, 2, ... in the order of their item ids.
+    The collision level, if it is needed, numbers items with equal codes 0, 1, 2, ... in the order of their item ids.
 
     Args:
         codes: [N, L], row = item_id, each in [0, codebook_size).
-        costs: items [n] -> what each last code would cost them, [n, codebook_size]; needed by `nearest_free`.
+        codebook_size: number of codes per level.
+        config: the collision policy.
+        costs: items [n] -> cost of every last-level code for each item, [n, codebook_size]; required by `nearest_free`.
 
     Raises:
-        DataError: the policy is `error` and items share codes, or more of them do than the level has codes; names the
-            group and some of its items.
+        DataError: the policy is `error` and items share codes, or more items share one tuple than the collision level
+            has codes; reports the group and some of its items.
     """
     if config.collision_policy == "nearest_free":
         if costs is None:
-            raise ValueError("collision_policy = nearest_free needs the costs of the last level's codes")
+            raise ValueError("collision_policy = nearest_free requires the costs of the last level's codes")
         codes = separate(codes, codebook_size, costs, config.items_per_id)
     order, starts, sizes = _groups(packed(codes))
     largest = int(sizes.argmax())
@@ -182,13 +196,13 @@ def assign(
             f"is error; the largest group is {_named(codes, order, starts, sizes, largest)}"
         )
     if sizes[largest] > config.collision_codes:
-        cure = "raise semantic_ids.collision_codes or tokenizer.codebook_size"
+        fix = "increase semantic_ids.collision_codes or tokenizer.codebook_size"
         if config.collision_policy == "extra_code":
-            cure = "set semantic_ids.collision_policy = nearest_free, or raise semantic_ids.collision_codes"
+            fix = "set semantic_ids.collision_policy = nearest_free, or increase semantic_ids.collision_codes"
         raise DataError(
-            f"{sizes[largest]:,} items share their codes, the collision level tells {config.collision_codes} apart "
+            f"{sizes[largest]:,} items share their codes, but the collision level has {config.collision_codes} codes "
             f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
-            f"If they should be, {cure}"
+            f"If they should be, {fix}"
         )
     level_sizes = (codebook_size,) * codes.shape[1]
     if config.collision_policy != "extra_code" and sizes[largest] == 1:
@@ -202,20 +216,22 @@ def assign(
 def separate(
     codes: npt.NDArray[np.integer], codebook_size: int, costs: Costs, capacity: int = 1
 ) -> npt.NDArray[np.int64]:
-    """Moves items of equal codes to other codes of the last level, at the least total cost.
+    """Reassign items with equal codes to other codes of the last level, at minimum total cost.
 
-    Where a tuple has more items than `capacity`, all items that share its prefix are assigned again, each code of the
-    last level taking at most `capacity` of them (the assignment problem). Items beyond capacity x codebook_size are
-    spread over all last codes in turn, codebook_size items at a time, so that the collision level has few to number.
+    If a tuple has more items than `capacity`, all items that share its prefix are assigned again, with at most
+    `capacity` items per code of the last level (the assignment problem). Items beyond capacity x codebook_size are
+    distributed over all last codes, codebook_size items at a time, so that few items need a collision code.
 
     Args:
         codes: [N, L].
+        codebook_size: number of codes of the last level.
         costs: items [n] -> [n, codebook_size].
+        capacity: maximum items per tuple.
 
     Returns:
-        int64 [N, L]; columns but the last are the same.
+        int64 [N, L]; all columns except the last are unchanged.
     """
-    from scipy.optimize import linear_sum_assignment  # a second to import, in every process of a run
+    from scipy.optimize import linear_sum_assignment  # imported lazily: it takes a second per process
 
     moved = codes.astype(np.int64)
     order, starts, sizes = _groups(packed(moved))
@@ -227,7 +243,7 @@ def separate(
     items, ends = items[order], np.append(starts[1:], len(items))
     begin = 0
     while begin < len(starts):
-        # Whole groups, as many as fit into one piece of costs.
+        # Whole groups, as many as fit into one chunk of costs.
         until = max(begin + 1, int(np.searchsorted(ends, starts[begin] + _COSTS_AT_ONCE, side="right")))
         piece = costs(items[starts[begin] : ends[until - 1]])
         for start, end in zip(starts[begin:until], ends[begin:until], strict=True):
@@ -247,7 +263,7 @@ def separate(
 def _groups(
     keys: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows in the order of their keys (in that of the rows where equal); where each key begins; how often it occurs."""
+    """Group rows by key: rows sorted by key (stable), first position of each key, number of rows of each key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(keys)])
@@ -262,4 +278,4 @@ def _named(
     group: int,
 ) -> str:
     items = order[starts[group] : starts[group] + sizes[group]]
-    return f"{len(items):,} items with {tuple(codes[items[0]].tolist())}, among them {items[:5].tolist()}"
+    return f"{len(items):,} items with {tuple(codes[items[0]].tolist())}, including {items[:5].tolist()}"

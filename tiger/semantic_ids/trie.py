@@ -125,8 +125,7 @@ class Trie(nn.Module):
     def allowed_nodes(self, allowed_items: Tensor) -> list[Tensor]:
         """Return which nodes lead to an allowed item: per level bool [nodes], for `expand`.
 
-        A filter so costs a millisecond per million items, and a beam that follows it holds only prefixes of items that
-        may come back.
+        This takes about 1 ms per million items; a filtered beam then contains only prefixes of allowed items.
 
         Args:
             allowed_items: bool [items].
@@ -154,6 +153,7 @@ class Trie(nn.Module):
 
         Args:
             vectors: floating-point [items, d].
+            level: of the nodes.
         """
         mean = torch.zeros(self.num_nodes[level], vectors.shape[1], device=vectors.device)
         for items in torch.arange(len(vectors), device=vectors.device).split(1 << 16):

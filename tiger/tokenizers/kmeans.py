@@ -1,4 +1,4 @@
-"""k-means as matrix products: distances never materialize an [N, K, d] tensor (140 times slower at 256 centroids)."""
+"""k-means with matrix products, without an [N, K, d] tensor (which is 140 times slower at 256 centroids)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 8_192  # rows at a time: 8 MB of distances at 256 centroids, which stay in the cache
+_CHUNK = 8_192  # rows at a time: 8 MB of distances at 256 centroids, which fit the CPU cache
 
 
 def nearest(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Index of the nearest centroid (the lowest of equals) and the squared distance to it.
+    """Return the index of the nearest centroid (the lowest index on ties) and the squared distance to it.
 
     Args:
         points: [N, d].
         centroids: [K, d].
-        prices: [K], added to the squared distances: see `sinkhorn_potentials`.
+        prices: potentials [K], added to the squared distances: see `sinkhorn_potentials`.
 
     Returns:
-        int64 [N], and float [N]: at least 0, prices included.
+        int64 [N], and float [N]: squared distance plus potential, clamped to at least 0.
     """
     found = [scores.min(dim=1) for scores in _scores(points, centroids, prices)]
     index = torch.cat([chunk.indices for chunk in found])
@@ -28,12 +28,12 @@ def nearest(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> 
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> Tensor:
-    """The index alone, int64 [N], without the distances that a training step has no use for."""
+    """Return only the index of the nearest centroid, int64 [N]; see `nearest`."""
     return torch.cat([scores.argmin(dim=1) for scores in _scores(points, centroids, prices)])
 
 
 def _scores(points: Tensor, centroids: Tensor, prices: Tensor | None) -> Iterator[Tensor]:
-    """Squared distances without the points' own part, [rows, K], for one chunk of points after the other."""
+    """Yield |c|^2 - 2 x.c plus potentials, [rows, K], per chunk of points: squared distances without |x|^2."""
     norms = centroids.square().sum(1)
     if prices is not None:
         norms = norms + prices
@@ -42,13 +42,13 @@ def _scores(points: Tensor, centroids: Tensor, prices: Tensor | None) -> Iterato
 
 
 def kmeans(points: Tensor, k: int, *, iterations: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's algorithm from a k-means++ start (Arthur and Vassilvitskii, 2007).
-
-    Runs until no point changes its centroid, or for `iterations`.
+    """Run Lloyd's algorithm with k-means++ initialization (Arthur and Vassilvitskii, 2007) until convergence.
 
     Args:
-        points: float32 [N, d], N >= 1; N < k is allowed and leaves centroids doubled.
-        generator: of the CPU; the result is a function of it and the points.
+        points: float32 [N, d], N >= 1; with N < k some centroids are duplicates.
+        k: number of centroids.
+        iterations: maximum number of iterations.
+        generator: a CPU generator; the result is deterministic given it and the points.
 
     Returns:
         float32 [k, d].
@@ -64,10 +64,10 @@ def kmeans(points: Tensor, k: int, *, iterations: int, generator: torch.Generato
 
 
 def lloyd(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One iteration: every centroid moves to the mean of its points, a dead one to the point worst represented.
+    """Run one iteration: centroids move to the mean of their points, empty clusters to the farthest points.
 
     Returns:
-        the new centroids [k, d], and the points' indices into the old ones, int64 [N].
+        The new centroids [k, d], and the points' indices into the old ones, int64 [N].
     """
     index, distance = nearest(points, centroids, prices)
     sums, counts = cluster_sums(points, index, len(centroids))
@@ -76,13 +76,13 @@ def lloyd(points: Tensor, centroids: Tensor, prices: Tensor | None = None) -> tu
 
 
 def revive(centroids: Tensor, counts: Tensor, points: Tensor, distance: Tensor) -> Tensor:
-    """Centroids without points move to the points that are worst represented.
+    """Return centroids in which those of empty clusters are replaced by the points farthest from their centroids.
 
     Args:
         centroids: [k, d].
-        counts: [k] points of each.
+        counts: [k], number of points per cluster.
         points: [N, d].
-        distance: [N] of each point to its centroid.
+        distance: [N], squared distance of each point to its centroid.
     """
     dead = (counts == 0).nonzero().squeeze(1)[: len(points)]
     if len(dead):
@@ -92,14 +92,16 @@ def revive(centroids: Tensor, counts: Tensor, points: Tensor, distance: Tensor) 
 
 
 def sinkhorn_potentials(points: Tensor, centroids: Tensor, *, softness: float = 0.1, iterations: int = 50) -> Tensor:
-    """Prices [k] under which all centroids are about equally popular: the dual of balanced optimal transport.
+    """Return potentials [k] that equalize cluster sizes: the dual of balanced optimal transport.
 
-    Sinkhorn's algorithm (Cuturi 2013) on squared distances. Kept with the centroids, the prices let every point be
-    assigned by itself, where a transport plan would hold for these points only.
+    Sinkhorn's algorithm (Cuturi 2013) on squared distances. Stored with the centroids, the potentials let every point
+    be assigned independently, while a transport plan would be valid for these points only.
 
     Args:
         points: float32 [N, d]; distances take N x k floats.
-        softness: regularization relative to the mean distance to the nearest centroid.
+        centroids: float32 [k, d].
+        softness: regularization relative to the mean squared distance to the nearest centroid.
+        iterations: number of Sinkhorn iterations.
     """
     cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
     epsilon = float(softness * cost.min(dim=1).values.clamp_min(0).mean())
@@ -115,17 +117,17 @@ def sinkhorn_potentials(points: Tensor, centroids: Tensor, *, softness: float = 
 
 
 def cluster_sums(points: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum [k, d] and number [k] of the points of each cluster, the same on every run."""
-    # Counted as integers, which is exact in any order; `bincount` waits for a GPU.
+    """Return sums [k, d] and numbers [k] of the points of each cluster; deterministic on any device."""
+    # Counted as integers, which is exact in any order; `bincount` would synchronize with a GPU.
     counts = index.new_zeros(k).index_add_(0, index, torch.ones_like(index))
     return row_sums(points, index, k), counts.to(points.dtype)
 
 
 def row_sums(points: Tensor, index: Tensor, k: int) -> Tensor:
-    """Sum [k, d] of the points of each cluster, the same on every run.
+    """Return the sums [k, d] of the points of each cluster; deterministic on any device.
 
-    On a CPU `index_add_` sums in the order of the points, with any number of threads, and 30 times as fast as a product
-    with one-hot vectors; on a GPU it sums in no order, and the product stands in.
+    On a CPU, `index_add_` sums in the order of the points, with any number of threads, and is 30 times as fast as a
+    product with one-hot vectors; on a GPU its order is not deterministic, so the product is used.
     """
     sums = points.new_zeros(k, points.shape[1])
     if points.device.type == "cpu":
@@ -136,17 +138,17 @@ def row_sums(points: Tensor, index: Tensor, k: int) -> Tensor:
 
 
 def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    draws = torch.rand(k, generator=generator, dtype=torch.float64)
-    chosen = [int(draws[0] * len(points))]
+    uniforms = torch.rand(k, generator=generator, dtype=torch.float64)
+    chosen = [int(uniforms[0] * len(points))]
     _, distance = nearest(points, points[chosen])
-    for draw in draws[1:]:
+    for uniform in uniforms[1:]:
         cumulative = distance.double().cumsum(0)
         total = float(cumulative[-1])
         if total > 0:
-            target = torch.tensor(float(draw) * total, dtype=torch.float64, device=points.device)
+            target = torch.tensor(float(uniform) * total, dtype=torch.float64, device=points.device)
             pick = min(int(torch.searchsorted(cumulative, target, right=True)), len(points) - 1)
         else:  # fewer distinct points than centroids
-            pick = int(draw * len(points))
+            pick = int(uniform * len(points))
         chosen.append(pick)
         distance = torch.minimum(distance, nearest(points, points[pick : pick + 1])[1])
     return points[chosen].clone()

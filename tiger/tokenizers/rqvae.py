@@ -1,14 +1,13 @@
-"""RQ-VAE: an autoencoder whose latent is a sum of one vector from each of several codebooks (TIGER, section 3.1;
-Zeghidour et al. 2021 for the residual quantizer).
+"""RQ-VAE: an autoencoder whose latent is quantized as a sum of one vector per codebook.
 
-Beside the usual perceptrons, encoder and decoder have a linear path that starts as the principal directions (as the
-identity where nothing is compressed), with the perceptrons starting at zero. So training starts where residual k-means
-ends, and every step improves on it; a random encoder never comes back to it. What else keeps it from collapsing, each
-measured in LOG.md: standardized inputs, a k-means start, one Lloyd iteration per level every other epoch until the
-learning rate is small, directions instead of vectors at the later levels, a reconstruction loss summed over
-dimensions, AdamW.
+TIGER, section 3.1; Zeghidour et al. 2021 for the residual quantizer. In addition to the usual MLPs, encoder and decoder
+have a linear skip connection initialized with the principal directions (or the identity without compression), and the
+MLPs' last layers are initialized with zeros. So training starts from residual k-means and improves on it, which a
+randomly initialized encoder does not reach. Further measures against collapse, each measured in LOG.md: standardized
+inputs, k-means initialization, one Lloyd iteration per level every other epoch until the learning rate is small,
+quantizing directions instead of vectors, a reconstruction loss summed over dimensions, AdamW.
 
-Names of shapes: B batch, D embedding, Z latent, L levels, K codes of a level.
+Shape suffixes: B batch, D embedding, Z latent, L levels, K codes per level.
 """
 
 from __future__ import annotations
@@ -27,44 +26,44 @@ from tiger.training.loop import TrainingConfig, all_reduce_sum
 
 
 class RQVAETraining(TrainingConfig):
-    """How the autoencoder is trained."""
+    """Training of the autoencoder."""
 
-    epochs: int = Field(40, ge=0, description="passes over all items, at most")
+    epochs: int = Field(40, ge=0, description="maximum passes over all items")
     batch_size: int = Field(256, ge=1, description="items per step, over all workers")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    max_grad_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    validate_every_epochs: float = Field(10.0, gt=0, description="epochs between two looks at usage and reconstruction")
-    patience: int = Field(10, ge=1, description="looks without a better reconstruction before training stops")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before cosine decay to zero")
+    max_grad_norm: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    validate_every_epochs: float = Field(10.0, gt=0, description="epochs between validations of utilization and error")
+    patience: int = Field(10, ge=1, description="validations without improvement before training stops early")
 
 
 class Config(ResidualConfig):
-    """Shape of the autoencoder, its loss, and its training."""
+    """Architecture, loss and training of the autoencoder."""
 
     kind: str = Field("rqvae", description="quantizer: residual-quantized autoencoder")
     hidden_dims: tuple[int, ...] = Field(
         (512, 256, 128), description="widths of the encoder's layers; the decoder mirrors them"
     )
     latent_dim: int = Field(0, ge=0, description="dimension of the quantized vector; 0: that of the embeddings")
-    linear_skip: bool = Field(True, description="a linear path beside the layers, started as principal directions")
+    linear_skip: bool = Field(True, description="linear skip connection, initialized with principal directions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
-    commitment_weight: float = Field(
-        0.25, ge=0, description="weight of the loss that draws the latent to its codes (beta)"
-    )
+    commitment_weight: float = Field(0.25, ge=0, description="weight of the commitment loss (beta)")
     codebook_update: Literal["lloyd", "ema", "gradient"] = Field(
-        "lloyd", description="gradients and now and then a k-means iteration; moving averages; gradients alone"
+        "lloyd", description="lloyd: gradients and periodic k-means iterations; ema: moving averages; gradients only"
     )
     codebook_update_every: int = Field(
-        2, ge=1, description="epochs between two k-means iterations, or resets of dead codes"
+        2, ge=1, description="epochs between k-means iterations, or resets of dead codes"
     )
-    codebook_update_until: float = Field(0.6, ge=0, le=1, description="share of the epochs after which that ends")
-    ema_decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages, per step")
-    reset_dead_codes: bool = Field(True, description="codes that no item has move to badly represented items")
+    codebook_update_until: float = Field(0.6, ge=0, le=1, description="fraction of the epochs after which these stop")
+    ema_decay: float = Field(0.99, gt=0, lt=1, description="decay of the moving averages, per step")
+    reset_dead_codes: bool = Field(True, description="re-initialize unused codes at poorly reconstructed items")
     gradient_estimator: Literal["straight-through", "rotation"] = Field(
-        "straight-through", description="how the gradient passes the quantization"
+        "straight-through", description="gradient estimator of the quantization"
     )
-    reconstruction_reduction: Literal["sum", "mean"] = Field("sum", description="the squared error, over dimensions")
+    reconstruction_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="reduction of the squared error over dimensions"
+    )
     training: RQVAETraining = RQVAETraining()
 
 
@@ -83,7 +82,7 @@ def _mlp(widths: list[int], dropout: float, last_is_zero: bool) -> nn.Sequential
 
 
 class _MLPWithSkip(nn.Module):
-    """Encoder or decoder: layers, and a linear path beside them."""
+    """Encoder or decoder: an MLP with an optional linear skip connection."""
 
     def __init__(self, widths: list[int], dropout: float, linear_skip: bool) -> None:
         super().__init__()
@@ -91,11 +90,14 @@ class _MLPWithSkip(nn.Module):
         self.linear = nn.Linear(widths[0], widths[-1]) if linear_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of the MLP and the skip connection for x [B, widths[0]]: [B, widths[-1]]."""
         y: Tensor = self.layers(x)
         return y if self.linear is None else y + self.linear(x)
 
 
 class RQVAE(ResidualTokenizer):
+    """Encoder, residual quantizer with learned codebooks, decoder."""
+
     ema_sums: Tensor
     ema_counts: Tensor
 
@@ -118,6 +120,7 @@ class RQVAE(ResidualTokenizer):
 
     @torch.no_grad()
     def initialize(self, sample: Tensor, generator: torch.Generator) -> None:
+        """Set the skip connections to the principal directions, and the codebooks by residual k-means."""
         if self.encoder.linear is not None and self.decoder.linear is not None:
             directions = _principal_directions(sample, self.codebooks.shape[2])
             self.encoder.linear.weight.copy_(directions.T)
@@ -129,16 +132,16 @@ class RQVAE(ResidualTokenizer):
             self._reset_ema()
 
     def _reset_ema(self) -> None:
-        """The averages start as if every code had been chosen once a step, where it stands."""
+        """Initialize the moving averages as if every code had been assigned one point per step, equal to itself."""
         self.ema_counts.fill_(1.0)
         self.ema_sums.copy_(self.codebooks)
 
     @torch.no_grad()
     def refresh(self, sample: Tensor) -> None:
-        """Lloyd: one iteration per level on the rests of the encoded vectors; otherwise, dead codes get an item again.
+        """Run one Lloyd iteration per level on the residuals of the sample; with `ema` or `gradient` reset dead codes.
 
-        The encoder moves faster than gradients can pull the codes after it: without this, seven of eight codes of the
-        first level were dead after ten epochs on Beauty.
+        The encoder drifts faster than codebook gradients follow: without this, 7 of 8 codes of the first level were
+        dead after 10 epochs on Beauty.
         """
         if self.config.codebook_update == "lloyd":
             self.refit(sample, lloyd)
@@ -153,14 +156,17 @@ class RQVAE(ResidualTokenizer):
                 self.ema_sums[moved] = self.codebooks[moved]
 
     def latent(self, standardized: Tensor) -> Tensor:
+        """Encode standardized embeddings [B, D] to latents [B, Z]."""
         latent: Tensor = self.encoder(standardized)
         return latent
 
     def decode_latent(self, latent: Tensor) -> Tensor:
+        """Decode latents [B, Z] to standardized embeddings [B, D]."""
         embedding: Tensor = self.decoder(latent)
         return embedding
 
     def forward(self, batch: Tensor) -> Tensor:
+        """Return the loss [B] of standardized embeddings [B, D]: quantization loss plus reconstruction error."""
         latent_BZ = self.encoder(batch)
         levels = list(self.quantize(latent_BZ))
         quantization_B, passed_BZ = QuantizeWithCommitment.apply(
@@ -171,11 +177,14 @@ class RQVAE(ResidualTokenizer):
         error_B = F.mse_loss(self.decoder(passed_BZ), batch, reduction="none").sum(1)
         if self.training and self.config.codebook_update == "ema":
             self._ema_update(levels)
-        return quantization_B + (error_B if self.config.reconstruction_reduction == "sum" else error_B / self.dim)
+        loss_B: Tensor = quantization_B + (
+            error_B if self.config.reconstruction_reduction == "sum" else error_B / self.dim
+        )
+        return loss_B
 
     @torch.no_grad()
     def _ema_update(self, levels: list[Level]) -> None:
-        """Moving averages of the points of each code, over the batches of all workers (van den Oord et al. 2017)."""
+        """Update the moving averages of each code's points over all workers' batches (van den Oord et al. 2017)."""
         decay = self.config.ema_decay
         for index, level in enumerate(levels):
             sums, counts = cluster_sums(level.point, level.code, self.codebook_size)
@@ -190,7 +199,7 @@ def _reset_dead_codes(points: Tensor, codebook: Tensor) -> tuple[Tensor, None]:
 
 
 def _principal_directions(points: Tensor, count: int) -> Tensor:
-    """Orthonormal columns [d, count] of greatest variance, zeros beyond d; the identity where count is d."""
+    """Return `count` orthonormal columns [d, count] of largest variance, zeros beyond d; the identity if it is d."""
     dim = points.shape[1]
     if count == dim:
         return torch.eye(dim, device=points.device)
@@ -199,4 +208,5 @@ def _principal_directions(points: Tensor, count: int) -> Tensor:
 
 
 def build(config: Config, dim: int) -> RQVAE:
+    """Return an untrained RQ-VAE for embeddings of dimension `dim`."""
     return RQVAE(config, dim)

@@ -1,4 +1,4 @@
-"""Train a tokenizer on embeddings, and encode items with it."""
+"""Training of a tokenizer on embeddings, and encoding of items with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiger.training.weights import load_weights, save_training_result
 _CHUNK = 65_536
 
 
-_LOOK_CHUNK = 4_096  # activations of so many rows stay in a CPU's cache: a look takes a fifth less
+_VALIDATION_CHUNK = 4_096  # rows; sized to fit the CPU cache: validation is 20% faster
 
 
 Judge = Callable[[npt.NDArray[np.int64], dict[str, float]], dict[str, float]]
@@ -37,11 +37,15 @@ def fit_tokenizer(
     hooks: Callbacks | None = None,
     judge: Judge | None = None,
 ) -> tuple[Tokenizer, FitResult]:
-    """Trains a tokenizer on embeddings float32 [N, d], the same on every worker.
+    """Train a tokenizer on embeddings float32 [N, d], equal on every worker.
 
     Args:
-        judge: (codes [N, L], figures of a look) -> further figures; its `objective` chooses the checkpoint. By default
-            that is the reconstruction error, the less the better.
+        config: options of the tokenizer.
+        vectors: float32 [N, d].
+        device: where to compute.
+        hooks: callbacks for metrics and checkpoints.
+        judge: (codes [N, L], validation metrics) -> further metrics, whose `objective` is maximized to choose the best
+            weights. By default it is the negative reconstruction error.
 
     Raises:
         ConfigError: the codebook is larger than the catalog.
@@ -49,9 +53,7 @@ def fit_tokenizer(
     """
     check_codebook_size(config, len(vectors))
     if len(bad := (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten()):
-        raise HealthError(
-            f"embeddings of {len(bad)} items are not finite, of {bad[:5].tolist()} among them; embed again"
-        )
+        raise HealthError(f"embeddings of {len(bad)} items are not finite, including {bad[:5].tolist()}; embed again")
     torch.manual_seed(config.seed)
     tokenizer = build(config, vectors.shape[1]).to(device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -83,7 +85,7 @@ def fit_tokenizer(
     def validate(module: nn.Module) -> dict[str, float]:
         found, error = [], 0.0
         with torch.no_grad():
-            for chunk in standardized.split(_LOOK_CHUNK):
+            for chunk in standardized.split(_VALIDATION_CHUNK):
                 found.append(tokenizer.encode_normalized(chunk.to(device)))
                 error += float((tokenizer.decode_normalized(found[-1]) - chunk.to(device)).square().sum())
         codes = torch.cat(found).cpu()
@@ -106,7 +108,7 @@ def fit_tokenizer(
 
 
 def encode_dataset(tokenizer: Tokenizer, vectors: Tensor, device: torch.device) -> Tensor:
-    """Codes int64 [N, L] of all vectors, on the CPU."""
+    """Return the codes int64 [N, L] of all vectors, on the CPU."""
     was_training = tokenizer.training
     tokenizer.eval()
     codes = torch.cat([tokenizer.encode(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
@@ -115,17 +117,19 @@ def encode_dataset(tokenizer: Tokenizer, vectors: Tensor, device: torch.device) 
 
 
 def reconstruction_error(tokenizer: Tokenizer, vectors: Tensor, codes: Tensor, device: torch.device) -> float:
-    """Mean squared error of codes [N, L] relative to the variance of the embeddings: 1 is what their mean reaches."""
+    """Return the mean squared error of codes [N, L], normalized by the variance: 1 if all are decoded to the mean."""
     chunks = zip(vectors.split(_CHUNK), codes.split(_CHUNK), strict=True)
     errors = torch.cat([tokenizer.errors(v.to(device), c.to(device)).cpu() for v, c in chunks])
     return float(errors.mean()) / vectors.shape[1]
 
 
 def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """A worker's part of the tokenizer stage.
+    """Train the tokenizer on one worker of the process group.
 
     Args:
         arguments: `config` (values of the tokenizer's configuration), `embeddings` and `target` (URIs).
+        device: where to compute.
+        hooks: callbacks for metrics and checkpoints.
     """
     config = TokenizerConfig.resolve(arguments["config"])
     vectors = load_embeddings(open_artifact(arguments["embeddings"]).folder)
@@ -134,7 +138,7 @@ def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Cal
 
 
 def load_tokenizer(config: TokenizerConfig, folder: Folder, dim: int) -> Tokenizer:
-    """The trained tokenizer in a folder, ready to encode embeddings of dimension `dim`."""
+    """Load the trained tokenizer in a folder, in eval mode, for embeddings of dimension `dim`."""
     tokenizer = build(config, dim)
     load_weights(tokenizer, folder)
     return tokenizer.eval()

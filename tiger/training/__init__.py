@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and weights."""
+"""Training loop, checkpoints and weights."""

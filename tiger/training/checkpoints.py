@@ -1,10 +1,10 @@
-"""CheckpointStore of a training that survive a kill at any moment, on any filesystem.
+"""Training checkpoints that survive a kill at any time, on any file system.
 
-A snapshot is a folder `step-000123`: tensors as safetensors, all else as JSON, and `record.json`, written last, with
-the sha256 of both and what the training was given. A torn, emptied or altered snapshot is passed over for the next
-older one; where a training has left snapshots and none of them is whole, that is an error and never a start from step
-0. Ray Train's own checkpoints are not used: their register is rewritten in place and a kill can leave it torn, a
-report can come too late for the register, and folders that it does not know are never collected.
+A checkpoint is a folder `step-00000123`: tensors as safetensors, the remaining state as JSON, and `record.json`,
+written last, with the sha256 of both and the configuration of the training. Incomplete or corrupt checkpoints are
+skipped in favor of older ones; if there were checkpoints and all are corrupt, loading fails rather than restarting from
+step 0. Ray Train's own checkpoints are not used: their index is rewritten in place and may be corrupted by a kill, a
+report can arrive too late for the index, and folders that are not in the index are never removed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,35 @@ _TENSORS, _REST, _RECORD, _NEWEST = "tensors.safetensors", "state.json", "record
 
 
 class CheckpointStore:
-    """The snapshots of one training; `save` and `load` are `training.Callbacks`."""
+    """The checkpoints of one training; its methods `save` and `load` are used as `Callbacks`."""
 
     def __init__(
         self, folder: Folder, given: dict[str, Any], keep: int = 2, *, may_differ: Collection[str] = ()
     ) -> None:
-        """
+        """Describe the training.
+
         Args:
-            given: what decides the outcome of the training, JSON values; a snapshot of another training is refused.
-            keep: snapshots that stay; older ones, and what killed attempts have left, are removed after every save.
-            may_differ: dotted keys of `given` that change the outcome by rounding and dropout only, such as the number
-                of workers: a snapshot with other values of these is used, with a warning.
+            folder: folder of the checkpoints.
+            given: configuration that determines the result of the training, JSON values; checkpoints with another
+                configuration are rejected.
+            keep: number of checkpoints to keep; older ones, and leftovers of interrupted saves, are removed after every
+                save.
+            may_differ: dotted keys of `given` that affect the result through rounding and dropout only, such as the
+                number of workers: a checkpoint with other values of these is used, with a warning.
         """
         self.folder, self.given, self.keep = folder, json.loads(json.dumps(given)), keep
         self.may_differ = frozenset(may_differ)
 
     def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Called on every worker, writes on rank 0."""
+        """Write a checkpoint on rank 0; call it on every worker.
+
+        Args:
+            state: nested dicts, lists and tuples of tensors and plain values.
+            metrics: metrics with the key `step`.
+
+        Raises:
+            StorageError: the write fails.
+        """
         if rank() != 0:
             return
         step = int(metrics["step"])
@@ -65,17 +77,17 @@ class CheckpointStore:
             self.folder.delete(f"step-{older:08d}")
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole snapshot, the same one on every worker; None where there has been none.
+        """Load the newest valid checkpoint, the same one on every worker; None if there has been none.
 
         Raises:
-            ArtifactError: there were snapshots, and none of them is whole.
-            ConfigError: it was made by a training that was given something else; lists what.
+            ArtifactError: there were checkpoints, and none of them is valid.
+            ConfigError: it belongs to a training with another configuration; lists the differences.
         """
         chosen: list[Any] = [None, None]
         if rank() == 0:
             try:
                 chosen[0] = self._newest()
-            except TigerError as error:  # all workers must hear of it, or they would wait for each other
+            except TigerError as error:  # broadcast the error to avoid a deadlock
                 chosen[1] = [type(error).__name__, str(error)]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
@@ -91,20 +103,20 @@ class CheckpointStore:
                 record = own.read_json(_RECORD)
                 whole = all(own.digest(name) == sha256 for name, sha256 in record["sha256"].items())
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                whole = False  # torn, emptied, or never finished: an older one stands in, or the error below
+                whole = False  # incomplete or corrupt: use an older one, or raise the error below
             if whole:
                 self._check_same_training(record["given"])
                 return step
-            log.warning("the snapshot of step %d is not whole and is passed over (%s)", step, own.uri)
+            log.warning("the checkpoint at step %d is incomplete or corrupt; trying an older one (%s)", step, own.uri)
         if self.folder.exists(_NEWEST):
             raise ArtifactError(
-                f"{self.folder.uri} has held snapshots, and none of the {len(steps)} there is whole; bring one back, "
-                "or delete that folder to train from the start"
+                f"{self.folder.uri} contains no valid checkpoint ({len(steps)} incomplete or corrupt); restore one, or "
+                "delete that folder to train from the start"
             )
         return None
 
     def _steps(self) -> list[int]:
-        """Of all snapshots, whole or not, the newest first."""
+        """Return the steps of all checkpoints, complete or not, newest first."""
         names = [info.base_name for info in self.folder.entries(recursive=False)]
         return sorted((int(name[5:]) for name in names if name.startswith("step-")), reverse=True)
 
@@ -115,17 +127,16 @@ class CheckpointStore:
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         }
-        if tolerated := [said for key, said in changed.items() if key in self.may_differ]:
+        if tolerated := [change for key, change in changed.items() if key in self.may_differ]:
             log.warning(
-                "%s since the last snapshot: from here on the losses are those of an undisturbed training up to "
+                "%s since the last checkpoint: from here on the losses equal those of an uninterrupted training up to "
                 "rounding and other random numbers for dropout",
                 "; ".join(tolerated),
             )
-        if refused := [said for key, said in changed.items() if key not in self.may_differ]:
-            said = "; ".join(refused)
+        if rejected := [change for key, change in changed.items() if key not in self.may_differ]:
             raise ConfigError(
-                f"{self.folder.uri} holds snapshots of a training that was given something else: {said}; set that "
-                "back, or delete the folder to train from the start"
+                f"{self.folder.uri} contains checkpoints of a different configuration: {'; '.join(rejected)}; restore "
+                "these values, or delete the folder to train from the start"
             )
 
     def _read(self, own: Folder) -> dict[str, Any]:
@@ -135,16 +146,16 @@ class CheckpointStore:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON with every value in a box that tells its type; tensors go into `tensors`, under their paths."""
+    """Convert a value to JSON with type tags; store tensors in `tensors`, under their paths."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
-    if isinstance(value, dict):  # as pairs, because an optimizer's keys are numbers
+    if isinstance(value, dict):  # as pairs, because an optimizer's keys are integers
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]}
-    assert value is None or isinstance(value, (bool, int, float, str)), f"{path}: {type(value)} has no place here"
+    assert value is None or isinstance(value, (bool, int, float, str)), f"{path}: {type(value)} is not supported"
     return {"value": value}
 
 

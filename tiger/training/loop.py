@@ -1,8 +1,8 @@
 """One training loop for every model: plain PyTorch, the same in one process and in a process group.
 
-Everything random is a function of (seed, step, rank), and the order of the data of (seed, epoch), so that a run that
-goes on from a snapshot does exactly what an undisturbed one would have done, in the precision of that snapshot. Where
-`torch.distributed` is initialized the module is wrapped for DDP, and sums over the group stand in for local sums.
+All randomness derives from (seed, step, rank), and the order of the data from (seed, epoch), so resuming from a
+checkpoint is bit-exact on a CPU, in the precision of that checkpoint. If `torch.distributed` is initialized, the module
+is wrapped with DDP, and local sums are replaced by all-reduced sums.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ _PREFETCHED = 2  # batches
 
 
 class TrainingConfig(Config):
-    """How long and how fast to train. Components subclass it with their own defaults."""
+    """Optimizer, learning rate schedule and stopping. Components subclass it with their own defaults."""
 
-    epochs: int = Field(0, ge=0, description="passes over all examples, at most")
+    epochs: int = Field(0, ge=0, description="maximum passes over all examples")
     batch_size: int = Field(256, ge=1, description="examples per step, over all workers")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before a cosine to zero")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
-    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between two validations")
-    patience: int = Field(10, ge=1, description="validations without a better one before training stops")
-    precision: Precision = Field("float32", description="auto: the faster one, by measurement")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before cosine decay to zero")
+    max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
+    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between validations")
+    patience: int = Field(10, ge=1, description="validations without improvement before training stops early")
+    precision: Precision = Field("float32", description="dtype of autocast; auto: the faster one, measured")
 
     def schedule(self, examples: int, seed: int) -> Schedule:
+        """Return the schedule for a number of examples."""
         steps = max(1, -(-examples // self.batch_size))
         return Schedule(config=self, steps_per_epoch=steps, seed=seed)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's share of a global batch.
+    """One worker's shard of a global batch.
 
     Attributes:
         inputs: arguments of the module's forward, which returns one loss per row, or several parts of it.
-        weights: float32 [rows]; 0 for a row that only fills a share that would be empty.
+        weights: float32 [rows]; 0 for the padding row of a shard that would be empty.
         total_weight: sum of the weights over all workers.
     """
 
@@ -83,6 +84,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Steps of all epochs."""
         return self.config.epochs * self.steps_per_epoch
 
     @property
@@ -91,7 +93,7 @@ class Schedule:
         return max(1, round(self.config.validate_every_epochs * self.steps_per_epoch))
 
     def learning_rate(self, step: int) -> float:
-        """A linear warm-up, then a cosine to zero at the last step."""
+        """Return the learning rate of a step: linear warm-up, then cosine decay to zero at the last step."""
         peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.steps // 4)
         if step < warmup:
             return peak * (step + 1) / warmup
@@ -100,7 +102,7 @@ class Schedule:
 
 @dataclass
 class Callbacks:
-    """The loop's ways out: where metrics go, and where snapshots are kept. The defaults keep nothing."""
+    """Callbacks that report metrics and that save and load checkpoints; by default they do nothing."""
 
     report: Callable[[dict[str, Any]], None] = field(default=lambda metrics: None)
     save: Callable[[dict[str, Any], dict[str, Any]], None] = field(default=lambda state, metrics: None)
@@ -109,7 +111,16 @@ class Callbacks:
 
 @dataclass
 class FitResult:
-    """The best look at the validation, how many steps were made, and all that was reported."""
+    """Best validation metrics, step counts and history.
+
+    Attributes:
+        best: metrics of the best validation.
+        best_step: step of the best validation.
+        steps: steps made.
+        stopped_early: whether training stopped before the last step.
+        log: metrics of all validations.
+        precision: precision of the training.
+    """
 
     best: dict[str, float]
     best_step: int
@@ -120,10 +131,12 @@ class FitResult:
 
 
 def rank() -> int:
+    """Return this process's rank in the process group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes in the process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -135,45 +148,49 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def broadcast(module: nn.Module) -> None:
-    """Gives every worker the parameters and buffers of rank 0."""
+    """Copy the parameters and buffers of rank 0 to every worker."""
     if dist.is_initialized():
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
 def check_replicas_identical(module: nn.Module, name: str) -> None:
-    """Compares every parameter and buffer, bit by bit, over all workers.
+    """Check that all parameters and buffers are bitwise equal on all workers.
+
+    Args:
+        module: the module.
+        name: the stage, for messages.
 
     Raises:
-        HealthError: on every worker, where one differs; names the tensors. DDP averages gradients only, so nothing
-            else would ever say that workers train different models.
+        HealthError: on every worker, if one differs; lists the tensors. DDP averages gradients only, so divergence
+            would otherwise go unnoticed.
     """
     if not dist.is_initialized():
         return
     state = module.state_dict()
     device = next(iter(state.values())).device
-    least = torch.tensor([_digest(tensor) for tensor in state.values()], device=device)
-    most = least.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    differing = [key for key, low, high in zip(state, least.tolist(), most.tolist(), strict=True) if low != high]
+    minimum = torch.tensor([_digest(tensor) for tensor in state.values()], device=device)
+    maximum = minimum.clone()
+    dist.all_reduce(minimum, dist.ReduceOp.MIN)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    differing = [key for key, low, high in zip(state, minimum.tolist(), maximum.tolist(), strict=True) if low != high]
     if differing:
         raise HealthError(
-            f"{name}: the workers' states have come apart in {', '.join(differing[:5])} ({len(differing)} of "
-            f"{len(state)} tensors); something changes the module outside of the gradients on some workers only"
+            f"{name}: the workers' states diverged in {', '.join(differing[:5])} ({len(differing)} of {len(state)} "
+            "tensors); something modifies the module outside of DDP gradients on some workers only"
         )
 
 
 def _digest(tensor: Tensor) -> int:
-    """63 bits of the sha256 of a tensor's bytes."""
+    """Return 63 bits of the sha256 of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
 def share(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """This worker's rows of a global batch, and their weights: every row is seen by one worker, none is dropped.
+    """Return this worker's rows of a global batch, and their weights; every row belongs to exactly one worker.
 
-    A worker that would have no row gets the first one with weight 0, because all must take part in the step.
+    Empty shards are padded with the first row at weight 0, so that every rank joins the collective operations.
     """
     own = rows[rank() :: world_size()]
     return (own, torch.ones(len(own))) if len(own) else (rows[:1], torch.zeros(1))
@@ -192,22 +209,25 @@ def fit(
     name: str = "train",
     shapes: Shapes | None = None,
 ) -> FitResult:
-    """Trains `module` in place and leaves it with the weights of the best validation.
+    """Train `module` in place; at the end it has the weights of the best validation.
 
     Args:
         module: its forward takes a batch's inputs and returns one loss per row [B], or its parts [B, P], which are
             logged one by one as loss@1 to loss@P. Equal on every worker.
-        batches: epoch -> this worker's shares of that epoch's global batches, `schedule.steps_per_epoch` of them.
-        validate: called on every worker with the unwrapped module in eval mode; returns figures that are equal on all.
-        objective: the figure to maximize.
+        batches: epoch -> this worker's shards of that epoch's global batches, `schedule.steps_per_epoch` of them.
+        schedule: number of steps and learning rate.
+        device: where to compute.
+        validate: called on every worker with the unwrapped module in eval mode; returns metrics, equal on all workers.
+        objective: name of the metric to maximize.
         on_epoch_start: called on every worker before an epoch's first batch; must leave the module equal on all.
-        hooks: where reports and snapshots go.
-        shapes: sizes of the model, which decide `precision = "auto"` on a CPU; by default those of the module's largest
-            linear layer.
+        hooks: callbacks for metrics and checkpoints.
+        name: the stage, for log lines.
+        shapes: sizes of the model, which determine `precision = "auto"` on a CPU; by default those of the module's
+            largest linear layer.
 
     Raises:
-        HealthError: the workers' states differ at a look; or a loss is not finite, then the optimizer has not made that
-            step, and the last snapshot is still good.
+        HealthError: the workers' states differ at a validation; or a loss is not finite, in which case the optimizer
+            has not made that step, and the last checkpoint is valid.
     """
     hooks, config = hooks or Callbacks(), schedule.config
     allow_tf32(device)
@@ -237,7 +257,7 @@ def fit(
         epoch, skip = divmod(state.step, schedule.steps_per_epoch)
         if on_epoch_start and skip == 0:
             on_epoch_start(epoch)
-        # The host waits for the device in this loop at two places only: `bool` of a thorough check, and a look.
+        # The host synchronizes with a GPU only twice in this loop: in `bool(torch.isfinite(...))`, and at validations.
         with contextlib.closing(on_device(islice(batches(epoch), skip, None), device)) as ready:
             for batch in ready:
                 _seed_step(schedule.seed, state.step, device)
@@ -248,23 +268,22 @@ def fit(
                 weights = batch.weights if row_losses.dim() == 1 else batch.weights[:, None]
                 parts = (row_losses.float() * weights).sum(0) / batch.total_weight
                 loss = parts.sum()
-                (loss * world_size()).backward()  # DDP averages over workers; the loss is already a share of the mean
+                (loss * world_size()).backward()  # DDP averages over workers; the loss is a summand of the global mean
                 losses.append(parts.detach())
                 is_validation_step = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
                 thorough, decisive = is_validation_step or state.step % 50 == 0, loss.detach()
-                # In a group the norm decides at every step: it is the same on all workers, who must stop together; a
-                # loss is a worker's own.
+                # With several workers check the gradient norm at every step: it is identical on all workers, so that
+                # they stop together, while the loss is local to a worker.
                 if config.max_grad_norm or thorough or world_size() > 1:
                     decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
                     if config.max_grad_norm:
                         nn.utils.clip_grads_with_norm_(module.parameters(), config.max_grad_norm, decisive)
-                # Asking waits for the device: on a GPU now and then, and always before a look, which may keep the
+                # isfinite() synchronizes; on a GPU check periodically, and before each validation, which may keep the
                 # weights.
                 if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):
                     raise HealthError(
                         f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
-                        f"{float(loss.detach())}); lower the learning rate, and look for NaN or huge values in the "
-                        "inputs"
+                        f"{float(loss.detach())}); lower the learning rate, and check the inputs for NaN or huge values"
                     )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -280,11 +299,11 @@ def fit(
                         means = enumerate(of_parts.mean(0).tolist(), 1)
                         figures |= {f"loss@{part}": mean for part, mean in means}
                     _validate_and_track_best(state, module, validate, objective, figures, name)
-                    said = {key: value for key, value in state.log[-1].items() if key != "losses"}
+                    summary = {key: value for key, value in state.log[-1].items() if key != "losses"}
                     if rank() == 0:
-                        log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in said.items()))
-                    hooks.report(said | ({"steps_per_second": progress.rate} if progress else {}))
-                    hooks.save(state.snapshot(module, optimizer), said)
+                        log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in summary.items()))
+                    hooks.report(summary | ({"steps_per_second": progress.rate} if progress else {}))
+                    hooks.save(state.snapshot(module, optimizer), summary)
                     if state.validations_since_best >= config.patience:
                         break
                 if state.step >= schedule.steps:
@@ -304,7 +323,7 @@ def _validate_and_track_best(
     figures: dict[str, Any],
     name: str,
 ) -> None:
-    """Validates, and keeps the weights if they are the best so far.
+    """Validate, and keep the weights if they are the best so far.
 
     Raises:
         HealthError: the workers' states differ.
@@ -323,7 +342,7 @@ def _validate_and_track_best(
 
 @dataclass
 class _State:
-    """What a snapshot holds beside the module and the optimizer."""
+    """Training state in a checkpoint, in addition to the module and the optimizer."""
 
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -332,38 +351,40 @@ class _State:
     log: list[dict[str, Any]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     precision: str = ""
-    """Of all steps so far; empty before the first decision, and in snapshots from before it was kept."""
+    """Precision of all steps so far; empty before the first choice, and in checkpoints that did not record it."""
     precision_speedup: float | None = None
 
     def settle_precision(self, present: Choice, name: str) -> None:
-        """Take what was decided now, unless the snapshot has a precision: a resumed training continues in that."""
+        """Use the precision of the checkpoint if it has one, so that resuming does not change it, else `present`."""
         if not self.precision:
             self.precision, self.precision_speedup = present.name, present.speedup
         elif self.precision != present.name:
             log.info(
-                "%s: continues in %s, the precision of its snapshot, although this node would take %s",
+                "%s: continuing in %s, the precision of its checkpoint, although %s is the choice for this node",
                 name, self.precision, present.name,
             )  # fmt: skip
 
     def snapshot(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return the content of a checkpoint."""
         return {"state": vars(self), "module": module.state_dict(), "optimizer": optimizer.state_dict()}
 
     @classmethod
     def restore(
         cls, snapshot: dict[str, Any] | None, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> _State:
+        """Load a checkpoint into the module and the optimizer; return the state, a new one without a checkpoint."""
         if snapshot is None:
             return cls()
         module.load_state_dict(snapshot["module"])
         optimizer.load_state_dict(snapshot["optimizer"])
         state = cls(**snapshot["state"])
         state.best_weights = {key: tensor.to(device) for key, tensor in state.best_weights.items()}
-        log.info("going on from the snapshot at step %d", state.step)
+        log.info("resuming from the checkpoint at step %d", state.step)
         return state
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight matrices decay; gains, biases and embeddings' kin of one dimension do not."""
+    """Return parameter groups in which only parameters of two or more dimensions have weight decay."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -372,7 +393,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _agreed_precision(precision: Precision, device: torch.device, shapes: Shapes) -> Choice:
-    """Return rank 0's choice on every worker: nodes may differ in their processors, and a group computes alike."""
+    """Return rank 0's choice on every worker, because CPUs may differ between nodes and the precision must not."""
     if precision != "auto" or not dist.is_initialized():
         return choose(precision, device, shapes)
     choice = choose(precision, device, shapes) if rank() == 0 else Choice("float32")
@@ -385,12 +406,13 @@ def _agreed_precision(precision: Precision, device: torch.device, shapes: Shapes
 def prefetch(
     items: Iterator[T], ahead: int = _PREFETCHED, begin: Callable[[], None] | None = None
 ) -> Generator[T, None, None]:
-    """Yield all items, in order, with the next ones made in a background thread.
+    """Yield all items in order, computing the next ones in a background thread.
 
-    An exception of `items` is raised here, in its place. Closing this generator ends the thread.
+    An exception of `items` is raised here, at its position. Closing this generator ends the thread.
 
     Args:
-        ahead: items that are made in advance, at most.
+        items: the items.
+        ahead: maximum number of items computed in advance.
         begin: called once, in the thread.
     """
     end = object()
@@ -407,24 +429,24 @@ def prefetch(
 def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """Yield batches with their tensors on the device.
 
-    For a GPU, a background thread makes the next two in pinned memory while a step runs, and copies do not wait.
+    For a GPU, a background thread prepares the next two in pinned memory during a step, and copies are asynchronous.
     """
     if device.type != "cuda":
         yield from (batch.map(lambda tensor: tensor.to(device)) for batch in batches)
         return
     index = torch.cuda.current_device() if device.index is None else device.index
     pinned = (batch.map(Tensor.pin_memory) for batch in batches)
-    # A thread begins with GPU 0: pinning there would start a second context on it, for every worker of the node.
+    # A new thread uses GPU 0: pinning there would create another context on it, for every worker of the node.
     with contextlib.closing(prefetch(pinned, begin=lambda: torch.cuda.set_device(index))) as ready:
         for batch in ready:
             yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _seed_step(seed: int, step: int, device: torch.device) -> None:
-    """Seeds the one generator that the step draws from.
+    """Seed the generator that the step samples from.
 
-    `torch.manual_seed` seeds every kind of accelerator as well, and where none has been started it writes down the
-    stack of the call for later: 0.1 ms and more a step, for nothing.
+    `torch.manual_seed` also seeds every kind of accelerator; if none is initialized, it captures a stack trace for lazy
+    initialization, at least 0.1 ms per step.
     """
     value = (seed * 1_000_003 + step) * 4_099 + rank()
     if device.type == "cuda":

@@ -1,8 +1,9 @@
-"""Text tables: CSV, TSV and their kin. One bad line is one bad row, wherever it stands and whatever it holds.
+"""Reader of text tables (CSV, TSV and similar). One bad line is one bad row, regardless of its position and content.
 
-The text is cut into records first; well-formed ones are parsed by Arrow, a block at a time. A field that begins with
-the quote ends with it and may hold line breaks. A quote that is never closed, or whose "field" swallows lines that are
-rows themselves, spoils its own line only: the next line is read again. Lines are reconciled with rows.
+The text is split into records first; well-formed ones are parsed by Arrow, one block at a time. A field that begins
+with the quote ends with it and may contain line breaks. A quote that is never closed, or whose field would span lines
+that are rows themselves, invalidates its own line only: parsing continues with the next line. Lines are reconciled with
+rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ log = logging.getLogger(__name__)
 
 RECORD_CAP = 8 << 20
 _SEPARATORS = (",", "\t", ";", "|", "::")
-_INNER = "\x1f"  # stands for a separator of several bytes
+_INNER = "\x1f"  # replaces a separator of several bytes
 _TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")  # RecBole's atomic files
 _NUMERIC = re.compile(rb"[+-]?[0-9][0-9.:/ T-]*")
-_OPEN, _BESIDE = "a quote opens here and is not closed", "text beside a quoted field"
+_OPEN, _ADJACENT = "a quote opens here and is not closed", "text next to a quoted field"
 _SWALLOWED = "a quote opens here and closes in a later row"
-_QUOTE_HINT = 'data.quote = "" takes quotes as text'
+_QUOTE_HINT = 'data.quote = "" reads quotes as text'
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Grammar:
 
     @classmethod
     def of(cls, separator: str, quote: str) -> Grammar:
+        """Compile the patterns; an empty `quote` means that fields are not quoted."""
         s, q = re.escape(separator.encode()), re.escape(quote.encode())
         if not quote:
             field, record = rb"[^%b\n]*+" % s, rb"[^\n]*+\n"
@@ -93,13 +95,14 @@ class DelimitedTable:
     """One text table: its column names, and its rows as text."""
 
     def __init__(self, file: RawFile, wanted: Wanted) -> None:
-        """
+        """Detect separator, header and columns from the first lines.
+
         Raises:
-            DataError: the needed columns are not there; says how the first line looks.
+            DataError: required columns are missing; shows the first line.
         """
         self.file, self.wanted = file, wanted
         self.lines = self.rows = self.bad = self.extra = 0
-        self.numeric: list[bool] = []  # of the first row: which fields look like numbers
+        self.numeric: list[bool] = []  # which fields of the first row are numeric
         head = self._head()
         self.names: list[str] = []
         self.header, self.separator = False, wanted.separator or ","
@@ -121,17 +124,17 @@ class DelimitedTable:
             if len(head.lstrip(b"\n")) >= 1 << 16 or len(head) > RECORD_CAP:
                 break
         if b"\0" in head[:4096]:
-            raise DataError(f"{self.file}: a binary file, or text in an encoding that data.encoding has to name")
+            raise DataError(f"{self.file}: a binary file, or text in another encoding; set data.encoding")
         return head
 
     def _in_grammar(self, separator: str, text: bytes) -> tuple[Grammar, bytes]:
-        """Return the grammar of a separator, and the text with that separator as one byte."""
+        """Return the grammar of a separator, and the text in which that separator is one byte."""
         if len(separator.encode()) == 1:
             return Grammar.of(separator, self.wanted.quote), text
         return Grammar.of(_INNER, self.wanted.quote), text.replace(separator.encode(), _INNER.encode())
 
     def _look(self, text: bytes) -> None:
-        """Note which fields of the first row look like numbers."""
+        """Record which fields of the first row are numeric."""
         for number in range(10):
             record = self.grammar.first_record(text) or b""
             text = text.lstrip(b"\n")[len(record) + 1 :]
@@ -162,8 +165,8 @@ class DelimitedTable:
             fits = [s for s in found if len(found[s]) > 1] or [wanted.separator or " "]
         if not fits:
             raise DataError(
-                f"{self.file}: the first line has {len(found[best])} fields separated by {best!r}, data.columns names "
-                f"{len(wanted.columns)}: {listed(wanted.columns)}; set data.columns, or data.separator"
+                f"{self.file}: the first line has {len(found[best])} fields separated by {best!r}, data.columns has "
+                f"{len(wanted.columns)}: {listed(wanted.columns)}; correct data.columns or data.separator"
             )
         wanted.check(self.file, list(wanted.columns), " in data.columns")
         self._settle(fits[0], list(wanted.columns))
@@ -178,7 +181,7 @@ class DelimitedTable:
         used = self.wanted.separator or ","
         first = head.lstrip(b"\n").partition(b"\n")[0].decode("utf-8", "replace")
         other = next((s for s in _SEPARATORS if s != used and s in first), None) if used not in first else None
-        more = f'; the first line holds {other!r} and no {used!r}: set data.separator = "{other}"' if other else ""
+        more = f'; the first line contains {other!r} and no {used!r}: set data.separator = "{other}"' if other else ""
         more += f"; if the first line ({short(first)}) is not a header, list the names in data.columns"
         try:
             self.wanted.check(self.file, found[best], more)
@@ -192,7 +195,7 @@ class DelimitedTable:
         """Yield the rows as text; empty fields are null.
 
         Raises:
-            DataError: lines and rows do not agree.
+            DataError: the numbers of lines and rows do not match.
         """
         for text, numbers in self._chunks(ledger):
             if self.header and numbers[0] == self.first_line:
@@ -204,7 +207,7 @@ class DelimitedTable:
         if self.lines != self.rows + self.bad + self.extra:
             raise DataError(
                 f"{self.file}: {self.lines:,} lines, but {self.rows + self.bad:,} rows and {self.extra:,} other lines: "
-                "this is a defect of the reader; please report it"
+                "this is a bug in the reader; please report it"
             )
         ledger.lines += self.lines
         ledger.extra_lines += self.extra
@@ -214,7 +217,7 @@ class DelimitedTable:
         ledger.skip(self.file, number, reason, detail)
 
     def _chunks(self, ledger: RowCounts) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
-        """Yield (whole well-formed records, line of each)."""
+        """Yield (well-formed records, line number of each)."""
         pending, line, overlong = b"", 1, False
         separator = self.separator.encode()
         for block in self._with_end():
@@ -251,7 +254,7 @@ class DelimitedTable:
     def _scan(
         self, data: bytes, line: int, final: bool, ledger: RowCounts
     ) -> tuple[list[tuple[bytes, npt.NDArray[np.int64]]], int, int]:
-        """Cut whole lines into records: ([(records, line of each)], bytes used, number of the next line)."""
+        """Split whole lines into records: ([(records, line number of each)], bytes used, number of the next line)."""
         parts: list[tuple[bytes, npt.NDArray[np.int64]]] = []
         grammar, at = self.grammar, 0
         while at < len(data):
@@ -274,7 +277,7 @@ class DelimitedTable:
             if is_open and not final and len(data) - at < RECORD_CAP:
                 break
             end = data.index(b"\n", at) + 1
-            reason = _SWALLOWED if match else _OPEN if is_open or data.count(grammar.quote, at, end) % 2 else _BESIDE
+            reason = _SWALLOWED if match else _OPEN if is_open or data.count(grammar.quote, at, end) % 2 else _ADJACENT
             shown = short(
                 data[at : end - 1].replace(_INNER.encode(), self.separator.encode()).decode("utf-8", "replace")
             )
@@ -284,10 +287,10 @@ class DelimitedTable:
         return [part for part in parts if len(part[1])], at, line
 
     def _swallows(self, record: bytes, line: int) -> bool:
-        """Tell whether the lines of a record with line breaks are rows that a stray quote has joined.
+        """Return whether the lines of a record with line breaks are rows that a stray quote has joined.
 
-        They are if a line break falls into an id or a time, or if every line looks like the first row of the file: as
-        many fields, and numbers where that has numbers.
+        They are if an id or a time contains a line break, or if every line is like the first row of the file: the same
+        number of fields, and numbers in the same columns.
         """
         if self.header and line == self.first_line:
             return False
@@ -307,7 +310,7 @@ class DelimitedTable:
     def _clean(
         self, text: bytes, numbers: npt.NDArray[np.int64], ledger: RowCounts, one: bool = False
     ) -> tuple[bytes, npt.NDArray[np.int64]]:
-        """Leave out blank lines and records that are not UTF-8."""
+        """Drop blank lines and records that are not UTF-8; count them."""
         try:
             text.decode()
             if not (text.startswith(b"\n") or b"\n\n" in text) or one:
@@ -320,7 +323,7 @@ class DelimitedTable:
                 record.decode()
             except UnicodeDecodeError as error:
                 shown = short(record.strip().replace(_INNER.encode(), self.separator.encode()).decode("latin-1"))
-                detail = f"byte 0x{record[error.start]:02x} in {shown}; data.encoding names another, such as latin-1"
+                detail = f"byte 0x{record[error.start]:02x} in {shown}; set data.encoding, for example to latin-1"
                 self._skip(ledger, number, f"not {self.wanted.encoding.upper()}", detail)
                 continue
             if record == b"\n":
@@ -360,27 +363,27 @@ class DelimitedTable:
             ),
         ).combine_chunks()
         for row, found in bad:
-            self._skip(ledger, int(numbers[row]), f"{found} columns where {width} are named")
+            self._skip(ledger, int(numbers[row]), f"{found} columns instead of {width}")
         if bad:
             numbers = np.delete(numbers, [row for row, _ in bad])
         self.rows += table.num_rows
         if table.num_rows != len(numbers):
             raise DataError(
-                f"{self.file}: lines {numbers[0]:,} to {numbers[-1]:,} hold {len(numbers):,} rows, {table.num_rows:,} "
-                "were parsed: this is a defect of the reader; please report it"
+                f"{self.file}: lines {numbers[0]:,} to {numbers[-1]:,} contain {len(numbers):,} rows, but "
+                f"{table.num_rows:,} were parsed: this is a bug in the reader; please report it"
             )
         for batch in table.to_batches():
             yield Block(numbers, batch)
 
     def _open_ended(self, text: bytes, numbers: npt.NDArray[np.int64], ledger: RowCounts) -> Block:
-        """Read lines whose last column takes all that is left: `user item item ...`."""
+        """Parse lines whose last column is the remainder of the line: `user item item ...`."""
         width = len(self.names)
         rows, kept = [], []
         separator = self.grammar.separator.decode()
         for line, number in zip(text.decode().split("\n"), numbers.tolist(), strict=False):
             fields = line.strip().split(separator, width - 1)
             if len(fields) < width - 1:
-                self._skip(ledger, number, f"{len(fields)} columns where {width} are named")
+                self._skip(ledger, number, f"{len(fields)} columns instead of {width}")
                 continue
             rows.append([field or None for field in fields] + [None] * (width - len(fields)))
             kept.append(number)

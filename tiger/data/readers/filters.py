@@ -23,7 +23,14 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Filter:
-    """Keep rows whose `column` compares with one of `values`."""
+    """Keep rows for which the comparison `op` of `column` with `values` is true.
+
+    Attributes:
+        text: the filter as written.
+        column: name of the column.
+        op: `=`, `!=`, `<`, `<=`, `>`, `>=` or `in`.
+        values: one value, or several for `in`.
+    """
 
     text: str
     column: str
@@ -35,7 +42,7 @@ class Filter:
         """Parse a filter.
 
         Raises:
-            ValueError: with the form that is expected.
+            ValueError: not a filter; the message shows the expected form.
         """
         match = _FORM.fullmatch(text)
         if match is None:
@@ -47,9 +54,9 @@ class Filter:
             value = match["value"].strip("'")
         values = value if isinstance(value, list) else [value]
         if op == "in" and not isinstance(value, list):
-            raise ValueError(f'{text!r}: in needs a list, such as event in ["buy", "cart"]')
+            raise ValueError(f'{text!r}: in requires a list, such as event in ["buy", "cart"]')
         if op != "in" and len(values) != 1:
-            raise ValueError(f"{text!r}: a list needs in: {column} in {match['value']}")
+            raise ValueError(f"{text!r}: a list requires in: {column} in {match['value']}")
         plain_values = [str(each).lower() if isinstance(each, bool) else each for each in values]
         if not all(isinstance(each, (str, int, float)) for each in plain_values):
             raise ValueError(f"{text!r}: compare with text or a number")
@@ -58,7 +65,7 @@ class Filter:
         return cls(text, column, op, tuple(plain_values))
 
     def __call__(self, value: Any) -> bool | None:
-        """Tell whether a value passes; None if it is not a number and a number is needed."""
+        """Return whether a value passes; None if it is not a number and the comparison requires one."""
         text = readable(value)
         if text is None or not text.strip():
             return False

@@ -1,4 +1,4 @@
-"""Which format a file has: by its content, then by its name."""
+"""Detection of a file's format: by its content, then by its name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ _TEXT = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item", ".tab", ".p
 def find_format(file: RawFile, encoding: str) -> str:
     """Return "parquet", "csv" or "json".
 
+    Args:
+        file: the file.
+        encoding: encoding of text without a byte order mark.
+
     Raises:
-        DataError: the file cannot be read, or holds neither a table nor text.
+        DataError: the file cannot be read, or is neither Parquet nor text.
     """
     try:
         with file.open() as stream:
@@ -34,7 +38,7 @@ def find_format(file: RawFile, encoding: str) -> str:
         if stripped := block.lstrip():
             if b"\0" in stripped[:4096]:
                 raise DataError(
-                    f"{file}: neither Parquet nor text; data.format and data.encoding say what it is, if it is a table"
+                    f"{file}: neither Parquet nor text; if it is a table, set data.format and data.encoding"
                 )
             return "json" if stripped[:1] in (b"{", b"[") else "csv"
     return "csv"

@@ -24,10 +24,10 @@ from tiger.data.sources.base import INTERACTIONS
 
 @contextlib.contextmanager
 def one_line(file: object) -> Iterator[None]:
-    """Turn what Arrow has to say about a file into one line.
+    """Convert exceptions of Arrow about a file into a one-line `DataError`.
 
     Raises:
-        DataError: instead of any error of Arrow.
+        DataError: instead of any exception of Arrow.
     """
     try:
         yield
@@ -37,12 +37,23 @@ def one_line(file: object) -> Iterator[None]:
 
 
 def ids_of(file: RawFile, rows: pa.RecordBatch, name: str, key: str) -> pa.Array:
+    """Return the column `name` as ids in text, null if missing.
+
+    Args:
+        file: the file, for messages.
+        rows: rows of the file.
+        name: the column.
+        key: the configuration key that names the column, for messages.
+
+    Raises:
+        DataError: the column's type cannot be read as ids.
+    """
     column = rows.column(name)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not has_id_type(kind):
         raise DataError(
-            f"{file}: column {name} holds {column.type}; an id is text or a number. {key} names the column"
-            + ("; a list of items is named by data.history" if pa.types.is_nested(column.type) else "")
+            f"{file}: column {name} has type {column.type}; an id must be text or a number. Set {key} to its column"
+            + ("; for lists of items set data.history" if pa.types.is_nested(column.type) else "")
         )
     try:
         return id_texts(column)
@@ -54,17 +65,21 @@ def ids_of(file: RawFile, rows: pa.RecordBatch, name: str, key: str) -> pa.Array
 def skip_rows(
     ledger: RowCounts, file: RawFile, numbers: npt.NDArray[np.int64], bad: npt.NDArray[Any], reason: str
 ) -> None:
+    """Count the rows of the mask `bad` as skipped, with their line numbers."""
     for number in numbers[bad].tolist():
         ledger.skip(file, number, reason)
 
 
 @dataclass
 class EventReader:
-    """Turn blocks of rows into events; count events, for tables without times.
+    """Convert blocks of rows into events; count events, for tables without times.
 
     Attributes:
-        user_id, item_id: columns.
-        rule: of times; without a name, the order in the files is the time.
+        user_id, item_id: names of the columns of ids.
+        rule: how to parse times; if its name is empty, the position in the files is the time.
+        filters: conditions that an event must satisfy.
+        ledger: counts of kept, skipped and left-out rows.
+        order: number of events so far without a time.
     """
 
     user_id: str
@@ -75,6 +90,11 @@ class EventReader:
     order: int = 0
 
     def events(self, file: RawFile, block: Block, wanted: Wanted) -> pa.RecordBatch:
+        """Return the events of a block with schema INTERACTIONS; count the rows that are not used.
+
+        Raises:
+            DataError: a column's type cannot be read as ids or times, or cannot be filtered.
+        """
         block = self._filtered(file, block)
         users = ids_of(file, block.rows, self.user_id, "data.user_id")
         if wanted.history:
@@ -96,11 +116,11 @@ class EventReader:
             column = block.rows.column(each.column)
             if pa.types.is_nested(column.type):
                 raise DataError(
-                    f"{file}: column {each.column} holds {column.type}; data.filters compares single values"
+                    f"{file}: column {each.column} has type {column.type}; data.filters compares single values"
                 )
             passes, bad = each.mask(column)
             for index in np.flatnonzero(kept & bad).tolist():
-                reason = f"{each.column} is not a number, for {each.text}"
+                reason = f"{each.column} is not a number, required by {each.text}"
                 self.ledger.skip(file, int(block.numbers[index]), reason, repr(column[index].as_py()))
             out = kept & ~bad & ~passes
             self.ledger.leave_out(int(out.sum()), f"not {each.text}")
@@ -112,11 +132,11 @@ class EventReader:
     def _times(
         self, file: RawFile, block: Block, wanted: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Return (times, mask of the good ones among `wanted`); the others are counted."""
+        """Return (times, mask of the valid ones among `wanted`); count the others."""
         column = block.rows.column(self.rule.name)
         if pa.types.is_nested(column.type) or pa.types.is_boolean(column.type):
             raise DataError(
-                f"{file}: column {self.rule.name} holds {column.type}, not times; data.time names the column"
+                f"{file}: column {self.rule.name} has type {column.type}, not times; set data.time to another column"
             )
         try:
             times, usable = column_micros(column, self.rule)
@@ -137,7 +157,7 @@ class EventReader:
         return np.arange(self.order - events, self.order, dtype=np.int64)
 
     def _from_histories(self, file: RawFile, block: Block, users: pa.Array, wanted: Wanted) -> pa.RecordBatch:
-        """One event per item of each row's list; the position in the list is the order."""
+        """Return one event per item of each row's list, ordered by the position in the list."""
         named = np.asarray(users.is_valid())
         skip_rows(self.ledger, file, block.numbers, ~named, f"no {self.user_id}")
         lists = _joined([self._ids_in(file, block.rows.column(name), name, wanted) for name in wanted.history])
@@ -160,7 +180,7 @@ class EventReader:
         return pa.RecordBatch.from_arrays(columns, schema=INTERACTIONS)
 
     def _ids_in(self, file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.ListArray:
-        """Return lists of ids; entries without an id, and those that do not match the pattern, are counted."""
+        """Return lists of ids; count entries without an id, and those that do not match the pattern."""
         lists = _lists(file, column, name, wanted)
         ids, pattern = lists.flatten(), wanted.history_pattern
         empty = ids.null_count
@@ -200,7 +220,7 @@ def _lists(file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.Lis
     elif pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         column = pc.cast(column, pa.list_(column.type.value_type))
     if not pa.types.is_list(column.type) or not has_id_type(column.type.value_type):
-        raise DataError(f"{file}: column {name} holds {column.type}; data.history names a list of ids, or text")
+        raise DataError(f"{file}: column {name} has type {column.type}; data.history must be lists of ids, or text")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), id_texts(column.flatten()))

@@ -1,4 +1,4 @@
-"""JSON lines, and whole JSON documents: `[{...}, {...}]`, `{id: {...}}`, `{user: [items]}`."""
+"""Reader of JSON lines and of whole JSON documents: `[{...}, {...}]`, `{id: {...}}`, `{user: [items]}`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiger.data.readers.table import Block, Wanted
 from tiger.data.readers.values import depth, field_value, id_text, readable, split_history, unwrap
 
 DOCUMENT_CAP = 1 << 30
-"""Bytes of a JSON document, which is read as a whole; JSON lines have no limit."""
+"""Maximum bytes of a JSON document, which is read as a whole; JSON lines have no limit."""
 
 BATCH_ROWS = 8192
 RECORD_CAP = 8 << 20
@@ -35,14 +35,20 @@ class JsonTable:
     """One JSON file: its fields, and its rows with ids, times and fields as text."""
 
     def __init__(self, file: RawFile, wanted: Wanted, keyed: tuple[str, str]) -> None:
-        """
+        """Detect the layout; if all columns are wanted, read the file once to find the fields.
+
         Args:
+            file: the file.
+            wanted: the required columns.
             keyed: names of the key and of a value that is not an object, in a document `{key: value}`.
+
+        Raises:
+            DataError: the file cannot be read.
         """
         self.file, self.wanted, self.keyed = file, wanted, keyed
         self.document = self._is_document() and not self._is_broken_lines()
         self.levels: dict[str, int] = {}
-        if wanted.everything:  # the fields of items, and which of them hold lists, are known after a first pass
+        if wanted.everything:  # a first pass finds the fields of items, and which of them contain lists
             with look(file):
                 self._find_levels()
         self.columns = {name: _LEVELS[level] for name, level in self.levels.items()}
@@ -56,7 +62,7 @@ class JsonTable:
     # --- records ------------------------------------------------------------------------------------------------
 
     def _is_document(self) -> bool:
-        """Look at the first two lines: of JSON lines, one of them is a record, or a whole value of another kind."""
+        """Return whether the first two lines are the beginning of a document, not JSON lines (one a whole value)."""
         begin = []
         for _, line in lines(self.file, RECORD_CAP, self.wanted.encoding):
             begin.append(line)
@@ -76,7 +82,7 @@ class JsonTable:
         return records == [None, None]
 
     def _is_broken_lines(self) -> bool:
-        """Tell whether what does not parse as a document are JSON lines of which the first ones are bad."""
+        """Return whether the file is not a valid document but JSON lines of which the first ones are invalid."""
         try:
             collections.deque(self._document_records(), 0)
         except DataError:
@@ -89,7 +95,7 @@ class JsonTable:
         return bool(record) and not any(name in record for name in known) and all(map(depth, record.values()))
 
     def holds_histories(self) -> bool:
-        """Tell whether this is a document `{user: [items]}`."""
+        """Return whether this is a document `{user: [items]}`."""
         if not self.document:
             return False
         first = next((record for _, record in self._records() if not isinstance(record, InvalidRow)), {})
@@ -126,10 +132,10 @@ class JsonTable:
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
-        """Yield the rows; a row with an id or time of the wrong type is counted as bad.
+        """Yield the rows; count a row with an id or time of the wrong type as skipped.
 
         Raises:
-            DataError: a needed column is in no row.
+            DataError: a required column is in no row.
         """
         wanted = self.wanted
         seen: dict[str, None] = {}
@@ -195,7 +201,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Tell whether a line is a value by itself, be it bad, rather than the beginning of one."""
+    """Return whether a line is a whole value, valid or not, rather than the beginning of one."""
     return (line.endswith(b"]") and line != b"[]") or _is_json(line)
 
 
@@ -215,12 +221,12 @@ def _ids(value: Any, name: str, separator: str | None) -> list[str] | None:
         raise InvalidRow(f"{name} is not a list", readable(value) or "")
     found = [id_text(each, name) for each in value]
     if None in found:
-        raise InvalidRow(f"{name} holds an empty id")
+        raise InvalidRow(f"{name} contains an empty id")
     return [each for each in found if each is not None]
 
 
 class _Document:
-    """Records of a JSON document, one after another, each with the line on which it begins."""
+    """Parser of a JSON document that yields one record at a time, with the line number of its beginning."""
 
     def __init__(self, file: RawFile, text: str, keyed: tuple[str, str]) -> None:
         self.file, self.text, self.keyed = file, text, keyed
@@ -228,6 +234,11 @@ class _Document:
         self.decoder = json.JSONDecoder()
 
     def records(self) -> Iterator[tuple[int, dict[str, Any] | InvalidRow]]:
+        """Yield (line number from 1, record); an `InvalidRow` instead of a record that is not an object.
+
+        Raises:
+            DataError: the document is not valid JSON.
+        """
         self._space()
         opening = self.text[self.at : self.at + 1]
         if opening == "[" or self._is_object_of_records():
@@ -241,7 +252,7 @@ class _Document:
             yield from self._elements("")
 
     def _is_object_of_records(self) -> bool:
-        """Tell `{id: {...}}` and `{user: [...]}` from an object that is a record itself: by its first value."""
+        """Return whether the object is `{id: {...}}`, `{user: [...]}` or `{id: text}`, not a record itself."""
         match = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*([\[{"0-9nNtf-])').match(self.text, self.at)
         if match is None:
             return False

@@ -18,8 +18,8 @@ from tiger.data.readers.row_counts import InvalidRow
 
 MAX_LINE_BYTES = 256 * 1024  # ast.literal_eval takes 134 MB and 0.3 s for a line of this size, 1 GB for 8 MB
 BLOCK = 1 << 20
-_EXPANDED_RATIO, _EXPANDED_FLOOR = 900, 1 << 24  # constant JSON fields shrink to 1/250; a file of zeros to 1/1030
-_UNDECODABLE = "\udcff"  # becomes the byte 0xff, which no UTF-8 text holds, so that the line is a bad row
+_EXPANDED_RATIO, _EXPANDED_FLOOR = 900, 1 << 24  # constant JSON fields compress to 1/250; a file of zeros to 1/1030
+_UNDECODABLE = "\udcff"  # becomes the byte 0xff, which is invalid in UTF-8, so that the line is a bad row
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _ARCHIVES = {b"PK\x03\x04": "a zip archive or an Excel file", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
@@ -27,13 +27,13 @@ codecs.register_error("tiger-undecodable", lambda error: (_UNDECODABLE, error.en
 
 
 def text_blocks(file: Path | RawFile, encoding: str = "utf-8") -> Iterator[bytes]:
-    """Yield the text of a plain or gzip file as UTF-8, with `\\n` as the only line end, in pieces of about a megabyte.
+    """Yield the text of a plain or gzip file as UTF-8, with line feeds as line ends, in chunks of about 1 MiB.
 
-    A byte order mark decides the encoding and is passed over. Members of a gzip file follow each other. Bytes that
-    `encoding` cannot decode come as bytes that are not UTF-8; with UTF-8 itself, all bytes come as they are.
+    A byte order mark determines the encoding and is removed. Members of a gzip file are concatenated. Bytes that
+    `encoding` cannot decode become bytes that are invalid in UTF-8; if `encoding` is UTF-8, all bytes are unchanged.
 
     Raises:
-        DataError: not a readable text file, or a gzip file that is cut off, damaged, or expands without end.
+        DataError: not a readable text file, or a gzip file that is truncated, damaged, or a decompression bomb.
     """
     file = raw_file(file)
     try:
@@ -43,7 +43,7 @@ def text_blocks(file: Path | RawFile, encoding: str = "utf-8") -> Iterator[bytes
             stream: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
             yield from _blocks(file, raw, stream, encoding)
     except EOFError:
-        raise DataError(f"{file}: the gzip file is cut off; download or copy it again") from None
+        raise DataError(f"{file}: the gzip file is truncated; download or copy it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: the gzip file is damaged ({error}); download or copy it again") from None
     except OSError as error:
@@ -79,17 +79,22 @@ def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterato
         block = stream.read(BLOCK)
         if stream is not raw and stream.tell() > _EXPANDED_FLOOR and stream.tell() > _EXPANDED_RATIO * raw.tell():
             raise DataError(
-                f"{file}: the gzip file expands to more than {_EXPANDED_RATIO} times its size, which text does "
-                "not; look at what it holds"
+                f"{file}: the gzip file expands to more than {_EXPANDED_RATIO} times its size; it may be a "
+                "decompression bomb"
             )
 
 
 def lines(
     file: Path | RawFile, cap: int = MAX_LINE_BYTES, encoding: str = "utf-8"
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (number from 1, line without surrounding white space); None for a line above `cap` bytes.
+    """Yield (number from 1, line without surrounding white space); None instead of a line longer than `cap` bytes.
 
-    An overlong line is passed over without holding it in memory. Blank lines are left out.
+    Over-long lines are skipped without buffering them. Blank lines are left out, but counted.
+
+    Args:
+        file: a plain or gzip text file.
+        cap: maximum bytes per line.
+        encoding: encoding of text without a byte order mark.
 
     Raises:
         DataError: see `text_blocks`.
@@ -123,7 +128,10 @@ def lines(
 
 
 def parse_record(line: bytes | None) -> dict[str, Any]:
-    """Read one line as a JSON object or a Python dict literal.
+    """Parse one line as a JSON object or a Python dict literal.
+
+    Args:
+        line: text in UTF-8; None for a line that was too long.
 
     Raises:
         InvalidRow: with the reason.
@@ -143,7 +151,7 @@ def parse_record(line: bytes | None) -> dict[str, Any]:
             record = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             raise InvalidRow("neither JSON nor a Python literal") from None
-        check = "\\" in text or "0" in text  # an escape may be a surrogate, a hexadecimal number may have no end
+        check = "\\" in text or "0" in text  # an escape may be a surrogate, a hexadecimal number may be huge
     else:
         check = "\\ud" in text or "\\uD" in text
     if not isinstance(record, dict):
@@ -154,7 +162,7 @@ def parse_record(line: bytes | None) -> dict[str, Any]:
 
 
 def check_text(value: Any) -> None:
-    """Refuse what no file can hold: lone surrogates, and integers with more digits than Python writes.
+    """Reject values that cannot be written: lone surrogates, and integers with more digits than Python converts.
 
     Raises:
         InvalidRow: with the reason.

@@ -1,4 +1,4 @@
-"""Raw item rows of any source -> clean rows, one per item: values without markup, of several rows the fullest one."""
+"""Cleaning and deduplication of raw item rows: HTML entities are resolved, and one row per item is kept."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from tiger.data.sources.base import field_name
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 13
-"""Rows that are Python objects at a time."""
+"""Rows that are converted to Python objects at a time."""
 
 ONE_CHUNK = 1 << 30
-"""Bytes of a table up to which Arrow may put a column into one chunk; one of text has room for 2 GiB."""
+"""Bytes of a table up to which Arrow may put a column into one chunk; a chunk of text is limited to 2 GiB."""
 
 
 def clean_batches(batches: Iterable[pa.RecordBatch], text_fields: list[str]) -> Iterator[pa.Table]:
-    """Clean all values but ids; leave out vectors, images and the like that are not asked for."""
+    """Clean all values except ids; drop columns of numeric lists or binary data unless they are in `text_fields`.
+
+    Raises:
+        DataError: there is no column `source_id`.
+    """
     for batch in batches:
         columns: dict[str, pa.Array] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -45,12 +49,12 @@ def clean_batches(batches: Iterable[pa.RecordBatch], text_fields: list[str]) -> 
 
 def _is_bulk(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _clean(value: Any) -> Any:
-    """Undo HTML entities (twice: some shops escape twice), normalize to NFC, join runs of white space."""
+    """Unescape HTML entities (twice: some shops escape twice), normalize to NFC, collapse white space."""
     if isinstance(value, str):
         text = html.unescape(html.unescape(value)) if "&" in value else value
         return " ".join(unicodedata.normalize("NFC", text).split()) or None
@@ -60,7 +64,11 @@ def _clean(value: Any) -> Any:
 
 
 def deduplicate_items(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
-    """Return the rows in the order of their source ids, and how many were dropped (rule 1 of the catalog)."""
+    """Keep one row per item (rule 1 of the catalog); return the rows by source id, and the number of dropped rows.
+
+    Raises:
+        DataError: there are no items, or the types of the tables' columns do not match.
+    """
     parts = [part for part in tables if part.num_rows]
     if not parts:
         raise DataError("there are no items")
@@ -68,7 +76,7 @@ def deduplicate_items(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
         table = pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(f"the item files do not fit together: {reason[:300]}") from None
+        raise DataError(f"the item files have incompatible columns: {reason[:300]}") from None
     del parts
     with timed(f"one row per item of {table.num_rows:,}"):
         return _fullest_rows(table)
@@ -82,8 +90,8 @@ def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
     chosen = first
     duplicates = len(codes) - len(names)
     if duplicates:
-        again = np.bincount(codes, minlength=len(names))[codes] > 1
-        rows = np.flatnonzero(again)
+        is_duplicate = np.bincount(codes, minlength=len(names))[codes] > 1
+        rows = np.flatnonzero(is_duplicate)
         best: dict[int, tuple[tuple[int, str], int]] = {}
         for begin in range(0, len(rows), PIECE):
             piece = rows[begin : begin + PIECE]
@@ -96,7 +104,7 @@ def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
             chosen[code] = row
         if duplicates > len(codes) / 4:
             log.warning(
-                "%s of %s item rows are further rows of an item, of which one is kept; if each row is one property of "
+                "%s of %s item rows are duplicates, of which one row per item is kept; if each row is one property of "
                 "an item, set data.property and data.value",
                 f"{duplicates:,}",
                 f"{len(codes):,}",
@@ -105,7 +113,7 @@ def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
 
 
 def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Take rows; of a large table column by column and in pieces, because a chunk of text has room for 2 GiB."""
+    """Select rows; in a large table column by column and in pieces, because a chunk of text is limited to 2 GiB."""
     if table.nbytes <= ONE_CHUNK:
         return table.take(pa.array(rows))
     columns = []
@@ -122,11 +130,11 @@ def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
 
 
 def _take(column: pa.Array, rows: npt.NDArray[np.int64], kind: pa.DataType) -> list[pa.Array]:
-    """Take rows of a column with 64-bit offsets as a type with 32-bit offsets, in as many chunks as that takes."""
+    """Select rows of a column with 64-bit offsets as a type with 32-bit offsets, in as many chunks as needed."""
     taken = column.take(pa.array(rows))
     if taken.nbytes <= ONE_CHUNK or len(rows) < 2:
         return [pc.cast(taken, kind)]
-    del taken  # not sliced: a slice keeps its offsets into the whole
+    del taken  # not sliced, because a slice keeps its 64-bit offsets into the whole
     half = len(rows) // 2
     return _take(column, rows[:half], kind) + _take(column, rows[half:], kind)
 
@@ -147,7 +155,7 @@ def texts_array(values: Sequence[str | None]) -> list[pa.Array]:
 
 
 def num_distinct(column: pa.ChunkedArray) -> int:
-    """Count the distinct values of a column that is not nested; of a large one by a hash of each, not by copies."""
+    """Count the distinct values of a column that is not nested; in a large one by their hashes, to save memory."""
     if not pa.types.is_string(column.type) or column.nbytes <= ONE_CHUNK:
         count: int = pc.count_distinct(column).as_py()
         return count

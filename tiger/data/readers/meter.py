@@ -1,6 +1,6 @@
-"""How much of the raw files has been read, in bytes on disk: a share, and with it an ETA, whatever the format.
+"""Progress of reading raw files as a fraction of their bytes on disk, which gives an ETA for any format.
 
-Readers of all formats report the position in the file that they read; a gzip file counts by its compressed bytes.
+Readers of all formats report their position in the file; in a gzip file, the position in the compressed bytes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ _Rows = TypeVar("_Rows")
 
 
 class Meter:
-    """Position in a list of files, which are read one after another."""
+    """Position in a list of files that are read one after another."""
 
     def __init__(self, files: Sequence[tuple[RawFile, int]], progress: Progress) -> None:
-        """
+        """Add up the sizes.
+
         Args:
             files: every file with its size in bytes, in reading order.
-            progress: where the share is shown.
+            progress: logs the fraction.
         """
         self.begin: dict[tuple[str, str], int] = {}
         self.progress, self.total, self.done = progress, 0, 0
@@ -32,7 +33,7 @@ class Meter:
             self.total += size
 
     def at(self, file: RawFile, position: int) -> None:
-        """Note that `file` has been read up to byte `position`."""
+        """Record that `file` has been read up to byte `position`."""
         begin = self.begin.get((file.label, file.path))
         if begin is None or not self.total:
             return
@@ -44,13 +45,13 @@ _current: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
 def report(file: RawFile, position: int) -> None:
-    """Tell the meter of this pass, if there is one, how far `file` has been read."""
+    """Report the position in `file`, in bytes, to the current meter, if there is one."""
     if (meter := _current.get()) is not None:
         meter.at(file, position)
 
 
 def metered(rows: Iterator[_Rows], meter: Meter) -> Iterator[_Rows]:
-    """Yield `rows`; what is read for them counts for `meter`."""
+    """Yield `rows`, with `meter` as the current meter while they are read."""
     while True:
         token = _current.set(meter)  # for this step only: a generator shares the context of its caller
         try:
@@ -64,7 +65,7 @@ def metered(rows: Iterator[_Rows], meter: Meter) -> Iterator[_Rows]:
 
 @contextlib.contextmanager
 def look(file: RawFile | None = None) -> Iterator[None]:
-    """Keep reading inside the block out of the meter of this pass; of `file`, show the progress by itself."""
+    """Suspend the current meter inside the block; if `file` is given, log the progress of reading it instead."""
     meter = Meter([(file, file.size())], Progress(f"find the fields of {file}", None, "rows")) if file else None
     token = _current.set(meter)
     try:

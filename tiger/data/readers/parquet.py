@@ -1,4 +1,4 @@
-"""Parquet files, with the types as they are; only the columns that are needed are read."""
+"""Reader of Parquet files: column types are unchanged, and only the required columns are read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class ParquetTable:
     """One Parquet file: the types of its columns, and its rows."""
 
     def __init__(self, file: RawFile, wanted: Wanted) -> None:
-        """
+        """Read the schema.
+
         Raises:
-            DataError: not a Parquet file, or needed columns are not there.
+            DataError: not a Parquet file, or required columns are missing.
         """
         self.file, self.wanted = file, wanted
         try:
@@ -38,7 +39,11 @@ class ParquetTable:
         self.columns = {name: item_type(schema.field(name).type) for name in self.selected}
 
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
-        """Yield the rows as they are, without columns that are not selected."""
+        """Yield the rows with the selected columns.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         number = 1
         rows = 1 << 10 if self.wanted.everything else BATCH_ROWS
         try:

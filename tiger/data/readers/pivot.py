@@ -1,4 +1,4 @@
-"""Items in long format, one property per row, to one row per item."""
+"""Conversion of items in long format (one property per row) to one row per item."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ def pivot(
     rule: TimeRule,
     ledger: RowCounts,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield one row per item, in the order of first appearance, with a column per property, in the same order.
+    """Yield one row per item and one column per property, both in order of first appearance.
 
-    Of several values of one property, the latest counts if the table has the column of times, else the last one.
+    Of several values of one property, the latest is kept if the table has the column of times, else the last one.
 
     Args:
-        name, value: columns of a property's name and of its value.
-        properties: those to keep; all, if empty.
+        source: blocks of rows with their files.
+        item_id: name of the column of item ids.
+        name: name of the column of property names.
+        value: name of the column of property values.
+        properties: properties to keep; all, if empty.
+        rule: name of the column of times, and how to parse it.
+        ledger: counts of kept and skipped rows.
 
     Raises:
-        DataError: more properties than columns are sensible, or a property of `properties` is in no row.
+        DataError: there are more than `MOST_PROPERTIES` properties, or one of `properties` does not occur.
     """
     wanted = set(properties)
     found: dict[str, None] = {}
@@ -64,14 +69,14 @@ def pivot(
                 found[key] = None
                 if len(found) > MOST_PROPERTIES:
                     raise DataError(
-                        f"{file}: column {name} names more than {MOST_PROPERTIES} properties, such as {listed(found)}; "
-                        "list the ones to keep in data.properties"
+                        f"{file}: column {name} has more than {MOST_PROPERTIES} properties, such as {listed(found)}; "
+                        "list those to keep in data.properties"
                     )
             if text is not None and (key not in row or time >= row[key][0]):
                 row[key] = (time, text)
     missing = [each for each in properties if each not in found]
     if missing:
-        raise DataError(f"data.properties names {listed(missing)}; column {name} has no such value")
+        raise DataError(f"data.properties contains {listed(missing)}; column {name} has no such value")
     yield from _batches(items, list(found))
 
 

@@ -1,4 +1,4 @@
-"""Raw files wherever they are: a local path, a folder of shards, a glob, a URL, or a URI of an object store."""
+"""Raw files at any location: a local path, a folder of shards, a glob, a URL, or a URI of an object store."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from tiger.data.download import download
 
 
 class RawFile:
-    """One raw file: `open()` it, take its `digest()`, and name it in messages with `str()`."""
+    """One raw file; `str()` is its name in messages."""
 
     def __init__(self, filesystem: Any, path: str, label: str, key: str = "") -> None:
-        """
+        """Refer to a file, without opening it.
+
         Args:
-            filesystem: of pyarrow.
+            filesystem: a pyarrow file system.
             path: the file's path on `filesystem`.
             label: the file's name in messages.
             key: the configuration key that names the file, for messages.
@@ -34,6 +35,7 @@ class RawFile:
 
     @classmethod
     def local(cls, path: str | Path) -> RawFile:
+        """Refer to a file on a local or mounted disk."""
         path = Path(path)
         return cls(pafs.LocalFileSystem(), str(path.absolute()), str(path))
 
@@ -45,6 +47,7 @@ class RawFile:
 
     @property
     def name(self) -> str:
+        """The file's name without its folder."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -55,13 +58,18 @@ class RawFile:
         return f"{scheme}://{inner}" if separator else inner
 
     def size(self) -> int:
+        """Return the size in bytes; 0 if the file does not exist.
+
+        Raises:
+            DataError: the storage cannot be reached.
+        """
         try:
             return self.filesystem.get_file_info(self.path).size or 0
         except OSError as error:
             raise self._unreadable(error) from None
 
     def open(self) -> BinaryIO:
-        """Open the file for reading, seekable.
+        """Open the file as a seekable binary stream.
 
         Raises:
             DataError: it cannot be opened.
@@ -74,7 +82,7 @@ class RawFile:
             raise self._unreadable(error) from None
 
     def digest(self) -> str:
-        """Return the sha256 of the content, read in pieces.
+        """Return the sha256 of the content in hexadecimal, computed in chunks.
 
         Raises:
             DataError: the file cannot be read.
@@ -94,34 +102,36 @@ class RawFile:
 
 
 def raw_file(file: Path | RawFile) -> RawFile:
+    """Return a local path as a `RawFile`, and a `RawFile` unchanged."""
     return file if isinstance(file, RawFile) else RawFile.local(file)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Raw files of a source, in reading order; a plain Path stands for a local file."""
+    """Raw files of a source, in reading order; each is a `RawFile`, or a `Path` for a local file."""
 
     items: list[Any]
     interactions: list[Any]
 
     def roles(self) -> Iterator[tuple[str, RawFile]]:
-        """Yield (role, file) of every file, in reading order: what a fingerprint has to cover, with `digest()`."""
+        """Yield (role, file) of every file, in reading order; their digests are part of the fingerprint."""
         for role, files in (("items", self.items), ("interactions", self.interactions)):
             for file in files:
                 yield role, raw_file(file)
 
 
 def expand(names: list[str], key: str) -> list[RawFile]:
-    """Return the files behind paths, folders, globs, URLs and URIs, in the order of `names`.
+    """Resolve paths, folders, globs, URLs and URIs to files, in the order of `names`.
 
-    A folder or glob stands for its files in the order of their paths, folders below it included. Hidden files and those
-    that begin with an underscore (`_SUCCESS`, `.part-0.crc`) are passed over, as Spark, Hive and Ray Data do.
+    A folder or glob is replaced by its files in the order of their paths, recursively. Hidden files and those that
+    begin with an underscore (`_SUCCESS`, `.part-0.crc`) are skipped, as in Spark, Hive and Ray Data.
 
     Args:
+        names: paths, folders, globs, URLs or URIs.
         key: the configuration key for messages, such as `data.items`.
 
     Raises:
-        DataError: a name stands for no file.
+        DataError: a name matches no file.
     """
     found: list[RawFile] = []
     for name in names:
@@ -135,16 +145,17 @@ def expand(names: list[str], key: str) -> list[RawFile]:
 
 
 def files_in(name: str, key: str) -> list[RawFile]:
-    """Return the files directly in a folder, a local one or a URI, in the order of their names.
+    """Return the files directly in a folder, in the order of their names.
 
     Args:
+        name: the folder: a local path or a URI.
         key: the configuration key for messages, such as `data.path`.
 
     Raises:
         DataError: it is not a folder, or cannot be read.
     """
     if name.startswith(("http://", "https://")):
-        raise DataError(f"{name} is a URL, and the files in a URL cannot be listed; name each in data.items and so on")
+        raise DataError(f"{name} is a URL, whose files cannot be listed; list them in data.items and data.interactions")
     with _naming(name, key):
         folder = Folder(name)
         path = folder.path.rstrip("/")
@@ -159,7 +170,7 @@ def files_in(name: str, key: str) -> list[RawFile]:
 
 @contextlib.contextmanager
 def _naming(name: str, key: str) -> Iterator[None]:
-    """Turn what pyarrow's filesystems raise into one line: no such scheme, no credentials, no network, no right."""
+    """Convert exceptions of pyarrow's file systems into a one-line `DataError` with the key to correct."""
     try:
         yield
     except ConfigError as error:  # of `Folder`
@@ -171,7 +182,7 @@ def _naming(name: str, key: str) -> Iterator[None]:
 
 
 def _label(path: str, name: str) -> str:
-    """Return what messages call a file that `name` stands for."""
+    """Return the name in messages of a file that `name` resolves to."""
     if "://" in name:
         return f"{name.partition('://')[0]}://{path}"
     return path if Path(name).is_absolute() or name.startswith("~") else _relative(path, name)
@@ -204,9 +215,9 @@ def _relative(path: str, name: str) -> str:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Match part by part, so that `*` does not cross a slash; `**` stands for any number of folders.
+    """Match component by component, so that `*` does not match a slash; `**` matches any number of folders.
 
-    Wildcards do not match hidden parts, see `_hidden`.
+    Wildcards do not match hidden components, see `_hidden`.
     """
     parts, patterns = path.split("/"), pattern.split("/")
     if "**" not in patterns:

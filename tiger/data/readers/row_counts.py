@@ -1,4 +1,4 @@
-"""What became of the rows of a raw table: kept, skipped with a reason, or left out on request."""
+"""Counts of the rows of a raw table: kept, skipped with a reason, or left out on request."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXAMPLES = 5
 LISTED_NAMES = 10
 
 
-class InvalidRow(Exception):
-    """A row that cannot be used; its message is the reason in the ledger.
+class InvalidRow(Exception):  # noqa: N818 - a row to skip, not a failure of the program
+    """A row that cannot be used; its message is the reason under which it is counted.
 
     Attributes:
-        detail: what was found and how to fix it; shown with the first row of a reason.
+        detail: what was found and how to fix it; logged with the first row of each reason.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -34,9 +34,11 @@ class RowCounts:
     Attributes:
         skipped: rows that cannot be used, by reason.
         left_out: rows that the configuration leaves out (`data.filters`, empty histories), by reason.
+        table: name of the table in messages.
+        kept: rows that are used.
         entries_left_out: entries of lists in rows (`data.history`) that are not used, by reason.
         examples: the first row of each reason, at most `EXAMPLES`.
-        lines: physical lines of text tables, for the reconciliation with the rows.
+        lines: physical lines of text tables, to reconcile them with the rows.
         extra_lines: lines that are not rows: headers, blank lines, continuations of quoted fields.
     """
 
@@ -50,6 +52,7 @@ class RowCounts:
     extra_lines: int = 0
 
     def keep(self, rows: int = 1) -> None:
+        """Count rows as kept."""
         self.kept += rows
 
     def skip(self, path: Any, number: int, reason: str, detail: str = "") -> None:
@@ -59,22 +62,28 @@ class RowCounts:
             self.examples.append(f"{path}:{number}: {reason}" + (f" ({detail})" if detail else ""))
 
     def leave_out(self, rows: int, reason: str) -> None:
+        """Count rows as left out on request."""
         if rows:
             self.left_out[reason] += rows
 
     def leave_out_entries(self, entries: int, reason: str) -> None:
+        """Count entries of lists as left out."""
         if entries:
             self.entries_left_out[reason] += entries
 
     @property
     def read(self) -> int:
+        """Number of rows read."""
         return self.kept + self.skipped.total() + self.left_out.total()
 
     def close(self, max_bad_row_fraction: float) -> None:
-        """Log what was skipped.
+        """Log the counts.
+
+        Args:
+            max_bad_row_fraction: maximum fraction of skipped rows.
 
         Raises:
-            DataError: nothing was kept, or more than `max_bad_row_fraction` of the rows were skipped.
+            DataError: no row was kept, or more than `max_bad_row_fraction` of the rows were skipped.
         """
         bad = self.skipped.total()
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.most_common(EXAMPLES))
@@ -85,8 +94,8 @@ class RowCounts:
             raise DataError(f"{self.table}: no row could be used of {self.read:,} read ({causes or 'empty'}){shown}")
         if bad > max_bad_row_fraction * self.read:
             raise DataError(
-                f"{self.table}: {bad:,} of {self.read:,} rows cannot be read ({bad / self.read:.2%}, allowed are "
-                f"{max_bad_row_fraction:.2%}: data.max_bad_row_fraction): {reasons}{shown}"
+                f"{self.table}: {bad:,} of {self.read:,} rows cannot be read ({bad / self.read:.2%}, allowed: "
+                f"{max_bad_row_fraction:.2%}, data.max_bad_row_fraction): {reasons}{shown}"
             )
         log.info("%s: %s rows read, %s kept, %s skipped", self.table, f"{self.read:,}", f"{self.kept:,}", f"{bad:,}")
         if left_out:
@@ -97,6 +106,7 @@ class RowCounts:
             log.warning("%s: skipped %s%s", self.table, reasons, shown)
 
     def record(self) -> dict[str, Any]:
+        """Return the counts as a record for the manifest."""
         record: dict[str, Any] = {"read": self.read, "kept": self.kept, "skipped": dict(self.skipped)}
         if self.left_out:
             record["left_out"] = dict(self.left_out)
@@ -108,7 +118,7 @@ class RowCounts:
 
 
 def listed(names: Any) -> str:
-    """Join at most ten names for a message."""
+    """Join at most `LISTED_NAMES` names for a message."""
     names = [str(name) if len(str(name)) <= 60 else f"{str(name)[:57]}..." for name in names]
     more = len(names) - LISTED_NAMES
     return ", ".join(names[:LISTED_NAMES]) + (f" and {more:,} more" if more > 0 else "")

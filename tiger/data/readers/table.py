@@ -1,4 +1,4 @@
-"""What the readers of all formats share: what to look for in a file, and blocks of rows with their line numbers."""
+"""Code shared by the readers of all formats: the required columns of a file, and blocks of rows with line numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiger.data.readers.row_counts import listed
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a file and the line (of a Parquet file: the row) of each, from 1."""
+    """Rows of a file and the line number (in a Parquet file, the row number) of each, from 1."""
 
     numbers: npt.NDArray[np.int64]
     rows: pa.RecordBatch
@@ -24,16 +24,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a table must hold and how its files are written.
+    """The columns that a table must have, and the layout of its files.
 
     Attributes:
-        needed: column name -> the configuration key that names it.
+        needed: {column name: the configuration key that names it}.
         keys: columns whose values have no line breaks (ids and times).
-        history: the columns with lists of items, if any, and what separates the items in text; None: white space.
-        history_pattern: of an entry of a list; its first group is the item's id.
-        separator, quote, encoding, columns: of text tables; None and () mean: found out from the first line.
-        everything: all columns are read, not only the needed ones.
-        optional: columns that are read where they exist.
+        history: the columns with lists of items, if any.
+        history_separator: separator of the items in a list as text; None: white space.
+        history_pattern: pattern of an entry of a list; its first group is the item's id.
+        separator, quote, encoding, columns: layout of text tables; None and () mean: detected from the first line.
+        everything: whether to read all columns, not only the needed ones.
+        optional: columns that are read if they exist.
     """
 
     needed: dict[str, str]
@@ -49,22 +50,28 @@ class Wanted:
     optional: tuple[str, ...] = field(default=())
 
     def check(self, file: RawFile, found: list[str], more: str = "") -> None:
-        """Check that the needed columns are there, once each.
+        """Check that each needed column exists and that no column name is repeated.
+
+        Args:
+            file: the file, for messages.
+            found: names of its columns.
+            more: further advice for the message.
 
         Raises:
-            DataError: names the missing columns, those that were found, and the keys.
+            DataError: lists the missing columns, those that were found, and the keys; or the repeated columns.
         """
         missing = [name for name in self.needed if name not in found]
         if missing:
             keys = list(dict.fromkeys(self.needed[name] for name in missing))
             named = f"{', '.join(keys[:-1])} and {keys[-1]}" if len(keys) > 1 else keys[0]
             if "data.item_id" in keys:
-                more = f"; data.history names a list of items per user{more}"
+                more = f"; for a list of items per user set data.history{more}"
             columns = f"columns found: {listed(found) or 'none'}"
-            raise DataError(f"{file}: no column {listed(missing)}; {columns}. Name yours with {named}{more}")
+            raise DataError(f"{file}: no column {listed(missing)}; {columns}. Set {named} to the right column{more}")
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
-            raise DataError(f"{file}: the header names {listed(twice)} more than once; rename one of them")
+            raise DataError(f"{file}: the header contains {listed(twice)} more than once; rename one of them")
 
     def selected(self, found: list[str]) -> list[str]:
+        """Return the columns to read, out of those that were found."""
         return [name for name in found if self.everything or name in self.needed or name in self.optional]

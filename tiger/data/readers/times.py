@@ -1,4 +1,4 @@
-"""Times out of raw values, in microseconds since 1970: numbers of a unit, timestamps, ISO 8601 text, given formats."""
+"""Parsing of times to microseconds since 1970: numbers in a unit, timestamps, ISO 8601 text, strptime formats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns":
 _MICRO = 1_000_000
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", re.ASCII)
-_LONGEST = 64  # characters of a time
+_LONGEST = 64  # maximum characters of a time
 _EXACT = Context(prec=200)
 _HINTS = (
     "%m/%d/%Y %I:%M:%S %p", "%m/%d/%Y %H:%M:%S", "%d/%m/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M", "%m/%d/%Y",
@@ -34,13 +34,13 @@ _HINTS = (
 
 @dataclass(frozen=True)
 class TimeRule:
-    """How to read a time.
+    """How to parse a time.
 
     Attributes:
         name: the column, for messages.
-        unit: of numbers; "order" for numbers that only order, without bounds.
-        formats: of text, as for strptime; none for ISO 8601.
-        years: first and last year allowed.
+        unit: unit of numbers; "order" for numbers without a unit or bounds, only for sorting.
+        formats: strptime formats of text; () for ISO 8601.
+        years: the first valid year, and the year after the last one.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TimeRule:
 
     @functools.cached_property
     def bounds(self) -> tuple[int, int]:
-        """Microseconds: the first allowed and the first no longer allowed."""
+        """Half-open interval of valid times, in microseconds since 1970."""
         if self.unit == "order":
             return -(1 << 63), 1 << 63
         first, last = self.years
@@ -58,15 +58,16 @@ class TimeRule:
 
     @property
     def outside(self) -> str:
+        """Reason under which times outside the valid years are counted."""
         first, last = self.years
         return f"{self.name} is outside the years {first} to {last}"
 
 
 def microseconds(value: Any, rule: TimeRule) -> int:
-    """Return the time of one value; parts of a microsecond are cut off downwards.
+    """Return the time of one value in microseconds since 1970, rounded down.
 
     Raises:
-        InvalidRow: missing, not a time, or outside the years of the rule; names the value and the likely key.
+        InvalidRow: missing, not a time, or outside the years of the rule; its detail suggests the key that fixes it.
     """
     text = _as_text(value)
     micros = _from_text(text, rule) if text else None
@@ -77,10 +78,10 @@ def microseconds(value: Any, rule: TimeRule) -> int:
 
 
 def unix_micros(value: Any, unit: str) -> int:
-    """Return the time of a number, or of a number as text, of `unit`.
+    """Return the time of a number, or of a number as text, in `unit` as microseconds since 1970.
 
     Raises:
-        InvalidRow: not a number, or outside the years 1990 to 2100 (the unit is wrong then).
+        InvalidRow: not a number, or outside the years 1990 to 2100, which means that the unit is wrong.
     """
     text = str(int(value)) if isinstance(value, bool) else _as_text(value)
     if value in (float("inf"), float("-inf")):
@@ -94,7 +95,7 @@ def unix_micros(value: Any, unit: str) -> int:
 
 
 def _as_text(value: Any) -> str | None:
-    """Return a time as text: numbers in full, None for what is missing, `?` for what is neither text nor a number."""
+    """Return a time as text: numbers without exponents, None if missing, `?` if neither text nor a number."""
     value = unwrap(value)
     if value is None or isinstance(value, str):
         return value.strip() or None if value else None
@@ -112,7 +113,7 @@ def _from_text(text: str, rule: TimeRule) -> int | None:
 
 
 def _parsed(text: str, rule: TimeRule) -> int | None:
-    """Return microseconds without looking at bounds, None if the text is not a time."""
+    """Return microseconds since 1970, regardless of the bounds; None if the text is not a time."""
     if not text or len(text) > _LONGEST:
         return None
     if rule.formats:
@@ -123,7 +124,7 @@ def _parsed(text: str, rule: TimeRule) -> int | None:
 
 
 def _by_number(number: Decimal, unit: str) -> int:
-    if number and number.adjusted() > 30:  # no year has so many digits, and no memory a number of 10^9 digits
+    if number and number.adjusted() > 30:  # out of bounds in any unit; the full number may have 10^9 digits
         return 10**40 if number > 0 else -(10**40)
     scaled = _EXACT.divide(_EXACT.multiply(number, Decimal(_MICRO)), Decimal(PER_SECOND[unit]))
     return int(scaled.to_integral_value(ROUND_FLOOR, _EXACT))
@@ -150,7 +151,7 @@ def _micros(moment: datetime.datetime) -> int:
 
 
 def why_not(value: Any, rule: TimeRule) -> str:
-    """Return the reason for which a value is not a time under the rule."""
+    """Return the reason why a value is not a valid time under the rule."""
     text = _as_text(value)
     if not text:
         return f"{rule.name} is missing"
@@ -160,7 +161,7 @@ def why_not(value: Any, rule: TimeRule) -> str:
 
 
 def explain(value: Any, rule: TimeRule) -> str:
-    """Show a value that is not a time under the rule, with the key that is likely to make it one."""
+    """Describe a value that is not a valid time under the rule, with the key that is likely to fix it."""
     text = _as_text(value)
     if not text or text == "?":
         return short(value) if text else ""
@@ -169,7 +170,7 @@ def explain(value: Any, rule: TimeRule) -> str:
         form = None if rule.formats else _guess(text)
         if form:
             return f'{shown}: data.time_format = "{form}"'
-        return shown if rule.formats else f"{shown}; data.time_format gives its format, as for strptime"
+        return shown if rule.formats else f"{shown}; set data.time_format to its strptime format"
     if rule.formats or not _NUMBER.fullmatch(text):
         return f"{shown} is the year {_year(micros)}; data.years sets the bounds"
     hints = [f"{shown} in {_UNIT_NAMES.get(rule.unit, rule.unit)} is the year {_year(micros)}"]
@@ -180,7 +181,7 @@ def explain(value: Any, rule: TimeRule) -> str:
     if (date := _guess(text)) is not None:
         hints.append(f'as a date: data.time_format = "{date}"')
     if len(hints) == 1:
-        hints.append('other bounds: data.years; a number that only orders: data.time_unit = "order"')
+        hints.append('other bounds: data.years; a number only for sorting: data.time_unit = "order"')
     return "; ".join(hints)
 
 
@@ -202,7 +203,7 @@ _PLAIN_DIGITS = r"^[0-9]{1,18}$"
 
 
 def column_micros(column: pa.Array, rule: TimeRule) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return (microseconds, mask of the usable ones) of a column: `microseconds` for all its values."""
+    """Return (microseconds since 1970, mask of the valid ones) of a column; the vectorized form of `microseconds`."""
     column = plain(column)
     kind = column.type
     if pa.types.is_date(kind):

@@ -1,8 +1,8 @@
-"""Ids and texts out of raw values: one rule for all formats, decided value by value.
+"""Conversion of raw values to ids and texts: the same rule for all formats, applied per value.
 
-An id is its text, without white space around it. A number is written out: no exponent, and no fraction if it is whole.
-A fraction of zeros is dropped from text as well, so that `17`, `17.0` and `"17.0"` are one id in CSV, JSON lines and
-Parquet, while `017`, `1e5` and `NA` in text stay as they are. Missing are null, NaN, infinity and empty text.
+An id is its text without surrounding white space. A number is written without an exponent, and without a fraction if it
+is whole. A fraction of zeros is removed from text as well, so that `17`, `17.0` and `"17.0"` are one id in CSV, JSON
+lines and Parquet, while `017`, `1e5` and `NA` in text are unchanged. Null, NaN, infinity and empty text are missing.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def identifier(value: Any, name: str) -> str:
     if text is None:
         raise InvalidRow(f"no {name}")
     if len(text) > 256 or not text.isprintable():
-        raise InvalidRow(f"{name} is overlong or unprintable")
+        raise InvalidRow(f"{name} is too long or unprintable")
     return text
 
 
 def id_text(value: Any, name: str) -> str | None:
-    """Return an id out of a JSON value, None if it is missing.
+    """Convert a JSON value to an id, None if it is missing.
 
     Raises:
-        InvalidRow: a list, an object, or true and false.
+        InvalidRow: a list, an object, or a Boolean.
     """
     if isinstance(value, dict):
         value = unwrap(value)
@@ -57,12 +57,12 @@ def id_text(value: Any, name: str) -> str | None:
         text = value.strip()
         return (text.partition(".")[0] if text.endswith("0") and _zero_fraction.match(text) else text) or None
     if isinstance(value, (bool, list, tuple, dict, set, bytes, complex)):
-        raise InvalidRow(f"{name} is {_kind(value)}", f"{short(value)}; an id is text or a number")
+        raise InvalidRow(f"{name} is {_kind(value)}", f"{short(value)}; an id must be text or a number")
     return number_text(value)
 
 
 def number_text(value: Any) -> str | None:
-    """Write a number in full: `17` for 17.0 and 1.7e1, None for NaN and infinity."""
+    """Format a number without an exponent: `17` for 17.0 and 1.7e1; None for NaN and infinity."""
     if isinstance(value, int):
         return str(value)
     if isinstance(value, (float, np.floating)):
@@ -74,7 +74,7 @@ def number_text(value: Any) -> str | None:
 
 
 def unwrap(value: Any) -> Any:
-    """Take the value out of MongoDB's extended JSON: `{"$oid": x}`, `{"$date": {"$numberLong": x}}`, ..."""
+    """Unwrap a value of MongoDB's extended JSON: `{"$oid": x}`, `{"$date": {"$numberLong": x}}`, ..."""
     while isinstance(value, dict) and len(value) == 1 and next(iter(value)) in _WRAPPERS:
         value = next(iter(value.values()))
     return value
@@ -86,7 +86,7 @@ def _kind(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """Show a value in a message, in at most 80 characters."""
+    """Return the repr of a value for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -95,7 +95,7 @@ def short(value: Any) -> str:
 
 
 def readable(value: Any) -> str | None:
-    """Write any value as text for a person: `size: L, color: red` for an object, `a, b` for a list."""
+    """Convert any value to readable text: `size: L, color: red` for an object, `a, b` for a list; None if missing."""
     value = unwrap(value)
     if value is None:
         return None
@@ -127,7 +127,7 @@ def depth(value: Any) -> int:
 
 
 def field_value(value: Any, level: int) -> Any:
-    """Return a field as text (level 0), a list of texts (1), or a list of lists (2); objects become `key: value`."""
+    """Convert a field to text (level 0), a list of texts (1), or a list of lists (2); objects become `key: value`."""
     value = unwrap(value)
     if value is None:
         return None
@@ -150,7 +150,7 @@ def field_value(value: Any, level: int) -> Any:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """Return a column without dictionaries, extension types and views; binary values and uuids become text."""
+    """Return a column without dictionaries, extension types and views; binary values and UUIDs become text."""
     kind = column.type
     if isinstance(kind, pa.BaseExtensionType):
         column, kind = column.storage, column.type.storage_type
@@ -170,7 +170,7 @@ def _binary_text(column: pa.Array) -> pa.Array:
 
 
 def _bytes_text(value: bytes) -> str:
-    """Return UTF-8 text as it is; 16 bytes that are none as a uuid, any other bytes in hexadecimal digits."""
+    """Decode UTF-8; format other bytes in hexadecimal, and 16 bytes that are not printable ASCII as a UUID."""
     try:
         text = value.decode("utf-8")
         if len(value) != 16 or (text.isprintable() and text.isascii()):
@@ -181,12 +181,12 @@ def _bytes_text(value: bytes) -> str:
 
 
 def has_id_type(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type can hold ids."""
+    """Return whether a column of this type can contain ids."""
     return not (pa.types.is_nested(kind) or pa.types.is_boolean(kind))
 
 
 def id_texts(column: pa.Array) -> pa.Array:
-    """Return a column's ids as text, null where missing: `id_text` for a whole column."""
+    """Return a column's ids as text, null if missing; the vectorized form of `id_text`."""
     column = plain(column)
     kind = column.type
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
@@ -214,7 +214,7 @@ def _number_texts(column: pa.Array) -> pa.Array:
 
 
 def item_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type in which a field of this raw type is kept: numbers stay numbers, nested values become text."""
+    """Return the type in which a field of this raw type is stored: numbers stay numbers, nested values become text."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if pa.types.is_dictionary(kind):
@@ -236,7 +236,7 @@ def item_type(kind: pa.DataType) -> pa.DataType:
 
 
 def widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """Return the type that holds the values of both, out of those that `item_type` returns."""
+    """Return the common type of two types that `item_type` returned."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
@@ -246,7 +246,7 @@ def widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(pa.string()))
     if levels == 1:
         return pa.list_(pa.string())
-    return pa.string()  # also of integers and fractions: 17 and 17.0 are `17`, and no digit of a long number is lost
+    return pa.string()  # also for integers with floats: 17 and 17.0 are `17`, and long numbers keep all digits
 
 
 def _level(kind: pa.DataType) -> int:
@@ -254,7 +254,7 @@ def _level(kind: pa.DataType) -> int:
 
 
 def as_field(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Convert a raw column to a type of `item_type` or `widen`."""
+    """Convert a raw column to a type that `item_type` or `widen` returned."""
     if column.type == kind:
         return column
     column = plain(column)
@@ -282,7 +282,7 @@ def _leaf_category(kind: pa.DataType) -> pa.DataType:
 
 
 def _pairs_as_objects(kind: pa.DataType, values: list[Any]) -> list[Any]:
-    """Turn Arrow's maps, which come as lists of pairs, into objects, at any depth."""
+    """Convert Arrow's maps, which are lists of pairs in Python, to dicts, at any depth."""
     if pa.types.is_map(kind):
         return [None if v is None else {k: _pairs_as_objects(kind.item_type, [x])[0] for k, x in v} for v in values]
     if pa.types.is_struct(kind):
@@ -298,7 +298,7 @@ def _pairs_as_objects(kind: pa.DataType, values: list[Any]) -> list[Any]:
 
 
 def split_history(text: str, separator: str | None) -> list[str]:
-    """Return the ids in a text: a JSON list, or ids between separators, None for white space."""
+    """Split a text into ids: a JSON or Python list, or ids with separators (None: white space)."""
     text = text.strip()
     values: list[Any] | None = _list_in(text) if text[:1] in ("[", "(") else None
     if values is None:
@@ -307,7 +307,7 @@ def split_history(text: str, separator: str | None) -> list[str]:
 
 
 def _list_in(text: str) -> list[Any] | None:
-    """Read a list written as JSON or as a Python literal, None if the text is neither."""
+    """Parse a list written as JSON or as a Python literal; None if the text is neither."""
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text)

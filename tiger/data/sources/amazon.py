@@ -1,13 +1,13 @@
 """Amazon review data of the McAuley lab: 2014, 2018 and 2023, metadata and reviews, plain or gzip.
 
-The generations differ in their field names and units; a record is read by the names that it has:
+The generations differ in field names and units; a record is read by the field names that it has:
 
             item id               user id      time                    brand    categories
     2014    asin                  reviewerID   unixReviewTime (s)      brand    categories: list of paths
     2018    asin                  reviewerID   unixReviewTime (s)      brand    category: one path
     2023    parent_asin           user_id      timestamp (ms)          store    categories: one path
 
-2014 metadata hold Python dict literals, one a line, which no JSON reader accepts; all other files hold JSON.
+2014 metadata contain one Python dict literal per line, which is not JSON; all other files contain JSON lines.
 Sources: https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html (2014),
 https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/ (2018), https://amazon-reviews-2023.github.io (2023).
 """
@@ -75,18 +75,18 @@ _URLS = {
 
 
 class Config(DatasetConfig):
-    """Where the files are: a folder, single files or URLs, or a category to download."""
+    """Location of the files: a folder, single files or URLs, or a category to download."""
 
     kind: str = Field("amazon", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    path: str | None = Field(None, description="folder or URI (s3://, gs://) that holds meta_* and the review files")
-    items: list[str] = Field([], description="metadata files or URLs, where no folder or category is given")
-    interactions: list[str] = Field([], description="review files or URLs, where no folder or category is given")
+    path: str | None = Field(None, description="folder or URI (s3://, gs://) with meta_* and the review files")
+    items: list[str] = Field([], description="metadata files or URLs, if no folder or category is given")
+    interactions: list[str] = Field([], description="review files or URLs, if no folder or category is given")
     category: str | None = Field(
         None, pattern=r"^\w+$", description="public category to download, such as Beauty or Toys_and_Games"
     )
     version: Literal["2014", "2018", "2023"] = Field("2014", description="generation of the category to download")
 
-    # the files' contents count, not where they are or come from
+    # file contents are fingerprinted, not their location
     unfingerprinted = DatasetConfig.unfingerprinted | {"path", "items", "interactions", "category", "version"}
 
     @model_validator(mode="after")
@@ -100,7 +100,7 @@ def locate(config: Config, cache: Path) -> Files:
     """Find the files in the folder, or download them.
 
     Raises:
-        DataError: a file or folder is missing, or the folder holds no metadata or no reviews.
+        DataError: a file or folder is missing, or the folder contains no metadata or no reviews.
     """
     if config.items and config.interactions:
         names = (config.items, "data.items"), (config.interactions, "data.interactions")
@@ -116,17 +116,17 @@ def locate(config: Config, cache: Path) -> Files:
     reviews = [file for file in reviews if f"{_FILE.sub('', file.name)}_5" not in five_core]
     if not items_found or not reviews:
         raise DataError(
-            f"{config.path} needs meta_*.json[.gz] and reviews_*.json[.gz]; it holds "
+            f"{config.path} needs meta_*.json[.gz] and reviews_*.json[.gz]; it contains "
             f"{listed(file.name for file in found) or 'no files'}; correct data.path"
         )
     return log_files(Files(items_found, reviews))
 
 
 def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
-    """Metadata rows with schema ITEMS, in file order.
+    """Yield metadata rows with schema ITEMS, in file order.
 
     Raises:
-        DataError: no row has a title, brand, category or description; names the fields that were found.
+        DataError: no row has a title, brand, category, description or feature; lists the fields that were found.
     """
     fields: Counter[str] = Counter()
     usable = 0
@@ -156,7 +156,7 @@ def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.R
 
 
 def read_interactions(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
-    """Reviews with schema INTERACTIONS, in file order."""
+    """Yield reviews with schema INTERACTIONS, in file order."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for path in files.interactions:
@@ -197,7 +197,7 @@ def _first(record: dict[str, Any], *names: str) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """Text of a string, a number, a list of texts, or a dict of texts; None where nothing is left."""
+    """Join a string, a number, a list of texts, or a dict of texts into one string; None if it is empty."""
     text = " ".join(_strings(value))
     return text or None
 
@@ -215,7 +215,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _paths(value: Any) -> list[list[str]]:
-    """Categories as a list of paths: 2014 has a list of them, later years a single one."""
+    """Return categories as a list of paths: 2014 has a list of paths, later years have a single one."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(path, (list, tuple)) for path in value):
         return [path for path in map(_strings, value) if path]
     path = _strings(value)
@@ -223,7 +223,7 @@ def _paths(value: Any) -> list[list[str]]:
 
 
 def _price(value: Any) -> float | None:
-    """A price from a number or from text such as "$1,299.00"; of a range, the lower end."""
+    """Parse a price from a number or from text such as "$1,299.00"; for a range, return the lower end."""
     if isinstance(value, str):
         match = re.search(r"\d[\d,]*(?:\.\d+)?", value[:64])
         value = match.group().replace(",", "") if match else None

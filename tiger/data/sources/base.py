@@ -1,16 +1,16 @@
-"""The contract of a data source, and what all sources share: a ledger of rows, and careful readers of lines and values.
+"""The contract of a data source, and code shared by all sources: row accounting, robust readers of lines and values.
 
-A source is a module in this folder (or anywhere, by its dotted name) with
+A source is a module in this folder (or in any installed package, by its dotted name) with
 
     class Config(DatasetConfig)                         its settings
     locate(config, cache) -> Files                      raw files; downloads or generates them if needed
     read_items(config, files, ledger)                   -> record batches with `source_id` and any text fields
     read_interactions(config, files, ledger)            -> record batches of schema INTERACTIONS
 
-Readers count every row in the ledger, kept, skipped or left out, and stream: no reader holds more than a batch of rows
-(but for JSON documents and properties in long format, which are read as a whole). `source_id` and all fields are raw
-here; `catalog.py` cleans, filters and numbers them. Fields whose names the catalog needs for itself come under
-`field_name`; `catalog.text_fields` names them as they are in the file.
+Readers count every row in `ledger` as kept, skipped or left out, and stream: no reader buffers more than a batch of
+rows (except for JSON documents and properties in long format, which are read as a whole). `source_id` and all fields
+are raw here; `catalog.py` cleans, filters and numbers them. Fields whose names are reserved for the catalog are renamed
+by `field_name`; `catalog.text_fields` refers to them by their names in the file.
 """
 
 from __future__ import annotations
@@ -54,31 +54,29 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 INTERACTIONS = pa.schema([("user", pa.string()), ("item", pa.string()), ("time", pa.int64())])
-"""One event per row: user and item by their ids in the raw data, time in microseconds since 1970."""
+"""One event per row: original ids of user and item, time in microseconds since 1970."""
 
 BATCH_ROWS = 8192
 RESERVED = frozenset({"item_id", "source_id", "text"})
-"""Columns of the catalog's own."""
+"""Columns that the catalog adds."""
 
 
 class DatasetConfig(PluginConfig):
-    """Settings that every source has."""
+    """Options of every source."""
 
     plugin_package: ClassVar[str] = "tiger.data.sources"
     default_kind: ClassVar[str] = "synthetic"
 
     kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
-    max_bad_row_fraction: float = Field(
-        0.01, ge=0, le=1, description="stop above this share of rows that cannot be read"
-    )
+    max_bad_row_fraction: float = Field(0.01, ge=0, le=1, description="maximum fraction of unreadable rows")
 
-    unfingerprinted = frozenset({"max_bad_row_fraction"})  # it stops a stage, and changes nothing that the stage writes
+    unfingerprinted = frozenset({"max_bad_row_fraction"})  # a limit that does not affect the stage's output
 
 
 def field_name(name: str) -> str:
-    """Return the column under which a field of the raw data is kept: `field_text` for `text`, most others as they are.
+    """Return the column name of a raw field: `field_text` for the reserved `text`, most others unchanged.
 
-    No two names become one: `field_text` itself becomes `field_field_text`.
+    The mapping is injective: `field_text` itself becomes `field_field_text`.
     """
     bare = name
     while bare.startswith("field_"):
@@ -99,7 +97,7 @@ def batches(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Re
 
 
 def log_files(files: Files) -> Files:
-    """Log the files that are read, with their sizes; return them."""
+    """Log the files to read, with their sizes; return them."""
     for role, file in files.roles():
         log.info("%s: %s (%s bytes)", role, file, f"{file.size():,}")
     return files

@@ -1,11 +1,12 @@
-"""A generated shop in the raw Amazon 2014 formats, so that it goes through the same readers as real data.
+"""Synthetic catalog and histories in the raw Amazon 2014 formats, read by the same readers as real data.
 
-The world. Departments hold product types in the order of a routine (cleanser, toner, serum, ...); a brand makes some
-items of every type. A customer who bought an item next buys, with probability 1 - `noise`, the routine's next type from
-the same brand, and otherwise any item at all. So the next item can be learned from texts and histories at `noise = 0`,
-while at `noise = 1` nothing can be learned and every recommender does as well as chance.
+Data-generating process: departments have product types in the order of a routine (cleanser, toner, serum, ...); a brand
+makes some items of every type. After an item, a customer buys, with probability 1 - `noise`, the routine's next type
+from the same brand, and otherwise an item chosen uniformly at random: a first-order Markov chain. So the next item can
+be learned from texts and histories at `noise = 0`, while at `noise = 1` nothing can be learned and every recommender is
+at chance level.
 
-Every item and every user is a function of (seed, block of rows) alone: generation streams, at any size.
+Items and users are functions of (seed, block of rows), so the data are generated as a stream, at any size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tiger.data.sources.base import DatasetConfig, Files
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the generated data change, so that cached files are not taken for new ones
+FORMAT = 1  # increase it if the generated data change, to invalidate cached files
 _BLOCK = 4096
 _START = 1_356_998_400  # 2013-01-01
 _DAY = 86_400
@@ -81,19 +82,19 @@ _VARIANTS = len(_QUALITIES) * len(_SCENTS) * len(_SIZES)
 
 
 class Config(DatasetConfig):
-    """Size and difficulty of the generated shop."""
+    """Size and difficulty of the synthetic data."""
 
     kind: str = Field("synthetic", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
     items: int = Field(1000, ge=200, le=10_000_000, description="items in the catalog")
     users: int = Field(4000, ge=50, le=10_000_000, description="customers, each with at least five purchases")
-    mean_length: float = Field(9.0, ge=6, le=30, description="purchases a customer makes on average")
-    noise: float = Field(0.1, ge=0, le=1, description="share of purchases at random: 0 predictable, 1 pure noise")
+    mean_length: float = Field(9.0, ge=6, le=30, description="mean purchases per customer")
+    noise: float = Field(0.1, ge=0, le=1, description="fraction of random purchases: 0 predictable, 1 pure noise")
     items_per_group: int = Field(5, ge=1, le=50, description="items that share brand and product type")
     seed: int = Field(0, ge=0, description="seed of the generator")
 
 
 def locate(config: Config, cache: Path) -> Files:
-    """Generates the raw files into `cache`, or finds them there."""
+    """Generate the raw files in `cache`, unless they exist."""
     folder = cache / f"raw-synthetic-{fingerprint(FORMAT, config.identity())}"
     files = Files([folder / "meta_Sample.json.gz"], [folder / "reviews_Sample_5.json.gz"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def _write(path: Path, rows: Iterator[str], total: int | None, unit: str) -> Non
         return
     progress = Progress(f"generate {path.name}", total, unit)
     partial = path.with_suffix(".partial")
-    # mtime and name are part of the gzip header: fixed, so that equal content gives equal files
+    # mtime and name are part of the gzip header; they are fixed so that equal content gives equal files
     with partial.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
         for row in rows:
             file.write(row.encode())
@@ -121,13 +122,13 @@ def _write(path: Path, rows: Iterator[str], total: int | None, unit: str) -> Non
 
 
 def _groups(config: Config) -> int:
-    """Number of (brand, type) groups; items are dealt to groups in turn."""
+    """Return the number of (brand, type) groups; items are assigned to groups round-robin."""
     brands = max(1, config.items // (config.items_per_group * _TYPES))
     return brands * _TYPES
 
 
 def _brand(number: int) -> str:
-    # Coprime strides through both lists: neighboring brands share no word.
+    # Coprime strides through both lists, so that neighboring brands share no word.
     generation, number = divmod(number, len(_BRAND_FIRST) * len(_BRAND_SECOND))
     first = _BRAND_FIRST[number * 7 % len(_BRAND_FIRST)]
     second = _BRAND_SECOND[(number * 11 + number // len(_BRAND_FIRST)) % len(_BRAND_SECOND)]
@@ -146,7 +147,7 @@ def _item_lines(config: Config) -> Iterator[str]:
             group, member = item % groups, item // groups
             brand, kind = _brand(group // _TYPES), group % _TYPES
             department, kinds = _ROUTINES[kind // _STEPS]
-            variant = (member + 7 * group) * 1009 % _VARIANTS  # 1009 is coprime: members of a group differ
+            variant = (member + 7 * group) * 1009 % _VARIANTS  # 1009 is coprime to it, so members of a group differ
             rest, size = divmod(variant, len(_SIZES))
             quality, scent = divmod(rest, len(_SCENTS))
             name = kinds[kind % _STEPS]
@@ -158,7 +159,7 @@ def _item_lines(config: Config) -> Iterator[str]:
                 "brand": brand,
                 "categories": [["Beauty", department, name]],
             }
-            if "&" in row["title"]:  # the real files hold HTML entities
+            if "&" in row["title"]:  # the real files contain HTML entities
                 row["title"] = row["title"].replace("&", "&amp;")
             if has_price < 0.9:
                 row["price"] = round(float(price), 2)
@@ -179,7 +180,7 @@ def _review_lines(config: Config) -> Iterator[str]:
         history = np.empty((users, lengths.max()), np.int64)
         for step in range(history.shape[1]):
             history[:, step] = item
-            # The routine's next step, same department and brand, then a member; low members are favourites.
+            # The routine's next step, same department and brand, then a member; low members are more popular.
             group = item % groups
             kind = group % _TYPES
             next_kind = kind // _STEPS * _STEPS + (kind % _STEPS + 1) % _STEPS

@@ -1,9 +1,9 @@
-"""Your own files: Parquet, CSV and other text tables, JSON lines or JSON documents, their columns named in the config.
+"""User-provided files: Parquet, CSV and other text tables, JSON lines or JSON documents, with configurable columns.
 
-All columns of the item files are kept as text fields, so that `catalog.text_fields` can list any of them by its name in
-the file. Files of one table are joined by column name: order may differ, missing columns are empty, types are widened.
-Ids and times are read by one rule in all formats (`_values.py`, `_times.py`). Text tables hold text: only an empty
-field is missing. Lists become lists of text, nested objects lists of `key: value`.
+All columns of the item files are kept as fields, so that `catalog.text_fields` can list any of them by its name in the
+file. Files of one table are concatenated by column name: order may differ, missing columns are null, types are widened.
+Ids and times are read by the same rules in all formats (`readers/values.py`, `readers/times.py`). Text tables contain
+text: only an empty field is missing. Lists become lists of text, nested objects lists of `key: value`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def _as_list(value: Any) -> Any:
 
 
 class Config(DatasetConfig):
-    """Files and the names of their columns. `separator`, `quote`, `encoding`, `format` and `columns` are one value for
-    both tables, or one each: `separator = {items = ",", interactions = "::"}`."""
+    """Files and the names of their columns.
+
+    `separator`, `quote`, `encoding`, `format` and `columns` are one value for both tables, or one value per table:
+    `separator = {items = ",", interactions = "::"}`.
+    """
 
     kind: str = Field("tables", description="source of raw data: synthetic, amazon, tables, or a dotted module name")
     items: Annotated[list[str], BeforeValidator(_as_list)] = Field(
@@ -56,44 +59,45 @@ class Config(DatasetConfig):
     item_id: str = Field("item_id", description="column of the item's id, in both tables")
     items_id: str | None = Field(None, description="column of the item's id among the items, if it has another name")
     user_id: str = Field("user_id", description="column of the user's id, in the interaction table")
-    time: str = Field("timestamp", description="column of the time: a number, a timestamp, or text; '' for file order")
+    time: str = Field("timestamp", description="column of the time: a number, a timestamp, or text; '': file order")
     time_unit: Literal["s", "ms", "us", "ns", "order"] = Field(
-        "s", description="unit of a numeric time, counted from 1970; order: a number that only orders"
+        "s", description="unit of a numeric time since 1970; order: a number without a unit, only for sorting"
     )
     time_format: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        [], description="formats of a time as text, as for strptime; none: ISO 8601"
+        [], description="strptime formats of a time as text; none: ISO 8601"
     )
-    years: tuple[int, int] = Field((1990, 2100), description="first year and the year after the last one of all times")
+    years: tuple[int, int] = Field((1990, 2100), description="valid years: the first one, and the one after the last")
     history: str | list[str] | None = Field(
         None,
         description="column with a user's items in time order: a list, or ids separated by white space; several "
-        "columns follow each other",
+        "columns are concatenated",
     )
-    history_separator: str | None = Field(None, description="what separates the ids of a history; none: white space")
+    history_separator: str | None = Field(None, description="separator of the ids in a history; none: white space")
     history_pattern: str | None = Field(
         None,
-        description="regular expression for entries of a history, whose first group is the id: '(.+)-1'; other "
-        "entries are left out; none: an entry is an id",
+        description="regular expression for the entries of a history, whose first group is the id: '(.+)-1'; other "
+        "entries are left out; none: each entry is an id",
     )
     filters: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        [], description='interactions to keep, all of: rating >= 4, event = "buy", event in ["buy", "cart"]'
+        [],
+        description='conditions on interactions, all of which must hold: rating >= 4, event = "buy", event in ["buy"]',
     )
     property: str | None = Field(None, description="items in long format: column of the property's name")
     value: str | None = Field(None, description="items in long format: column of the property's value")
     properties: list[str] = Field([], description="items in long format: properties to keep; none: all")
     format: _FORMATS | dict[Role, _FORMATS] | None = Field(
-        None, description="parquet, csv (any text table) or json (lines or a document); none: found out from the file"
+        None, description="parquet, csv (any text table) or json (lines or a document); none: detected from the file"
     )
     separator: str | dict[Role, str] | None = Field(
-        None, description="what separates the columns of text tables; none: found out from the header"
+        None, description="column separator of text tables; none: detected from the header"
     )
-    quote: str | dict[Role, str] = Field('"', description="quote of text tables; '' for none")
+    quote: str | dict[Role, str] = Field('"', description="quote character of text tables; '': none")
     encoding: str | dict[Role, str] = Field("utf-8", description="encoding of text files without a byte order mark")
     columns: list[str] | dict[Role, list[str]] = Field(
-        [], description="names of the columns of text tables whose first line is not a header with the named columns"
+        [], description="column names of text tables without a header line"
     )
 
-    # the files' contents count, not where they are
+    # file contents are fingerprinted, not their location
     unfingerprinted = DatasetConfig.unfingerprinted | {"items", "interactions"}
 
     @field_validator("filters")
@@ -122,36 +126,38 @@ class Config(DatasetConfig):
                 try:
                     "".encode(each)
                 except (LookupError, UnicodeError):
-                    raise ValueError(f"{each!r} is not an encoding; utf-8, latin-1, cp1252, utf-16 are some") from None
+                    raise ValueError(
+                        f"{each!r} is not a known encoding, such as utf-8, latin-1, cp1252 or utf-16"
+                    ) from None
             elif info.field_name == "separator" and each is not None and (not each or "\n" in each or "\r" in each):
-                raise ValueError("a separator is one or more characters, no line break")
+                raise ValueError("a separator must be one or more characters without line breaks")
             elif info.field_name == "quote" and (len(each.encode()) > 1 or each in ("\n", "\r")):
-                raise ValueError("a quote is one ASCII character, or '' for none")
+                raise ValueError("a quote must be one ASCII character, or '' for none")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if (self.property is None) != (self.value is None):
-            raise ValueError("property and value belong together: columns of a property's name and of its value")
+            raise ValueError("property and value must both be set: columns of a property's name and of its value")
         if self.properties and self.property is None:
-            raise ValueError("properties needs property and value: columns of a property's name and of its value")
+            raise ValueError("properties requires property and value: columns of a property's name and of its value")
         if self.history_pattern is not None and not self.history:
-            raise ValueError("history_pattern needs history: the column whose entries it reads")
+            raise ValueError("history_pattern requires history: the column whose entries it matches")
         if self.years[0] >= self.years[1] or self.years[0] < 1 or self.years[1] > 9999:
-            raise ValueError("years are the first year and a later one, between 1 and 9999")
+            raise ValueError("years must be two ascending years between 1 and 9999")
         return self
 
     def of(self, role: Role, name: str, default: Any) -> Any:
-        """Return an option for one table."""
+        """Return the value of option `name` for one table; `default` if it is set for the other table only."""
         value = getattr(self, name)
         return value.get(role, default) if isinstance(value, dict) else value
 
     def histories(self) -> tuple[str, ...]:
-        """Columns with lists of items."""
+        """Return the columns with lists of items."""
         return (self.history,) if isinstance(self.history, str) else tuple(self.history or ())
 
     def wanted(self, role: Role) -> Wanted:
-        """Return what the files of one table must hold."""
+        """Return the columns and options with which the files of one table are read."""
         if role == "items":
             needed = {
                 self.items_id or self.item_id: "data.items_id" if self.items_id else "data.item_id (data.items_id)"
@@ -182,9 +188,12 @@ class Config(DatasetConfig):
 
 
 class Table(Protocol):
+    """A reader of one file: its columns, and its rows in blocks."""
+
     columns: dict[str, pa.DataType]
 
-    def blocks(self, ledger: RowCounts) -> Iterator[Block]: ...
+    def blocks(self, ledger: RowCounts) -> Iterator[Block]:
+        """Yield the rows in file order; count unreadable ones in `ledger`."""
 
 
 def locate(config: Config, cache: Path) -> Files:
@@ -197,7 +206,7 @@ def locate(config: Config, cache: Path) -> Files:
 
 
 def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
-    with look():  # the beginning of a file, and a document as a whole, are read to find out what they are
+    with look():  # detection reads the beginning of a file, and a JSON document as a whole
         return _opened(config, role, file)
 
 
