@@ -66,6 +66,7 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
     assert [part.kind for part in finished.lineage()] == [
         "catalog",
         "embeddings",
+        "item_vectors",
         "tokenizer",
         "semantic_ids",
         "model",
@@ -80,8 +81,8 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
     assert (
         figures["test"]["tiger"]["all_items"]["recall@10"] > 3 * figures["test"]["popularity"]["all_items"]["recall@10"]
     )
-    search = figures["exact_search"]["generation"]
-    assert set(search) == {"beam_20", "beam_50", "exact"}
+    search = figures["exact_search"]
+    assert set(search) == {"users", "beam_20", "beam_50", "exact"}
     assert abs(search["beam_50"] - search["exact"]) < 0.05
     assert set(figures["valid"]["tiger"]["all_items"]) == {
         f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 20, 50)
@@ -103,6 +104,7 @@ def test_a_second_run_skips_every_finished_stage(finished: Artifact, caplog: pyt
     assert skipped == [
         "catalog",
         "embeddings",
+        "item_vectors",
         "tokenizer",
         "semantic_ids",
         "model",
