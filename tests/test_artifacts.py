@@ -272,3 +272,11 @@ def test_a_google_uri_is_opened_by_the_google_file_system() -> None:
     folder = Folder("gs://bucket/runs/").child("a")
     assert folder.filesystem.type_name == "gcs"
     assert (folder.uri, folder.path, folder.is_local) == ("gs://bucket/runs/a", "bucket/runs/a", False)
+
+
+def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Row n of the lists belongs to user n, also beyond 99,999 shards."""
+    folder = Folder(str(tmp_path))
+    for number in (100_000, 9, 99_999):
+        folder.write_table(f"lists/part-{number:05d}.parquet", pa.table({"x": [number]}))
+    assert folder.read_table("lists")["x"].to_pylist() == [9, 99_999, 100_000]

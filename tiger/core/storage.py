@@ -238,7 +238,7 @@ class Folder:
         self.write_bytes(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Read one Parquet file, or all Parquet files of a folder in the order of their names.
+        """Read one Parquet file, or all shards of a folder in the order of their numbers.
 
         Args:
             name: the file or folder.
@@ -254,6 +254,7 @@ class Folder:
             parts = [part for part in self.files() if part.startswith(f"{name}/") and part.endswith(".parquet")]
             if not parts:
                 raise ArtifactError(f"{self.uri}/{name} contains no Parquet file")
+            parts.sort(key=lambda part: (len(part), part))  # part-100000 comes after part-99999
             return pa.concat_tables([self.read_table(part, columns) for part in parts])
         try:
             return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
