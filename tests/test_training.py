@@ -375,8 +375,9 @@ def test_on_a_gpu_batches_are_pinned_in_the_thread_and_copied_without_waiting(
         assert all(torch.equal(a, b) for a, b in zip(one.inputs, other.inputs, strict=True))
         assert torch.equal(one.weights, other.weights)
     assert calls[0] == ("set_device", 3)
-    assert sum(isinstance(call, str) and call.startswith("prefetch") for call in calls) == 3 * len(ready)
-    assert calls.count((torch.device("cuda", 3), True)) == 3 * len(ready)
+    tensors = sum(len(batch.inputs) + 1 for batch in ready)  # and the weights
+    assert sum(isinstance(call, str) and call.startswith("prefetch") for call in calls) == tensors
+    assert calls.count((torch.device("cuda", 3), True)) == tensors
 
 
 def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:

@@ -60,3 +60,8 @@ def ensure_item_vectors(run: RunConfig) -> Artifact:
         return adopt(run)
     catalog = prepare(run)
     return build_item_vectors(run, catalog, embed(run, catalog))
+
+
+def job(run: RunConfig) -> Artifact:
+    """Fuse the embeddings of a configuration with what is bought together."""
+    return ensure_item_vectors(run)

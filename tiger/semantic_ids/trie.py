@@ -83,7 +83,7 @@ class Trie(nn.Module):
             self._buffer("code", level, ordered[starts, level])
             self._buffer("num_items", level, num_items)
         self.register_buffer("leaf_items", torch.from_numpy(order), persistent=False)
-        self.register_buffer("codes", torch.from_numpy(np.ascontiguousarray(ids.codes)), persistent=False)
+        self.register_buffer("codes", torch.from_numpy(np.array(ids.codes)), persistent=False)
         self.register_buffer("paths", torch.from_numpy(paths), persistent=False)
 
     def _buffer(self, name: str, level: int, values: npt.NDArray[np.generic]) -> None:

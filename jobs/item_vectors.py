@@ -1,0 +1,8 @@
+"""`python -m jobs.item_vectors ...` is `tiger embed ...`, for `ray job submit`."""
+
+import sys
+
+from tiger.cli import main
+
+if __name__ == "__main__":
+    main(["item_vectors", *sys.argv[1:]])
