@@ -1,4 +1,4 @@
-"""`python -m jobs.item_vectors ...` is `tiger embed ...`, for `ray job submit`."""
+"""`python -m jobs.item_vectors ...` is `tiger item_vectors ...`, for `ray job submit`."""
 
 import sys
 
