@@ -85,7 +85,7 @@ def searcher(config: ModelConfig, items: int) -> Callable[[], None]:
     model = TigerModel(config, Trie(ids), vectors).eval()
     history = padded([np.random.default_rng(1).integers(0, items, 10) for _ in range(32)])
     with torch.inference_mode():
-        node_vectors = model.softmax.node_vectors(model.items, model.trie)
+        node_vectors = model.node_vectors()
 
     def search() -> None:
         beam_search(model, history, beam=50, node_vectors=node_vectors)

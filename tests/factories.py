@@ -57,8 +57,7 @@ def random_histories(rng: np.random.Generator, items: int, users: int, longest: 
 
 def losses(model: TigerModel, history: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return minus the log-probability of one target [B] after each history [B, N], float32 [B, L]."""
-    everything = [np.ones(count, bool) for count in model.trie.num_nodes]
-    siblings = [t for level in model.trie.siblings(targets.numpy(), everything) for t in level.tensors()]
+    siblings = model.trie.sibling_tensors(targets.numpy())
     if not model.encoder.causal:
         return model(history[:, -model.encoder.context :], targets, None, *siblings)
     sequence = torch.cat([history, targets[:, None]], dim=1)

@@ -151,8 +151,7 @@ def test_items_that_training_never_sees_are_left_out_of_its_softmax() -> None:
     assert model.items.learned is not None
     assert not model.items.learned.weight[counts == 0].any()
     history = random_histories(rng, 30, 1, 5)
-    siblings = Trie(ids).siblings(seen.numpy(), [mask.numpy() for mask in nodes])
-    flat = [tensor for level in siblings for tensor in level.tensors()]
+    flat = Trie(ids).sibling_tensors(seen.numpy(), [mask.numpy() for mask in nodes])
     sequence = torch.cat([history.expand(len(seen), -1), seen[:, None]], dim=1)
     positions = torch.arange(1, len(seen) + 1) * 5 - 1
     in_training = model(sequence, torch.ones_like(seen), positions, *flat)

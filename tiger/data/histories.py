@@ -49,15 +49,21 @@ class Histories:
 
     def training_targets(self) -> npt.NDArray[np.int32]:
         """Return the targets of training: all items of the training parts except the first of each."""
-        position = np.arange(len(self.items))
-        lengths = np.diff(self.offsets)
-        inside = position < np.repeat(self.train_end, lengths)
-        return self.items[inside & (position > np.repeat(self.offsets[:-1], lengths))]
+        return self.items[self.training_target_positions()]
+
+    def training_target_positions(self) -> npt.NDArray[np.int64]:
+        """Return where in `items` the targets of training are; the item before a target is its user's too."""
+        is_first = np.zeros(len(self.items) + 1, bool)
+        is_first[self.offsets[:-1]] = True
+        return np.flatnonzero(self._in_training() & ~is_first[:-1])
 
     def training_counts(self, num_items: int) -> npt.NDArray[np.int64]:
         """Return how often the training parts hold each item, int64 [num_items]."""
-        inside = np.arange(len(self.items)) < np.repeat(self.train_end, np.diff(self.offsets))
-        return np.bincount(self.items[inside], minlength=num_items)
+        return np.bincount(self.items[self._in_training()], minlength=num_items)
+
+    def _in_training(self) -> npt.NDArray[np.bool_]:
+        """Return which of `items` are in the training parts."""
+        return np.arange(len(self.items)) < np.repeat(self.train_end, np.diff(self.offsets))
 
     def evaluation(self, split: Split) -> EvalSplit:
         """Return the users with a target in `split`: its first item; the history is all items before it."""

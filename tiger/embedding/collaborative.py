@@ -24,7 +24,7 @@ from torch import Tensor
 from tiger.core.config import Config
 from tiger.core.storage import Folder
 from tiger.data.histories import Histories
-from tiger.embedding.vectors import vector_shards
+from tiger.embedding.vectors import vector_column, vector_shards
 
 Matrix = npt.NDArray[np.float32]
 
@@ -116,13 +116,7 @@ def fit_fusion(config: CollaborativeConfig, embeddings: Folder, histories: Histo
 def write_fused(fusion: Fusion, embeddings: Folder, target: Folder) -> None:
     """Write the item vectors of all items, shard by shard, as `vectors/part-N.parquet` (item_id, vector)."""
     for index, (items, text) in enumerate(vector_shards(embeddings)):
-        vectors = fusion(items, text)
-        table = pa.table(
-            {
-                "item_id": pa.array(items.astype(np.int32)),
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
-            }
-        )
+        table = pa.table({"item_id": pa.array(items, pa.int32()), "vector": vector_column(fusion(items, text))})
         target.write_table(f"vectors/part-{index:05d}.parquet", table)
 
 

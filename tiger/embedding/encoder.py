@@ -27,7 +27,7 @@ from tiger.core.config import Config
 from tiger.core.errors import HealthError, ResourceError
 from tiger.core.precision import Shapes, allow_tf32, choose
 from tiger.core.storage import Folder
-from tiger.embedding.vectors import unusable
+from tiger.embedding.vectors import unusable, vector_column
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class EmbedShard:
         return pa.table(
             {
                 "item_id": shard["item_id"],
-                "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1]),
+                "vector": vector_column(stored),
                 "tokens": pa.array(encoded.tokens, pa.int32()),
             },
             metadata=self.metadata,

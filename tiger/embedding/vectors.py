@@ -67,6 +67,11 @@ def load_embeddings(folder: Folder) -> Tensor:
     return vectors
 
 
+def vector_column(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """Return vectors [n, d] as the column `vector` of a shard."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+
+
 def vector_shards(folder: Folder) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
     """Yield item ids [n] and embeddings float32 [n, d] of every shard.
 

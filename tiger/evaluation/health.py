@@ -152,11 +152,7 @@ def popularity_recall(histories: Histories, validation_users: int, seed: int, cu
     """
     users = histories.evaluation("valid")
     users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
-    edges = np.zeros(len(histories.items) + 1, np.int64)  # +1 at the beginning of a training split, -1 after its end
-    np.add.at(edges, histories.offsets[:-1], 1)
-    np.add.at(edges, histories.train_end, -1)
-    counts = np.bincount(histories.items[np.cumsum(edges[:-1]) > 0])
-    popular = np.argsort(-counts, kind="stable")[:cutoff]
+    popular = np.argsort(-histories.training_counts(0), kind="stable")[:cutoff]
     return float(np.isin(users.targets, popular).mean()), len(users)
 
 

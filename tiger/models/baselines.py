@@ -32,11 +32,8 @@ def markov_chain(
         taken: what each user has taken so far, in time order.
     """
     lasts = np.array([history[-1] for history in taken])
-    position = np.arange(len(histories.items))
-    begin = np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
-    inside = (position < np.repeat(histories.train_end, np.diff(histories.offsets))) & (position > begin)
-    following = histories.items[inside]
-    before = histories.items[np.flatnonzero(inside) - 1]
+    targets = histories.training_target_positions()
+    following, before = histories.items[targets], histories.items[targets - 1]
     pairs = scipy.sparse.coo_matrix((np.ones(len(before)), (before, following)), shape=(n_items, n_items)).tocsr()
     counts = histories.training_counts(n_items)
     return _best(lambda rows: pairs[lasts[rows]].toarray() + counts / (counts.max() + 1.0), len(lasts), k)

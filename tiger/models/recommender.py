@@ -60,7 +60,7 @@ class Recommender:
         self.trie, self.num_items = self.model.trie, len(self.model.trie.leaf_items)
         self.num_user_tokens = model.config.num_user_tokens or 0
         with torch.inference_mode():
-            self.node_vectors = self.model.softmax.node_vectors(self.model.items, self.trie)
+            self.node_vectors = self.model.node_vectors()
             self.first_codes = self.trie.codes[:, 0].long()
 
     @classmethod

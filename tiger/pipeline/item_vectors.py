@@ -62,6 +62,4 @@ def ensure_item_vectors(run: RunConfig) -> Artifact:
     return build_item_vectors(run, catalog, embed(run, catalog))
 
 
-def job(run: RunConfig) -> Artifact:
-    """Fuse the embeddings of a configuration with what is bought together."""
-    return ensure_item_vectors(run)
+job = ensure_item_vectors

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
-
 from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
-from tiger.models.tiger.train import model_worker, reference_losses
+from tiger.models.tiger.train import model_worker
 from tiger.on_ray.train import train
 from tiger.pipeline.embed import embed
 from tiger.pipeline.item_vectors import build_item_vectors
 from tiger.pipeline.prepare import prepare
 from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.run import RunConfig
-from tiger.semantic_ids.assignment import SemanticIds
-from tiger.semantic_ids.trie import Trie
-
-log = logging.getLogger(__name__)
 
 
 def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
@@ -35,24 +28,11 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
         draft.metrics = train(
             model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
         )
-        ids_of_items = SemanticIds.read(ids.folder)
-        histories = Catalog(catalog).histories
-        draft.metrics["reference_losses"] = reference_losses(Trie(ids_of_items), histories.training_targets())
         guessing = min(1.0, 10 / catalog.metrics["items"])
-        popular = popularity_recall(histories, run.model.training.validation_users, run.model.seed)
+        popular = popularity_recall(Catalog(catalog).histories, run.model.training.validation_users, run.model.seed)
         draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
-        log.info("%s", _losses_by_level(draft))
-
     return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
-
-
-def _losses_by_level(draft: Draft) -> str:
-    """Return the last losses of training by level, next to those of models that know no history."""
-    last = json.loads(draft.folder.read_bytes("metrics.jsonl").splitlines()[-1])
-    losses = {"training": [value for name, value in last.items() if name.startswith("loss@")]}
-    rows = (losses | draft.metrics["reference_losses"]).items()
-    return "loss by level\n" + "\n".join(f"  {name:<11}" + "".join(f"{x:>8.3f}" for x in row) for name, row in rows)
 
 
 def ensure_model(run: RunConfig) -> Artifact:

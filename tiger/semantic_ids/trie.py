@@ -133,20 +133,19 @@ class Trie(nn.Module):
         return [below > 0 for below in self.sum_below(allowed_items.to(torch.int64))]
 
     def sum_below(self, values: Tensor) -> list[Tensor]:
-        """Return the sum of a value over the items below every node, per level [nodes, ...].
+        """Return the sum of a value over the items below every node, per level int64 [nodes].
 
         Args:
-            values: [items, ...]. Integers are summed exactly, floating-point values in float64.
+            values: int64 [items].
         """
-        exact = values if values.dtype == torch.int64 else values.double()
-        below = exact[self.leaf_items]
+        below = values[self.leaf_items]
         sums = [below]
         for level in range(self.depth - 1, 0, -1):
             first_child = self.first_child(level)
-            before = torch.cat([below.new_zeros(1, *below.shape[1:]), below.cumsum(0)])
+            before = torch.nn.functional.pad(below.cumsum(0), (1, 0))
             below = before[first_child[1:]] - before[first_child[:-1]]
             sums.insert(0, below)
-        return [total.to(values.dtype) for total in sums]
+        return sums
 
     def mean_below(self, vectors: Tensor, level: int) -> Tensor:
         """Return the mean vector of the items below every node of a level, float32 [nodes, d], without a second table.
@@ -159,6 +158,18 @@ class Trie(nn.Module):
         for items in torch.arange(len(vectors), device=vectors.device).split(1 << 16):
             mean.index_add_(0, self.paths[items, level].long(), vectors[items].float())
         return mean / self.num_items_below(level)[:, None]
+
+    def sibling_tensors(
+        self, items: npt.NDArray[np.integer], known: list[npt.NDArray[np.bool_]] | None = None
+    ) -> list[Tensor]:
+        """Return the tensors of `siblings`, level after level, as the model's forward reads them.
+
+        Args:
+            items: [T] target items.
+            known: per level bool [nodes], the nodes that take part; None: all.
+        """
+        known = known or [np.ones(count, bool) for count in self.num_nodes]
+        return [tensor for level in self.siblings(items, known) for tensor in level.tensors()]
 
     def siblings(self, items: npt.NDArray[np.integer], known: list[npt.NDArray[np.bool_]]) -> list[Siblings]:
         """Return what a softmax over the children of the targets' parents reads, for the levels after the first.

@@ -8,6 +8,7 @@ fill 7 of 20 positions on average.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,8 +23,8 @@ from tiger.semantic_ids.trie import Trie
 from tiger.training.loop import Batch, share
 
 
-class TargetExamples:
-    """All (history, target) pairs of the training part, for a bidirectional encoder."""
+class Examples(ABC):
+    """The targets of the training parts, in batches; `collate` gives what the model's forward reads."""
 
     def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
         """
@@ -31,9 +32,47 @@ class TargetExamples:
             trie: of the semantic IDs, on the CPU.
             known: per level bool [nodes], see `TigerModel.set_training_counts`.
         """
-        self.trie, self.known = trie, [mask.numpy() for mask in known]
+        self.items, self.trie, self.known = histories.items, trie, [mask.numpy() for mask in known]
         self.with_siblings = needs_siblings(config)
-        self.items, self.max_items = histories.items, config.max_history_items
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of targets."""
+
+    @abstractmethod
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
+
+    @abstractmethod
+    def order(self, seed: int, epoch: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
+        """Return the rows of the global batches of an epoch, all of them once."""
+
+    @abstractmethod
+    def num_targets(self, rows: npt.NDArray[np.int64]) -> int:
+        """Return how many targets rows have together."""
+
+    @abstractmethod
+    def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Return the arguments of the model's forward for rows."""
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """Yield this worker's shards of the epoch's global batches; a row's loss is the sum over its targets."""
+        for rows in self.order(seed, epoch, batch_size):
+            own, weights = share(torch.from_numpy(rows))
+            yield Batch(self.collate(own.numpy()), weights, float(self.num_targets(rows)))
+
+    def siblings_of(self, targets: npt.NDArray[np.int64]) -> list[Tensor]:
+        """Return the tensors of the targets' siblings, level after level; none if the loss does not need them."""
+        return self.trie.sibling_tensors(targets, self.known) if self.with_siblings else []
+
+
+class TargetExamples(Examples):
+    """All (history, target) pairs of the training part, for a bidirectional encoder."""
+
+    def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
+        """Take the arguments of `Examples`."""
+        super().__init__(histories, config, trie, known)
+        self.max_items = config.max_history_items
         begins = histories.offsets[:-1]
         counts = np.maximum(histories.train_end - begins - 1, 0)
         users = np.repeat(np.arange(len(histories)), counts)
@@ -58,11 +97,9 @@ class TargetExamples:
         batches = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-        """Yield this worker's shares of the epoch's global batches."""
-        for rows in self.order(seed, epoch, batch_size):
-            own, weights = share(torch.from_numpy(rows))
-            yield Batch(self.collate(own.numpy()), weights, float(len(rows)))
+    def num_targets(self, rows: npt.NDArray[np.int64]) -> int:
+        """Return the number of rows: each is one target."""
+        return len(rows)
 
     def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Return the arguments of the model's forward: history, target, user tokens, siblings."""
@@ -70,12 +107,10 @@ class TargetExamples:
         history = pad_histories(self.items, ends - self.length[rows], ends)
         target = self.items[ends].astype(np.int64)
         user = np.zeros(0, np.int64) if self.user_token is None else self.user_token[rows]
-        siblings = self.trie.siblings(target, self.known) if self.with_siblings else []
-        flat = [tensor for level in siblings for tensor in level.tensors()]
-        return history, torch.from_numpy(target), torch.from_numpy(user), *flat
+        return history, torch.from_numpy(target), torch.from_numpy(user), *self.siblings_of(target)
 
 
-class SequenceExamples:
+class SequenceExamples(Examples):
     """The training part again, as whole sequences: one pass over a sequence trains every position as a target.
 
     A long training part is cut into windows whose targets follow each other without gap or overlap. A window begins
@@ -84,14 +119,9 @@ class SequenceExamples:
     """
 
     def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
-        """
-        Args:
-            trie: of the semantic IDs, on the CPU.
-            known: per level bool [nodes], see `TigerModel.set_training_counts`.
-        """
-        self.trie, self.known = trie, [mask.numpy() for mask in known]
-        self.with_siblings = needs_siblings(config)
-        self.items, context = histories.items, config.context_items
+        """Take the arguments of `Examples`."""
+        super().__init__(histories, config, trie, known)
+        context = config.context_items
         begin, end = histories.offsets[:-1], histories.train_end
         windows = np.maximum(-(-(end - begin - 1) // context), 0)
         users = np.repeat(np.arange(len(begin)), windows)
@@ -123,11 +153,9 @@ class SequenceExamples:
         batches = np.split(by_length, np.searchsorted(batch, np.arange(1, count)))
         return [batches[i] for i in random.permutation(count)]
 
-    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-        """Yield this worker's shares of the epoch's global batches; a row's loss is the sum over its targets."""
-        for rows in self.order(seed, epoch, batch_size):
-            own, weights = share(torch.from_numpy(rows))
-            yield Batch(self.collate(own.numpy()), weights, float(self.targets[rows].sum()))
+    def num_targets(self, rows: npt.NDArray[np.int64]) -> int:
+        """Return how many targets the sequences have together."""
+        return int(self.targets[rows].sum())
 
     def collate(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Return the arguments of the model's forward.
@@ -140,12 +168,7 @@ class SequenceExamples:
         last = sequence.shape[1] - 1
         positions = np.flatnonzero(np.arange(last) >= last - targets[:, None])
         target = sequence[:, 1:].numpy().reshape(-1)[positions]
-        siblings = self.trie.siblings(target, self.known) if self.with_siblings else []
-        flat = [tensor for level in siblings for tensor in level.tensors()]
-        return sequence, torch.from_numpy(targets), torch.from_numpy(positions), *flat
-
-
-Examples = TargetExamples | SequenceExamples
+        return sequence, torch.from_numpy(targets), torch.from_numpy(positions), *self.siblings_of(target)
 
 
 def make_examples(histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> Examples:

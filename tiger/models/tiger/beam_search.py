@@ -8,7 +8,6 @@ over what the trie allows.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def beam_search(
         beam: prefixes that are kept at each level; a beam of the catalog's size is exact.
         num_results: items that come back, as many as the beam by default; more are those that the last prefixes lead
             to.
-        node_vectors: `model.softmax.node_vectors(...)`, made once for many searches; by default they are made here.
+        node_vectors: `model.node_vectors()`, made once for many searches; by default they are made here.
         user: int64 [B] user tokens, if the model has them.
         excluded_items: int64 [B, X] items that must not come back, of each user, padded with -1; left out at the last
             level.
@@ -50,7 +49,7 @@ def beam_search(
     """
     trie, encoded = model.trie, model.encode(history, user)
     if node_vectors is None:
-        node_vectors = model.softmax.node_vectors(model.items, trie)
+        node_vectors = model.node_vectors()
     batch, num_results = len(history), num_results or beam
     nodes = history.new_zeros(batch, 1)
     scores = torch.zeros(batch, 1, device=history.device)
@@ -108,10 +107,7 @@ def score_all_items(model: TigerModel, history: Tensor, user: Tensor | None = No
     """
     trie, num_items = model.trie, len(model.trie.leaf_items)
     items = torch.arange(num_items)
-    siblings: list[Tensor] = []
-    if needs_siblings(model.config):
-        everything = [np.ones(count, bool) for count in trie.num_nodes]
-        siblings = [tensor for level in trie.siblings(items.numpy(), everything) for tensor in level.tensors()]
+    siblings = trie.sibling_tensors(items.numpy()) if needs_siblings(model.config) else []
     rows = []
     for index in range(len(history)):
         repeated = history[index : index + 1, -model.encoder.context :].expand(num_items, -1)

@@ -57,6 +57,10 @@ class TigerModel(nn.Module):
         if isinstance(self.softmax, TrieSoftmax):
             self.softmax.reset_parameters()
 
+    def node_vectors(self) -> list[Tensor]:
+        """Return the output vectors of all trie nodes, made once for many searches; see `softmax.node_vectors`."""
+        return self.softmax.node_vectors(self.items, self.trie)
+
     def set_training_counts(self, counts: Tensor) -> list[Tensor]:
         """Say how often training sees each item, int64 [items]; return which nodes hold such items, per level.
 

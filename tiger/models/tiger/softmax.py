@@ -173,11 +173,11 @@ class TrieSoftmax(nn.Module):
             inner = float(level < trie.depth - 1)
             num_items = trie.num_items_below(level)
             nodes_TN = history_paths[..., level].long()
+            worth = repeat[:, :1] / num_items[nodes_TN] + inner * repeat[:, 1:]
             if level == 0:
                 all_nodes = torch.arange(trie.num_nodes[0], device=query.device)
                 logits = (query @ self.vectors_of(items, trie, 0, all_nodes).T).float()
-                worth = (repeat[:, :1] / num_items[nodes_TN] + inner * repeat[:, 1:]) * in_history
-                logits = logits.scatter_add(1, nodes_TN, worth)
+                logits = logits.scatter_add(1, nodes_TN, worth * in_history)
                 logits = logits.masked_fill(~self.known_root, -torch.inf)
                 losses.append(F.cross_entropy(logits, paths_TL[:, 0], reduction="none"))
                 continue
@@ -186,9 +186,8 @@ class TrieSoftmax(nn.Module):
             pairs = (query[among.targets] * vectors[among.positions]).sum(-1).float()
             # A history item below the target's parent is one of the pairs: the target's own plus the nodes between.
             below = in_history & (history_paths[..., level - 1] == paths_TL[:, None, level - 1])
-            own = torch.searchsorted(among.nodes, paths_TL[:, level].contiguous())
+            own = among.positions[among.labels]
             at = torch.searchsorted(among.nodes, nodes_TN) - own[:, None] + among.labels[:, None]
-            worth = repeat[:, :1] / num_items[nodes_TN] + inner * repeat[:, 1:]
             at = torch.where(below, at, len(pairs))
             pairs = F.pad(pairs, (0, 1)).index_add(0, at.flatten(), worth.flatten())[:-1]
             losses.append(_cross_entropy_of_pairs(pairs, among, len(target_T)))

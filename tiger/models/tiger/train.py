@@ -5,6 +5,7 @@ Plain PyTorch in one process or in a process group; `on_ray/train.py` starts the
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from tiger.semantic_ids.trie import Trie
 from tiger.training import loop as training
 from tiger.training.loop import Callbacks, FitResult, Schedule
 from tiger.training.weights import save_training_result
+
+log = logging.getLogger(__name__)
 
 
 def fit_model(
@@ -87,7 +90,7 @@ def validation(config: ModelConfig, model: TigerModel, histories: Histories, dev
     def validate(module: nn.Module) -> dict[str, float]:
         ranks = np.zeros(len(users), np.int64)
         with torch.no_grad():
-            node_vectors = model.softmax.node_vectors(model.items, model.trie)
+            node_vectors = model.node_vectors()
         for rows in np.array_split(own, max(1, len(own) // 128)) if len(own) else ():  # fewer users than workers
             begins = np.maximum(users.begin[rows], users.end[rows] - context)
             history = pad_histories(users.items, begins, users.end[rows]).to(device)
@@ -150,4 +153,14 @@ def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbac
     model, result = fit_model(
         config, histories, SemanticIds.read(artifact.folder), device=device, vectors=vectors, hooks=hooks
     )
-    return save_training_result(model, result, Folder(arguments["target"]))
+    references = reference_losses(model.trie.cpu(), histories.training_targets())
+    if training.rank() == 0:
+        log.info("%s", _losses_by_level(result.log[-1], references))
+    return save_training_result(model, result, Folder(arguments["target"])) | {"reference_losses": references}
+
+
+def _losses_by_level(last: dict[str, Any], references: dict[str, list[float]]) -> str:
+    """Return the last losses of training by level, next to those of models that know no history."""
+    losses = {"training": [value for name, value in last.items() if name.startswith("loss@")]} | references
+    rows = (f"  {name:<11}" + "".join(f"{loss:>8.3f}" for loss in row) for name, row in losses.items())
+    return "loss by level\n" + "\n".join(rows)
