@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from test_jobs import ROOT, TINY
 from test_submit import RAY, free_ports
 
 from tiger.core.artifacts import newest
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.slow
@@ -113,19 +115,24 @@ class NotesGpu:
         return pa.table({"x": shard["x"], "gpus": gpus, "node": [ray.get_runtime_context().get_node_id()] * len(shard)})
 
 
-def notes_gpu(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GpuNotes(TrainingJob):
     """A training that notes the GPUs of every rank; all ranks meet in a collective of the process group."""
-    import ray
 
-    from tiger.training.loop import all_reduce_sum, rank, world_size
+    folder: str
 
-    Path(arguments["folder"], f"rank-{rank()}").write_text(
-        json.dumps(
-            [list(map(str, ray.get_gpu_ids())), ray.get_runtime_context().get_node_id(), torch.get_num_threads()]
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        import ray
+
+        from tiger.training.loop import all_reduce_sum, rank, world_size
+
+        Path(self.folder, f"rank-{rank()}").write_text(
+            json.dumps(
+                [list(map(str, ray.get_gpu_ids())), ray.get_runtime_context().get_node_id(), torch.get_num_threads()]
+            )
         )
-    )
-    assert device == torch.device("cpu")
-    return {"sum": float(all_reduce_sum(torch.ones(1))), "world": world_size()}
+        assert device == torch.device("cpu")
+        return {"sum": float(all_reduce_sum(torch.ones(1))), "world": world_size()}
 
 
 GPUS = """
@@ -133,7 +140,7 @@ import tiger.on_ray, ray, json
 ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
 import pyarrow as pa
 from pathlib import Path
-from test_machines import NotesGpu, notes_gpu
+from test_machines import GpuNotes, NotesGpu
 from tiger.core.storage import Folder
 from tiger.core.errors import ConfigError
 from tiger.run import ResourcesConfig
@@ -149,10 +156,10 @@ with pq.ParquetWriter({folder!r} + "/source.parquet", schema) as writer:
         rows += size
 for name, actors in {{"halves": ActorPool(minimum=4), "whole": ActorPool(minimum=2, gpus=1.0), "none": ActorPool(gpus=0.0)}}.items():
     map_shards(folder, "source.parquet", ["x"], folder.child(name), NotesGpu, {{"slow": 0.5}}, actors=actors, what=name)
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(), "two")
+found = train(GpuNotes({folder!r}), folder.child("two"), ResourcesConfig(), "two")
 assert found == {{"sum": 2.0, "world": 2}}, found
 try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("three"), ResourcesConfig(train_workers=3), "three")
+    train(GpuNotes({folder!r}), folder.child("three"), ResourcesConfig(train_workers=3), "three")
 except ConfigError as error:
     print(error)
 """
@@ -181,7 +188,7 @@ cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_
 ray.init(address=cluster.address, log_to_driver=False)
 from tiger.core import logs
 logs.configure_console()
-from test_machines import notes_gpu
+from test_machines import GpuNotes
 from tiger.core.storage import Folder
 from tiger.core.errors import ResourceError
 from tiger.run import ResourcesConfig
@@ -189,16 +196,16 @@ from tiger.on_ray import placement, cluster as ours
 from tiger.on_ray.train import train
 folder = Folder({folder!r})
 try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("none"), ResourcesConfig(), "none")
+    train(GpuNotes({folder!r}), folder.child("none"), ResourcesConfig(), "none")
 except ResourceError as error:
     print(error)
 for _ in range(2):
     cluster.add_node(num_cpus=4, **small)
 cluster.wait_for_nodes()
 assert not ours.shape().autoscaling
-assert train(notes_gpu, {{"folder": {folder!r}}}, folder.child("one"), ResourcesConfig(), "one") == {{"sum": 1.0, "world": 1}}
+assert train(GpuNotes({folder!r}), folder.child("one"), ResourcesConfig(), "one") == {{"sum": 1.0, "world": 1}}
 one = json.loads(open({folder!r} + "/rank-0").read())
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(train_workers=2), "two")
+found = train(GpuNotes({folder!r}), folder.child("two"), ResourcesConfig(train_workers=2), "two")
 assert found == {{"sum": 2.0, "world": 2}}
 ranks = [json.loads(open({folder!r} + f"/rank-{{rank}}").read()) for rank in range(2)]
 print(json.dumps([one, ranks]))

@@ -7,11 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_training import group
+
+from tiger.training.job import TrainingJob
+from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.slow
 CHANGES: dict[str, Any] = {"dropout": 0.2, "training": {"epochs": 6, "batch_size": 100, "validate_every_epochs": 1.0}}
@@ -60,7 +65,7 @@ while (dead := sum(not node["Alive"] for node in ray.nodes())) == 0 and time.mon
 end([table["x"].to_pylist(), table["y"].to_pylist(), dead])
 """
 TRAIN = """
-from test_nodes import watched
+from test_nodes import Watched
 from tiger.core.storage import Folder
 from tiger.run import ResourcesConfig
 from tiger.on_ray.train import train
@@ -75,7 +80,7 @@ def ready():
     return True
 
 watch(ready)
-found = train(watched, {{"folder": {folder!r}}}, Folder({folder!r} + "/artifact"),
+found = train(Watched({folder!r}), Folder({folder!r} + "/artifact"),
               ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=5), "test")
 end(found)
 """
@@ -100,31 +105,35 @@ def slow_double(**arguments: Any) -> Any:
     return slowly
 
 
-def watched(arguments: dict[str, Any], device: Any, hooks: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Watched(TrainingJob):
     """Trains; after the second snapshot it waits until a node is gone, as a longer training would meet it."""
-    import time
 
-    import torch
-    from test_training import learn, losses
+    folder: str
 
-    from tiger.training.loop import Callbacks
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        import time
 
-    folder, saves = Path(arguments["folder"]), 0
+        from test_training import learn, losses
 
-    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        nonlocal saves
-        hooks.save(state, metrics)
-        saves += 1
-        if saves == 2 and not (folder / "lost").exists():
-            (folder / "second-save").touch()
-            deadline = time.monotonic() + 120
-            while not (folder / "lost").exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
+        folder, saves = Path(self.folder), 0
 
-    torch.set_num_threads(1)
-    module, result = learn("tokenizer", Callbacks(report=hooks.report, save=save, load=hooks.load), **CHANGES)
-    state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
-    return {"losses": losses(result), "best": result.best, "state": state}
+        def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+            nonlocal saves
+            callbacks.save(state, metrics)
+            saves += 1
+            if saves == 2 and not (folder / "lost").exists():
+                (folder / "second-save").touch()
+                deadline = time.monotonic() + 120
+                while not (folder / "lost").exists() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+
+        torch.set_num_threads(1)
+        module, result = learn(
+            "tokenizer", Callbacks(report=callbacks.report, save=save, load=callbacks.load), **CHANGES
+        )
+        state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+        return {"losses": losses(result), "best": result.best, "state": state}
 
 
 def on_three_nodes(script: str, folder: Path) -> Any:

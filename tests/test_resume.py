@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from test_training import group, learn, losses
 
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks, rank
 
 pytestmark = pytest.mark.slow
@@ -32,51 +34,56 @@ DRIVER = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import tiger.on_ray
-from test_resume import killed_now_and_then
+from test_resume import KilledNowAndThen
 from tiger.core.storage import Folder
 from tiger.run import ResourcesConfig
 from tiger.on_ray.train import train
 import os, ray
 os.environ["PYTHONPATH"] = {tests!r}
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-arguments = {{"which": {which!r}, "marks": {marks!r}}}
 open({marks!r} + "/driver", "w").write(str(os.getpid()))
 scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=5)
-print(json.dumps(train(killed_now_and_then, arguments, Folder({target!r}), scale, "test")))
+print(json.dumps(train(KilledNowAndThen({which!r}, {marks!r}), Folder({target!r}), scale, "test")))
 """
 
 
-def killed_now_and_then(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
+@dataclass(frozen=True)
+class KilledNowAndThen(TrainingJob):
     """Trains; a worker is killed around three saves, and then the driver around one."""
-    marks, saves = Path(arguments["marks"]), 0
-    steps_seen: list[int] = []
 
-    def strike(moment: str, step: int) -> None:
-        mark = marks / f"{step}-{moment}"
-        driver = step == 5 * steps_seen[0] and moment == "after"
-        planned = (step // steps_seen[0], moment, rank()) in KILLS or (driver and rank() == 0)
-        if planned and not mark.exists():
-            mark.touch()
-            os.kill(int((marks / "driver").read_text()) if driver else os.getpid(), signal.SIGKILL)
+    which: str
+    marks: str
 
-    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        nonlocal saves
-        saves += 1
-        step = metrics["step"]
-        if not steps_seen:
-            steps_seen.append(next(look["step"] for look in state["state"]["log"] if look["step"]))
-        strike("before", step)
-        hooks.save(state, metrics)
-        strike("after", step)
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        marks, saves = Path(self.marks), 0
+        steps_seen: list[int] = []
 
-    found = hooks.load()
-    if found is not None:
-        (marks / f"from-{found['state']['step']}-{rank()}-{os.getpid()}").touch()
-    torch.set_num_threads(1)
-    watched = Callbacks(report=hooks.report, save=save, load=hooks.load)
-    module, result = learn(arguments["which"], watched, **CHANGES[arguments["which"]])
-    state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
-    return {"losses": losses(result), "best": result.best, "state": state}
+        def strike(moment: str, step: int) -> None:
+            mark = marks / f"{step}-{moment}"
+            driver = step == 5 * steps_seen[0] and moment == "after"
+            planned = (step // steps_seen[0], moment, rank()) in KILLS or (driver and rank() == 0)
+            if planned and not mark.exists():
+                mark.touch()
+                os.kill(int((marks / "driver").read_text()) if driver else os.getpid(), signal.SIGKILL)
+
+        def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+            nonlocal saves
+            saves += 1
+            step = metrics["step"]
+            if not steps_seen:
+                steps_seen.append(next(look["step"] for look in state["state"]["log"] if look["step"]))
+            strike("before", step)
+            callbacks.save(state, metrics)
+            strike("after", step)
+
+        found = callbacks.load()
+        if found is not None:
+            (marks / f"from-{found['state']['step']}-{rank()}-{os.getpid()}").touch()
+        torch.set_num_threads(1)
+        watched = Callbacks(report=callbacks.report, save=save, load=callbacks.load)
+        module, result = learn(self.which, watched, **CHANGES[self.which])
+        state = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+        return {"losses": losses(result), "best": result.best, "state": state}
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "trie"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiger.core.storage import Folder
 from tiger.on_ray.map import MAX_ATTEMPTS, ActorPool, map_shards
 from tiger.on_ray.train import train
 from tiger.run import ResourcesConfig
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -115,47 +117,56 @@ def test_work_that_never_fits_is_refused(tmp_path: Path) -> None:
             folder, "source.parquet", ["x"], folder.child("out"), Double, {}, actors=ActorPool(minimum=9), what="test"
         )
     with pytest.raises(ResourceError, match="training with 8 workers needs 8 x 2 CPUs"):
-        train(count, {}, Folder(str(tmp_path)), ResourcesConfig(train_workers=8, cpus_per_worker=2), "test")
+        train(Count(), Folder(str(tmp_path)), ResourcesConfig(train_workers=8, cpus_per_worker=2), "test")
     with pytest.raises(ResourceError, match=r"requested 2 GPUs \(scale.gpus\), and CUDA sees 0"):
-        train(count, {}, Folder(str(tmp_path)), ResourcesConfig(gpus=2), "test")
+        train(Count(), Folder(str(tmp_path)), ResourcesConfig(gpus=2), "test")
 
 
-def count(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Count(TrainingJob):
     """Counts to five, saves every step, and is killed once at three."""
-    from tiger.training.loop import all_reduce_sum, rank, world_size
 
-    state = hooks.load() or {"step": 0, "starts": 0}
-    state["starts"] += 1
-    while state["step"] < 5:
-        state["step"] += 1
-        hooks.save(state, {"step": state["step"]})
-        died = Path(arguments["died"])
-        if state["step"] == 3 and rank() == 1 and not died.exists():
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-    if "fail" in arguments:
-        raise HealthError("planted")
-    ranks = all_reduce_sum(torch.tensor(float(rank() + 1)))
-    return {"steps": state["step"], "starts": state["starts"], "world": world_size(), "ranks": ranks.item()}
+    died: str = ""
+
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        from tiger.training.loop import all_reduce_sum, rank, world_size
+
+        state = callbacks.load() or {"step": 0, "starts": 0}
+        state["starts"] += 1
+        while state["step"] < 5:
+            state["step"] += 1
+            callbacks.save(state, {"step": state["step"]})
+            died = Path(self.died)
+            if state["step"] == 3 and rank() == 1 and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        ranks = all_reduce_sum(torch.tensor(float(rank() + 1)))
+        return {"steps": state["step"], "starts": state["starts"], "world": world_size(), "ranks": ranks.item()}
 
 
 @pytest.mark.slow
 def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
     scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
-    found = train(count, {"died": str(tmp_path / "died")}, Folder(str(tmp_path / "out")), scale, "test")
+    found = train(Count(str(tmp_path / "died")), Folder(str(tmp_path / "out")), scale, "test")
     assert (tmp_path / "died").exists()
     assert found == {"steps": 5, "starts": 2, "world": 2, "ranks": 3.0}
 
 
-def fail_on_one_rank(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """Rank 1 fails while rank 0 waits for it in a collective."""
-    from tiger.training.loop import all_reduce_sum, rank
+@dataclass(frozen=True)
+class FailOnOneRank(TrainingJob):
+    """One rank fails while the other waits for it in a collective."""
 
-    if rank() == arguments["rank"]:
-        Path(arguments["folder"], f"failed-{os.getpid()}").write_text(str(time.time()))
-        raise HealthError("planted")
-    all_reduce_sum(torch.ones(1))
-    return {}
+    folder: str
+    rank: int
+
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        from tiger.training.loop import all_reduce_sum, rank
+
+        if rank() == self.rank:
+            Path(self.folder, f"failed-{os.getpid()}").write_text(str(time.time()))
+            raise HealthError("planted")
+        all_reduce_sum(torch.ones(1))
+        return {}
 
 
 @pytest.mark.slow
@@ -163,6 +174,6 @@ def fail_on_one_rank(arguments: dict[str, Any], device: torch.device, hooks: Cal
 def test_tiger_error_on_any_rank_stops_training_within_seconds(tmp_path: Path, rank: int) -> None:
     scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=3)
     with pytest.raises(HealthError, match="^planted$"):
-        train(fail_on_one_rank, {"folder": str(tmp_path), "rank": rank}, Folder(str(tmp_path / "out")), scale, "test")
+        train(FailOnOneRank(str(tmp_path), rank), Folder(str(tmp_path / "out")), scale, "test")
     (failed,) = tmp_path.glob("failed-*")  # once: it was not tried again
     assert time.time() - float(failed.read_text()) < 10

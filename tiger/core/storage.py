@@ -114,6 +114,15 @@ class Folder:
         """Whether this is a local or mounted disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        """Pickle the URI only: the receiving process connects with its own credentials, and none is sent."""
+        return Folder, (self.uri,)
+
+    def __copy__(self) -> Folder:
+        other = object.__new__(type(self))
+        other.__dict__ |= vars(self)
+        return other
+
     def child(self, name: str) -> Folder:
         """Return the folder `name` inside this one, which need not exist."""
         child = copy.copy(self)  # reuses the connection, which costs one or two requests to an object store

@@ -8,6 +8,7 @@ ID-only: it uses neither text nor codes, so a new item has no embedding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 
 from tiger.core.artifacts import open_artifact
 from tiger.core.config import Config
-from tiger.core.config import build as build_config
 from tiger.core.precision import Shapes
 from tiger.core.storage import Folder
 from tiger.data.catalog import Catalog
@@ -27,6 +27,7 @@ from tiger.data.histories import Histories
 from tiger.metrics.ranking import ranking, target_ranks
 from tiger.models import sasrec
 from tiger.training import loop as training
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Batch, Callbacks, FitResult, TrainingConfig
 from tiger.training.weights import save_training_result
 
@@ -193,13 +194,16 @@ def _padded(rows: Sequence[npt.NDArray[Any]]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def sasrec_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """A worker's part of the baseline.
+@dataclass(frozen=True)
+class SASRecJob(TrainingJob):
+    """Training of the baseline on the artifact of a catalog; the weights are written to `target`."""
 
-    Args:
-        arguments: `config` (values of the baseline's configuration), `catalog` and `target` (URIs).
-    """
-    catalog = Catalog(open_artifact(arguments["catalog"]))
-    config = build_config(SASRecConfig, arguments["config"])
-    model, result = sasrec.learn(config, catalog.histories, catalog.n_items, device=device, hooks=hooks)
-    return save_training_result(model, result, Folder(arguments["target"]))
+    config: SASRecConfig
+    catalog: Folder
+    target: Folder
+
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        """Train; return the best validation metrics."""
+        catalog = Catalog(open_artifact(self.catalog))
+        model, result = sasrec.learn(self.config, catalog.histories, catalog.n_items, device=device, hooks=callbacks)
+        return save_training_result(model, result, self.target)

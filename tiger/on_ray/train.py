@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 import ray.util.queue
 import torch
+from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger.core import tracking
@@ -25,6 +26,7 @@ from tiger.on_ray import cluster, placement
 from tiger.on_ray.watch import Watch, watching
 from tiger.run import ResourcesConfig
 from tiger.training.checkpoints import CheckpointStore
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks
 
 log = logging.getLogger(__name__)
@@ -32,67 +34,63 @@ log = logging.getLogger(__name__)
 _CONTROLLER_FAILURES = 3  # failed starts of a group, each after RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
 _PREEMPTIONS = 100
 
-WorkerLoop = Callable[[dict[str, Any], torch.device, Callbacks], dict[str, Any]]
-
 
 def train(
-    loop: WorkerLoop,
-    arguments: dict[str, Any],
+    job: TrainingJob,
     target: Folder,
-    scale: ResourcesConfig,
+    resources: ResourcesConfig,
     what: str,
     *,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Run `loop(arguments, device, hooks)` on every worker of a process group; return the result of rank 0.
+    """Call `job.run` on every worker of a process group; return the result of rank 0.
 
     Checkpoints are in the target's scratch folder: after the loss of a worker or node the group restarts from the last
     one, and after the loss of the driver the same command resumes from it.
 
     Args:
-        loop: a function that worker processes can import.
-        arguments: first argument of `loop`, JSON values; all except `target` determine the result.
+        job: what to train; checkpoints are only used for a job with the same `identity()`.
         target: folder of the artifact that is being written.
-        scale: resources of the run.
+        resources: resources of the run.
         what: the stage, for log lines.
         batch_size: rows per step over all workers; determines how many GPUs are worth using.
 
     Raises:
-        TigerError: raised by the loop on any rank; passed on unchanged, within seconds.
+        TigerError: raised by the job on any rank; passed on unchanged, within seconds.
         ResourceError: the cluster can never provide the workers, or not in time; or the group failed more often than
-            `scale.max_failures`.
+            `resources.max_failures`.
     """
     cluster.connect(target)
-    cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
+    cluster.wait_for_gpus(resources.gpus, what, resources.wait_minutes)
     plan = placement.plan_training(
-        cluster.shape(), workers=scale.train_workers, cpus=scale.cpus_per_worker, gpus=scale.gpus,
-        batch_size=batch_size, what=f"{what}: training",
+        cluster.shape(), workers=resources.train_workers, cpus=resources.cpus_per_worker,
+        gpus=resources.gpus, batch_size=batch_size, what=f"{what}: training",
     )  # fmt: skip
-    cluster.wait_for(plan.at_once, what, scale.wait_minutes)
+    cluster.wait_for(plan.at_once, what, resources.wait_minutes)
     workers = plan.describe("worker")
     if batch_size is not None and plan.minimum > 1:
         workers += f", {batch_size / plan.minimum:,.0f} rows of a batch per worker"
     log.info("%s: %s", what, workers)
     with watching(what, "train", storage=target) as watch, _relayed_logs(what, watch) as logs:
         config = {
-            "loop": loop,
-            "arguments": arguments,
+            # As bytes, so that the worker function opens its folders: it passes a TigerError of theirs on.
+            "job": cloudpickle.dumps(job),
             "threads": int(plan.bundle.cpus),
             "logs": logs,
             "snapshots": target.child(f"{SCRATCH}/snapshots").uri,
         }
-        return _fit(config, plan, target, scale, what)
+        return _fit(config, plan, target, resources, what)
 
 
 def _fit(
-    config: dict[str, Any], plan: placement.Plan, target: Folder, scale: ResourcesConfig, what: str
+    config: dict[str, Any], plan: placement.Plan, target: Folder, resources: ResourcesConfig, what: str
 ) -> dict[str, Any]:
     pretended = plan.bundle.gpus and pretended_gpus()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=config,
         torch_config=ray.train.torch.TorchConfig(
-            backend="gloo" if pretended else None, timeout_s=scale.collective_seconds
+            backend="gloo" if pretended else None, timeout_s=resources.collective_seconds
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.minimum, use_gpu=plan.bundle.gpus > 0, resources_per_worker=plan.bundle.resources
@@ -101,11 +99,11 @@ def _fit(
             name=f"train-{time.time_ns()}",  # unique: never reuse Ray Train's own state, which may be corrupt
             storage_path=f"{target.uri}/{SCRATCH}",
             failure_config=ray.train.FailureConfig(
-                max_failures=scale.max_failures,
+                max_failures=resources.max_failures,
                 controller_failure_limit=_CONTROLLER_FAILURES,
                 max_preemption_failures=_PREEMPTIONS,
             ),
-            callbacks=[_Failures(config["logs"], scale.max_failures)],
+            callbacks=[_Failures(config["logs"], resources.max_failures)],
         ),
     )
     try:
@@ -207,17 +205,17 @@ class _ToDriver(logging.Handler):
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     own = logging.getLogger("tiger")
     own.setLevel(logging.INFO)
-    context, hooks = ray.train.get_context(), Callbacks()
+    context, callbacks = ray.train.get_context(), Callbacks()
+    job: TrainingJob = cloudpickle.loads(config["job"])
     if context.get_world_rank() == 0:
         own.addHandler(_ToDriver(config["logs"]))
-        hooks.report = config["logs"].put_nowait
+        callbacks.report = config["logs"].put_nowait
     device = torch.device("cpu") if pretended_gpus() else ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
-    given = {key: value for key, value in config["arguments"].items() if key != "target"}
     snapshots = CheckpointStore(
         Folder(config["snapshots"]),
-        {"scale.train_workers": context.get_world_size(), **given},
+        {"scale.train_workers": context.get_world_size(), **job.identity()},
         may_differ={"scale.train_workers"},
     )
 
@@ -225,6 +223,5 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         snapshots.save(state, metrics)
         ray.train.report(metrics)  # a barrier: no worker continues before the checkpoint is written
 
-    hooks.save, hooks.load = save, snapshots.load
-    loop: WorkerLoop = config["loop"]
-    return loop(config["arguments"], device, hooks)
+    callbacks.save, callbacks.load = save, snapshots.load
+    return job.run(device, callbacks)

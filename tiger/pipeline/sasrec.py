@@ -8,7 +8,7 @@ from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.core.config import fingerprint
 from tiger.data.catalog import Catalog
-from tiger.models.sasrec import SASRec, sasrec_worker
+from tiger.models.sasrec import SASRec, SASRecJob
 from tiger.on_ray.train import train
 from tiger.pipeline.evaluate import SPLITS, K, compute_metrics, drop_seen, select_users
 from tiger.pipeline.prepare import prepare
@@ -22,14 +22,8 @@ def sasrec(run: RunConfig, catalog: Artifact) -> Artifact:
     """Return the artifact of SASRec trained and evaluated on a catalog."""
 
     def make(draft: Draft) -> None:
-        arguments = {
-            "config": run.sasrec.model_dump(mode="json"),
-            "catalog": catalog.folder.uri,
-            "target": draft.folder.uri,
-        }
-        draft.metrics = train(
-            sasrec_worker, arguments, draft.folder, run.scale, "sasrec", batch_size=run.sasrec.training.batch_size
-        )
+        worker_job = SASRecJob(run.sasrec, catalog.folder, draft.folder)
+        draft.metrics = train(worker_job, draft.folder, run.scale, "sasrec", batch_size=run.sasrec.training.batch_size)
         read = Catalog(catalog)
         model = SASRec(run.sasrec, read.n_items).eval()
         load_weights(model, draft.folder)

@@ -22,7 +22,7 @@ from tiger.run import RunConfig
 from tiger.semantic_ids import assignment as semantic_ids
 from tiger.tokenizers import rkmeans
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig
-from tiger.tokenizers.train import encode_dataset, load_tokenizer, reconstruction_error, tokenizer_worker
+from tiger.tokenizers.train import TokenizerJob, encode_dataset, load_tokenizer, reconstruction_error
 from tiger.training.weights import write_weights
 
 _HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
@@ -38,13 +38,9 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
             write_weights(quantize.fit(config, embeddings.folder), draft.folder)
             draft.metrics = {"precision": "float32"}
         else:
-            arguments = {
-                "config": config.model_dump(mode="json"),
-                "embeddings": embeddings.folder.uri,
-                "target": draft.folder.uri,
-            }
+            worker_job = TokenizerJob(config, embeddings.folder, draft.folder)
             draft.metrics = train(
-                tokenizer_worker, arguments, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
+                worker_job, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
             )
         tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
         codes, error, _ = _quantize(config, tokenizer, embeddings)

@@ -6,7 +6,7 @@ from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
-from tiger.models.tiger.train import model_worker
+from tiger.models.tiger.train import ModelJob
 from tiger.on_ray.train import train
 from tiger.pipeline.embed import embed
 from tiger.pipeline.item_vectors import build_item_vectors
@@ -19,15 +19,8 @@ def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
     """Return the model artifact trained on a catalog's histories as semantic IDs."""
 
     def make(draft: Draft) -> None:
-        arguments = {
-            "config": run.model.model_dump(mode="json"),
-            "catalog": catalog.folder.uri,
-            "semantic_ids": ids.folder.uri,
-            "target": draft.folder.uri,
-        }
-        draft.metrics = train(
-            model_worker, arguments, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size
-        )
+        worker_job = ModelJob(run.model, catalog.folder, ids.folder, draft.folder)
+        draft.metrics = train(worker_job, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size)
         guessing = min(1.0, 10 / catalog.metrics["items"])
         popular = popularity_recall(Catalog(catalog).histories, run.model.training.validation_users, run.model.seed)
         draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tiger.embedding.vectors import load_embeddings
 from tiger.metrics.codes import code_metrics
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig, build, check_codebook_size
 from tiger.training import loop as training
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Batch, Callbacks, FitResult
 from tiger.training.weights import load_weights, save_training_result
 
@@ -123,18 +125,19 @@ def reconstruction_error(tokenizer: Tokenizer, vectors: Tensor, codes: Tensor, d
     return float(errors.mean()) / vectors.shape[1]
 
 
-def tokenizer_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """Train the tokenizer on one worker of the process group.
+@dataclass(frozen=True)
+class TokenizerJob(TrainingJob):
+    """Training of a tokenizer on the embeddings of an artifact; the weights are written to `target`."""
 
-    Args:
-        arguments: `config` (values of the tokenizer's configuration), `embeddings` and `target` (URIs).
-        device: where to compute.
-        hooks: callbacks for metrics and checkpoints.
-    """
-    config = TokenizerConfig.resolve(arguments["config"])
-    vectors = load_embeddings(open_artifact(arguments["embeddings"]).folder)
-    tokenizer, result = fit_tokenizer(config, vectors, device=device, hooks=hooks)
-    return save_training_result(tokenizer, result, Folder(arguments["target"]))
+    config: TokenizerConfig
+    embeddings: Folder
+    target: Folder
+
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        """Train; return the best validation metrics."""
+        vectors = load_embeddings(open_artifact(self.embeddings).folder)
+        tokenizer, result = fit_tokenizer(self.config, vectors, device=device, hooks=callbacks)
+        return save_training_result(tokenizer, result, self.target)
 
 
 def load_tokenizer(config: TokenizerConfig, folder: Folder, dim: int) -> Tokenizer:

@@ -6,6 +6,7 @@ Plain PyTorch in one process or in a process group; `on_ray/train.py` starts the
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tiger.core.artifacts import open_artifact
-from tiger.core.config import build as build_config
 from tiger.core.errors import HealthError
 from tiger.core.precision import Shapes
 from tiger.core.storage import Folder
@@ -28,6 +28,7 @@ from tiger.models.tiger.model import TigerModel
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 from tiger.training import loop as training
+from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks, FitResult, Schedule
 from tiger.training.weights import save_training_result
 
@@ -140,23 +141,27 @@ def model_shapes(config: ModelConfig, model: TigerModel) -> Shapes:
     )
 
 
-def model_worker(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """Run a worker's part of the model stage.
+@dataclass(frozen=True)
+class ModelJob(TrainingJob):
+    """Training of the generative model on the artifacts of a catalog and its semantic IDs; written to `target`."""
 
-    Args:
-        arguments: `config` (values of the model's configuration), `catalog`, `semantic_ids` and `target` (URIs).
-    """
-    config = build_config(ModelConfig, arguments["config"])
-    histories = Catalog(open_artifact(arguments["catalog"])).histories
-    artifact = open_artifact(arguments["semantic_ids"])
-    vectors = load_text_embeddings(config, artifact)
-    model, result = fit_model(
-        config, histories, SemanticIds.read(artifact.folder), device=device, vectors=vectors, hooks=hooks
-    )
-    references = reference_losses(model.trie.cpu(), histories.training_targets())
-    if training.rank() == 0:
-        log.info("%s", _losses_by_level(result.log[-1], references))
-    return save_training_result(model, result, Folder(arguments["target"])) | {"reference_losses": references}
+    config: ModelConfig
+    catalog: Folder
+    semantic_ids: Folder
+    target: Folder
+
+    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
+        """Train; return the best validation metrics, and losses to compare with."""
+        histories = Catalog(open_artifact(self.catalog)).histories
+        artifact = open_artifact(self.semantic_ids)
+        vectors = load_text_embeddings(self.config, artifact)
+        model, result = fit_model(
+            self.config, histories, SemanticIds.read(artifact.folder), device=device, vectors=vectors, hooks=callbacks
+        )
+        references = reference_losses(model.trie.cpu(), histories.training_targets())
+        if training.rank() == 0:
+            log.info("%s", _losses_by_level(result.log[-1], references))
+        return save_training_result(model, result, self.target) | {"reference_losses": references}
 
 
 def _losses_by_level(last: dict[str, Any], references: dict[str, list[float]]) -> str:
