@@ -23,12 +23,12 @@ from train_speed import histories, random_ids, text_embeddings
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tiger.core.config import build
-from tiger.models.recommender import Recommender
+from tiger.models.padding import PAD
 from tiger.models.tiger.batches import pad_histories
 from tiger.models.tiger.beam_search import beam_search
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.items import PAD
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
+from tiger.models.tiger.recommender import TigerRecommender
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 
@@ -37,7 +37,7 @@ SIZES = (256, 256, 256, 1)
 
 
 def hugging_face(
-    config: ModelConfig, ids: SemanticIds, batch_size: int
+    config: TigerConfig, ids: SemanticIds, batch_size: int
 ) -> Callable[[list[np.ndarray], int], np.ndarray]:
     starts = np.array([0, *np.cumsum(SIZES)[:-1]]) + 1
     model = T5ForConditionalGeneration(
@@ -77,7 +77,7 @@ def padded(rows: list[np.ndarray]) -> torch.Tensor:
     return pad_histories(flat, ends - [len(row) for row in rows], ends)
 
 
-def searcher(config: ModelConfig, items: int) -> Callable[[], None]:
+def searcher(config: TigerConfig, items: int) -> Callable[[], None]:
     """One beam search of 32 users x 50 beams over that many items."""
     ids = random_ids(items, SIZES[-1])
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def searcher(config: ModelConfig, items: int) -> Callable[[], None]:
     return search
 
 
-def step_milliseconds(config: ModelConfig, catalogs: tuple[int, ...]) -> list[list[float]]:
+def step_milliseconds(config: TigerConfig, catalogs: tuple[int, ...]) -> list[list[float]]:
     """Times of a search divided by its steps, for each catalog size; the sizes take turns."""
     searches = [searcher(config, items) for items in catalogs]
     times: list[list[float]] = [[] for _ in catalogs]
@@ -108,12 +108,12 @@ def step_milliseconds(config: ModelConfig, catalogs: tuple[int, ...]) -> list[li
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(settings.pop("threads", "2")))
-    config = build(ModelConfig, {"preset": settings.pop("preset", "tiger-paper"), "num_user_tokens": 0})
+    config = build(TigerConfig, {"preset": settings.pop("preset", "tiger-paper"), "num_user_tokens": 0})
     n_users, their_batch = int(settings.pop("users", "64")), int(settings.pop("their_batch", "16"))
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
     ids = random_ids(n_items, SIZES[-1])
     torch.manual_seed(0)
-    recommender = Recommender(TigerModel(config, Trie(ids), text_embeddings(n_items)), device="cpu")
+    recommender = TigerRecommender(TigerModel(config, Trie(ids), text_embeddings(n_items)), device="cpu")
     theirs = hugging_face(config, ids, their_batch)
     evaluation = past.evaluation("test").histories()
     drawn = np.random.default_rng(0).permutation(len(evaluation))[:n_users]
@@ -125,14 +125,16 @@ def main() -> None:
             assert (theirs(taken, beam) >= 0).all()
             rates["Hugging Face"].append(n_users / (time.perf_counter() - begin))
             begin = time.perf_counter()
-            found = recommender.recommend(taken, beam, beam=beam)
+            found = recommender.recommend(taken, k=beam, beam=beam, exclude_seen=False)
             rates["TIGER on Ray"].append(n_users / (time.perf_counter() - begin))
             assert (found.items >= 0).all()
-            assert np.array_equal(found.items, recommender.recommend(taken, beam, beam=beam).items)
+            assert np.array_equal(
+                found.items, recommender.recommend(taken, k=beam, beam=beam, exclude_seen=False).items
+            )
         ratio = np.median(rates["TIGER on Ray"]) / np.median(rates["Hugging Face"])
         said = ", ".join(f"{name} {np.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for name, v in rates.items())
         print(f"beam {beam}: users/s {said}; x {ratio:.1f}", flush=True)
-    text_only = build(ModelConfig, {"item_vectors": False})  # learned vectors add nothing to a search's work
+    text_only = build(TigerConfig, {"item_vectors": False})  # learned vectors add nothing to a search's work
     for name, measured, sizes in (
         ("preset", config, (12_000, 10_000_000)),
         ("default", text_only, (12_000, 1_000_000)),

@@ -17,7 +17,7 @@ import torch
 
 from tiger.core.config import build
 from tiger.models.tiger.beam_search import beam_search
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign
 from tiger.semantic_ids.trie import Trie
@@ -41,7 +41,7 @@ def expand_seconds(trie: Trie, level: int, nodes: int, rounds: int = 50) -> floa
 
 def users_per_second(ids: SemanticIds, trie: Trie, rounds: int = 5) -> float:
     torch.manual_seed(0)
-    model = TigerModel(build(ModelConfig, {"softmax": "codes"}), trie).eval()
+    model = TigerModel(build(TigerConfig, {"softmax": "codes"}), trie).eval()
     history = torch.from_numpy(np.random.default_rng(0).integers(0, len(ids), (64, 10)))
     times = []
     for _ in range(rounds):

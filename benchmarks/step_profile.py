@@ -33,7 +33,7 @@ from tiger.core.config import build
 from tiger.core.precision import allow_tf32, has_bfloat16, node_speedup
 from tiger.data.histories import Histories
 from tiger.models.tiger.batches import make_examples
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.models.tiger.train import model_shapes
 from tiger.semantic_ids.assignment import SemanticIds
@@ -46,7 +46,7 @@ KERNELS = 8
 class Step:
     """One model with its batches; a step in stages that can be timed."""
 
-    def __init__(self, config: ModelConfig, past: Histories, ids: SemanticIds, device: torch.device) -> None:
+    def __init__(self, config: TigerConfig, past: Histories, ids: SemanticIds, device: torch.device) -> None:
         torch.manual_seed(0)
         model = TigerModel(config, Trie(ids), text_embeddings(len(ids)))
         known = model.set_training_counts(torch.from_numpy(past.training_counts(len(ids))))
@@ -163,7 +163,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_bfloat16()
     for kind, changes in KINDS.items():
-        config = build(ModelConfig, {"preset": preset, "training": {"batch_size": batch}} | changes)
+        config = build(TigerConfig, {"preset": preset, "training": {"batch_size": batch}} | changes)
         speeds = [
             report(Step(config, past, ids, device), kind, precision, count)
             for precision in [torch.float32, *([torch.bfloat16] if native else [])]

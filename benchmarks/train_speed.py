@@ -23,9 +23,9 @@ from tiger.cli import CONFIGS
 from tiger.core.config import build, load
 from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
+from tiger.models.padding import PAD
 from tiger.models.tiger.batches import make_examples
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.items import PAD
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
@@ -57,7 +57,7 @@ def text_embeddings(items: int) -> torch.Tensor:
     return torch.randn(items, 384, generator=torch.Generator().manual_seed(0))
 
 
-def tiger(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
+def tiger(config: TigerConfig, past: Histories, ids: SemanticIds) -> Step:
     model = TigerModel(config, Trie(ids), text_embeddings(len(ids)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     known = model.set_training_counts(torch.from_numpy(past.training_counts(len(ids))))
@@ -83,7 +83,7 @@ def tiger(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
     return step
 
 
-def hugging_face(config: ModelConfig, past: Histories, ids: SemanticIds) -> Step:
+def hugging_face(config: TigerConfig, past: Histories, ids: SemanticIds) -> Step:
     sizes = ids.level_sizes
     model = T5ForConditionalGeneration(
         T5Config(
@@ -121,9 +121,9 @@ def main() -> None:
     past, n_items = histories([f"{key}={value}" for key, value in settings.items()])
     ids = random_ids(n_items)
     torch.manual_seed(0)
-    steps = {"Hugging Face T5": hugging_face(build(ModelConfig, {"preset": preset} | PAPER), past, ids)}
+    steps = {"Hugging Face T5": hugging_face(build(TigerConfig, {"preset": preset} | PAPER), past, ids)}
     for name, changes in KINDS.items():
-        config = build(ModelConfig, {"preset": preset, "training": {"batch_size": 1024}} | changes)
+        config = build(TigerConfig, {"preset": preset, "training": {"batch_size": 1024}} | changes)
         steps[name] = tiger(config, past, ids)
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):

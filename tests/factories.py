@@ -7,8 +7,8 @@ import torch
 from conftest import random_ids
 
 from tiger.core.config import build
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.items import PAD
+from tiger.models.padding import PAD
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.models.tiger.softmax import TrieSoftmax
 from tiger.semantic_ids.assignment import SemanticIds
@@ -33,7 +33,7 @@ KINDS: list[dict[str, object]] = [
 def small_model(ids: SemanticIds, seed: int = 0, **changes: object) -> TigerModel:
     """Return an untrained model in eval mode, with weights as different as training would make them."""
     torch.manual_seed(seed)
-    model = TigerModel(build(ModelConfig, SMALL | changes), Trie(ids), torch.randn(len(ids), 6)).eval()
+    model = TigerModel(build(TigerConfig, SMALL | changes), Trie(ids), torch.randn(len(ids), 6)).eval()
     if isinstance(model.softmax, TrieSoftmax):
         torch.nn.init.normal_(model.softmax.repeats)
         for part in (model.items.learned, *model.softmax.inner):

@@ -88,7 +88,7 @@ def test_a_renamed_key_is_told_its_new_name() -> None:
             load(model, None, [*given, f"{key}=1"], CONFIGS, prefix=f"{section}." if section else "")
         values: dict[str, Any] = {"tokenizer": {"kind": given[0].partition("=")[2]}} if given else {}
         known = {f"{section}.{key}".strip(".") for key, *_ in describe(model, values)}
-        assert new in known | {"tuning"}
+        assert new in known | {"tuning", "model"}
 
 
 def test_text_may_look_like_a_number(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from tiger.data.sources.base import (
 )
 from tiger.embedding.encoder import EmbeddingConfig
 from tiger.embedding.external import VectorJoin, own_item_ids
-from tiger.models.recommender import Recommender
+from tiger.models.tiger.recommender import TigerRecommender
 from tiger.run import RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
@@ -180,8 +180,9 @@ OVERRIDES: list[tuple[str, str]] = [
     ("tokenizer.codebook_size=40000", "codebook_size = 40000"), ("tokenizer.distance=manhattan", "distance = 'manhattan'"),
     ("tokenizer.num_levls=3", "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels"), ("tokenizer.gradient_estimator=gumbel", "gradient_estimator = 'gumbel'"),
     ("data.kind=movielens", "there is no module"), ("data.kind=os.path", "Config"), ("data=1", "data"),
-    ("evaluation.beam=10", "evaluation.beam = 10"), ("recommend.k=0", "recommend.k = 0"), ("recommend.temperature=-1", "temperature = -1"),
-    ("recommend.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
+    ("decoding.beam=0", "decoding.beam = 0"), ("decoding.k=0", "decoding.k = 0"), ("decoding.temperature=-1", "temperature = -1"),
+    ("decoding.beam=5", "less than decoding.k = 10"),
+    ("decoding.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
     ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collision_policy=ignore", "collision_policy = 'ignore'"),
     ("embedding.storage_dtype=int8", "storage_dtype = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
 ]  # fmt: skip
@@ -275,35 +276,35 @@ def test_a_bad_manifest_is_refused(content: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def recommender() -> Recommender:
-    return Recommender(model_of_random_ids(40), device="cpu")
+def recommender() -> TigerRecommender:
+    return TigerRecommender(model_of_random_ids(40), device="cpu")
 
 
 REQUESTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-    ([[1]], {"new_item_boost": float("nan")}, ValueError, "new_item_boost = nan"),
-    ([[1]], {"new_item_boost": float("inf")}, ValueError, "new_item_boost = inf"),
+    ([[1]], {"new_item_boost": float("nan")}, ConfigError, "decoding.new_item_boost = nan"),
+    ([[1]], {"new_item_boost": float("inf")}, ConfigError, "decoding.new_item_boost = inf"),
     ([[40]], {}, DataError, "history 0 holds an item outside of 0 .. 39"),
     ([[0], [1], [-1]], {}, DataError, "history 2 holds an item outside"),
     ([[2**40]], {}, DataError, "outside"),
-    ([[1.5]], {}, DataError, "history 0 holds what is no item id"),
-    ([["B1"]], {}, DataError, "history 0 holds what is no item id"),
-    ([[None]], {}, DataError, "history 0 holds what is no item id"),
-    ([[[1, 2]]], {}, DataError, "history 0 holds what is no item id"),
-    ([[float("nan")]], {}, DataError, "history 0 holds what is no item id"),
-    ([[True]], {}, DataError, "history 0 holds what is no item id"),
-    ([[1]], {"k": 0}, ValueError, "k = 0"),
-    ([[1]], {"k": -3}, ValueError, "k = -3"),
-    ([[1]], {"beam": 0}, ValueError, "beam = 0"),
-    ([[1]], {"temperature": -1.0}, ValueError, "temperature = -1"),
-    ([[1]], {"temperature": float("nan")}, ValueError, "temperature = nan"),
-    ([[1]], {"allowed": np.ones(39, bool)}, ValueError, "40 items"),
+    ([[1.5]], {}, DataError, "neither an item id nor an index"),
+    ([["B1"]], {}, DataError, "neither an item id nor an index"),
+    ([[None]], {}, DataError, "neither an item id nor an index"),
+    ([[[1, 2]]], {}, DataError, "neither an item id nor an index"),
+    ([[float("nan")]], {}, DataError, "neither an item id nor an index"),
+    ([[True]], {}, DataError, "neither an item id nor an index"),
+    ([[1]], {"k": 0}, ConfigError, "decoding.k = 0"),
+    ([[1]], {"k": -3}, ConfigError, "decoding.k = -3"),
+    ([[1]], {"beam": 0}, ConfigError, "decoding.beam = 0"),
+    ([[1]], {"temperature": -1.0}, ConfigError, "decoding.temperature = -1"),
+    ([[1]], {"temperature": float("nan")}, ConfigError, "decoding.temperature = nan"),
+    ([[1]], {"allowed_items": np.ones(39, bool)}, DataError, "40 items"),
     ([[1]], {"users": ["a", "b"]}, ValueError, "2 users for 1 histories"),
 ]
 
 
 @pytest.mark.parametrize(("histories", "arguments", "kind", "message"), REQUESTS, ids=range(len(REQUESTS)))
 def test_a_bad_request_is_refused(
-    histories: Any, arguments: dict[str, Any], kind: type[Exception], message: str, recommender: Recommender
+    histories: Any, arguments: dict[str, Any], kind: type[Exception], message: str, recommender: TigerRecommender
 ) -> None:
     with pytest.raises(kind, match=message):
         recommender.recommend(histories, **{"k": 3, **arguments})

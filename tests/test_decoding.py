@@ -10,13 +10,8 @@ from factories import KINDS, PAPER, SIZES, losses, model_of_random_ids, random_h
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiger.models.tiger.beam_search import (
-    beam_search,
-    limit_per_group,
-    new_item_bonus,
-    sample_top_k,
-    score_all_items,
-)
+from tiger.models.sampling import limit_per_group, sample_top_k
+from tiger.models.tiger.beam_search import beam_search, new_item_bonus, score_all_items
 from tiger.models.tiger.model import TigerModel
 
 

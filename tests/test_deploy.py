@@ -24,9 +24,8 @@ import pytest
 import ray
 import yaml
 
-from tiger.cli import CONFIGS
 from tiger.core.config import dump_toml, load
-from tiger.run import RunConfig
+from tiger.run import CONFIGS, RunConfig
 from tiger.tuning import TuningConfig
 
 ROOT = Path(__file__).parents[1]
@@ -320,7 +319,7 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
 
 def test_commands_are_found_in_every_file_that_documents_them() -> None:
     assert {command.file for command in JOBS} >= {"README.md", "cluster.yaml", "rayjob.yaml"}
-    assert {command.program for command in JOBS} >= {"jobs.pipeline", "jobs.serve", "jobs.tune", "jobs.sasrec"}
+    assert {command.program for command in JOBS} >= {"jobs.pipeline", "jobs.serve", "jobs.tune", "jobs.evaluate"}
     assert {command.arguments[0] for command in OF_RAY} >= {"up", "dashboard", "get-auth-token", "start"}
     assert {command.file for command in SUBMITTED} >= {"README.md", "cluster.yaml"}
 

@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tiger.core import precision
 from tiger.core.config import build
 from tiger.core.storage import Folder
-from tiger.models import sasrec
-from tiger.models.sasrec import SASRec, SASRecConfig
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.train import fit_model
+from tiger.models.base import InMemoryData
+from tiger.models.sasrec import Config as SASRecConfig
+from tiger.models.sasrec import SASRec
+from tiger.models.tiger.config import TigerConfig
+from tiger.models.train import fit_model
 from tiger.tokenizers.base import TokenizerConfig
 from tiger.tokenizers.train import fit_tokenizer
 from tiger.training import loop as training
@@ -219,10 +220,11 @@ def learn(kind: str, device: torch.device, hooks: Callbacks | None = None) -> tu
         return fit_tokenizer(TokenizerConfig.resolve(KINDS[kind]), vectors, device=device, hooks=hooks)
     histories, ids = toy_histories(rng, 101, 60), random_ids(rng, 60, (8, 8, 8))
     if kind == "sasrec":
-        return sasrec.learn(build(SASRecConfig, KINDS[kind]), histories, 60, device=device, hooks=hooks)
+        config = build(SASRecConfig, KINDS[kind])
+        return fit_model(config, InMemoryData(60, histories), device=device, callbacks=hooks)
     vectors = torch.from_numpy(rng.normal(size=(60, 7)).astype(np.float32))
-    config = build(ModelConfig, MODEL | KINDS[kind])
-    return fit_model(config, histories, ids, device=device, vectors=vectors, hooks=hooks)
+    config = build(TigerConfig, MODEL | KINDS[kind])
+    return fit_model(config, InMemoryData(60, histories, ids, vectors), device=device, callbacks=hooks)
 
 
 def losses(result: FitResult) -> list[float]:

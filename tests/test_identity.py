@@ -19,7 +19,6 @@ import tiger.pipeline.evaluate
 import tiger.pipeline.item_vectors
 import tiger.pipeline.prepare
 import tiger.pipeline.recommend
-import tiger.pipeline.sasrec
 import tiger.pipeline.semantic_ids
 import tiger.pipeline.train
 import tiger.pipeline.tune
@@ -32,6 +31,7 @@ from tiger.data.catalog import Catalog
 from tiger.data.sources.base import DatasetConfig, Files
 from tiger.embedding.encoder import BUNDLED, TextEncoder, encoder_identity, model_path, split_revision
 from tiger.embedding.vectors import load_embeddings
+from tiger.models.base import ModelConfig
 from tiger.run import RunConfig
 from tiger.tokenizers.base import TokenizerConfig
 from tiger.tuning import TuningConfig
@@ -140,39 +140,28 @@ KEYS: dict[str, tuple[str, str]] = {
     "model.training.patience": ("6", "model"),
     "model.training.precision": ("float32", "model"),
     "model.seed": ("1", "model"),
-    "evaluation.beam": ("60", "evaluation"),
-    "evaluation.max_users": ("100", "evaluation sasrec"),
+    "model.kind": ("sasrec", "model"),
+    "decoding.k": ("5", "recommendations"),
+    "decoding.beam": ("60", "evaluation recommendations"),
+    "decoding.exclude_seen": ("false", "recommendations"),
+    "decoding.new_item_boost": ("1.0", "evaluation recommendations"),
+    "decoding.temperature": ("0.5", "recommendations"),
+    "decoding.max_per_first_code": ("2", "recommendations"),
+    "decoding.seed": ("1", "recommendations"),
+    "decoding.batch_size": ("32", ""),
+    "evaluation.metrics": ('["recall"]', "evaluation"),
+    "evaluation.baselines": ('["popularity"]', "evaluation"),
+    "evaluation.compare_with": ("", "evaluation"),  # the fingerprints of the models count
+    "evaluation.max_users": ("100", "evaluation"),
     "evaluation.num_exact_users": ("100", "evaluation"),
     "evaluation.max_actors": ("2", ""),
-    "evaluation.seed": ("1", "evaluation sasrec"),
+    "evaluation.seed": ("1", "evaluation"),
     "recommend.users": ("50", "recommendations"),
-    "recommend.k": ("5", "recommendations"),
-    "recommend.beam": ("60", "recommendations"),
-    "recommend.exclude_history": ("false", "recommendations"),
     "recommend.allowed_items_file": ("", "recommendations"),  # its content counts, see test_a_filter_counts_by_content
-    "recommend.temperature": ("0.5", "recommendations"),
-    "recommend.max_per_first_code": ("2", "recommendations"),
-    "recommend.seed": ("1", "recommendations"),
     "recommend.max_actors": ("2", ""),
-    "sasrec.embedding_dim": ("64", "sasrec"),
-    "sasrec.num_layers": ("1", "sasrec"),
-    "sasrec.num_heads": ("1", "sasrec"),
-    "sasrec.dropout": ("0.2", "sasrec"),
-    "sasrec.max_history_items": ("20", "sasrec"),
-    "sasrec.training.epochs": ("61", "sasrec"),
-    "sasrec.training.batch_size": ("128", "sasrec"),
-    "sasrec.training.learning_rate": ("2e-3", "sasrec"),
-    "sasrec.training.weight_decay": ("0.1", "sasrec"),
-    "sasrec.training.warmup_steps": ("101", "sasrec"),
-    "sasrec.training.max_grad_norm": ("2.0", "sasrec"),
-    "sasrec.training.validate_every_epochs": ("1.0", "sasrec"),
-    "sasrec.training.patience": ("6", "sasrec"),
-    "sasrec.training.precision": ("bfloat16", "sasrec"),
-    "sasrec.seed": ("1", "sasrec"),
     "serve.host": ("127.0.0.2", ""),
     "serve.port": ("8001", ""),
     "serve.token_file": ("token", ""),
-    "serve.beam": ("60", ""),
     "serve.replicas": ("2", ""),
     "serve.cpus": ("2", ""),
     "serve.gpus": ("0.5", ""),
@@ -232,7 +221,6 @@ def _identities(run: RunConfig) -> dict[str, str]:
         tiger.pipeline.train.train_model(run, catalog, ids)
         tiger.pipeline.evaluate.evaluate(run, model)
         tiger.pipeline.recommend.recommend(run, model)
-        tiger.pipeline.sasrec.sasrec(run, catalog)
         tiger.pipeline.tune.tune(run, _search(), embeddings)
     return found
 
@@ -268,10 +256,11 @@ UNFINGERPRINTED: dict[str, set[str]] = {
     "tiger.tokenizers.rqvae": set(),
     "tiger.tokenizers.rkmeans": set(),
     "tiger.tokenizers.opq": set(),
+    **{f"tiger.models.{kind}": set() for kind in shipped_plugins("tiger.models")},
 }
 
 
-@pytest.mark.parametrize("plugin", [DatasetConfig, TokenizerConfig])
+@pytest.mark.parametrize("plugin", [DatasetConfig, TokenizerConfig, ModelConfig])
 def test_every_other_key_of_every_plugin_counts(plugin: Any) -> None:
     for kind in shipped_plugins(plugin.plugin_package):
         config = load_plugin(plugin.plugin_package, kind).Config

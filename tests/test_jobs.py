@@ -9,16 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
+import tiger.cli
+import tiger.pipeline.train
 from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.core.config import load
 from tiger.core.errors import DataError, HealthError
 from tiger.data.catalog import Catalog
 from tiger.evaluation import health as diagnostics
+from tiger.evaluation.evaluator import EvaluationResult
 from tiger.models.recommender import Recommender
-from tiger.run import RunConfig
+from tiger.run import CONFIGS, RunConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -43,9 +47,7 @@ TINY = [
 
 
 def run_pipeline(root: Path, *overrides: str) -> Artifact:
-    from tiger.pipeline.pipeline import pipeline
-
-    return pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "tiger/configs"))
+    return tiger.run_pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "tiger/configs"))
 
 
 def digests(artifact: Artifact) -> dict[str, dict[str, str]]:
@@ -77,14 +79,16 @@ def test_every_stage_leaves_its_artifact(finished: Artifact) -> None:
         assert part.health
         assert all(check["healthy"] for check in part.health)
     assert any("popularity" in check["name"] for check in finished.inputs["model"].health)
-    figures = finished.folder.read_json("metrics.json")
-    assert (
-        figures["test"]["tiger"]["all_items"]["recall@10"] > 3 * figures["test"]["popularity"]["all_items"]["recall@10"]
-    )
-    search = figures["exact_search"]
+    values = finished.folder.read_json("evaluation.json")
+    jsonschema.validate(values, EvaluationResult.model_json_schema())
+    result = EvaluationResult.model_validate(values)
+    methods = result.splits["test"].methods
+    assert list(methods) == ["tiger", "popularity", "markov_chain", "nearest_neighbors"]
+    assert methods["tiger"].metrics["recall@10"] > 3 * methods["popularity"].metrics["recall@10"]
+    search = result.exact_search
     assert set(search) == {"users", "beam_20", "beam_50", "exact"}
     assert abs(search["beam_50"] - search["exact"]) < 0.05
-    assert set(figures["valid"]["tiger"]["all_items"]) == {
+    assert set(result.splits["valid"].methods["tiger"].metrics) == {
         f"{name}@{cutoff}" for name in ("recall", "ndcg", "mrr") for cutoff in (1, 5, 10, 20, 50)
     }
 
@@ -140,6 +144,51 @@ def test_a_run_is_loaded_by_its_model(finished: Artifact) -> None:
     assert (found.items >= 0).all()
 
 
+def test_a_model_recommends_by_the_catalogs_own_ids(finished: Artifact) -> None:
+    model = finished.inputs["model"]
+    catalog, recommender = tiger.Catalog(model.inputs["catalog"].folder.uri), tiger.Recommender.load(model.folder.uri)
+    history = catalog.source_ids[3:6]
+    found = recommender.recommend([history, []], k=4)
+    assert np.array_equal(found.items, recommender.recommend([[3, 4, 5], []], k=4).items)
+    assert found.ids[0] == [catalog.source_ids[item] for item in found.items[0]]
+    assert found.titles[1] == [catalog.titles[item] for item in found.items[1]]
+    for words in (found.ids[0][0], found.titles[0][0], "history 1: most popular items"):
+        assert words in str(found)
+    with pytest.raises(DataError, match="history 1 holds 'who', which"):
+        recommender.recommend([history, ["who"]])
+    assert recommender.recommend([history], k=2, allowed_items=catalog.source_ids[10:12]).items[0].min() >= 10
+    assert len(tiger.SemanticIds.load(model.inputs["semantic_ids"].folder.uri)) == recommender.num_items
+
+
+def test_a_finished_model_is_evaluated_by_its_folder_next_to_another_family(
+    finished: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Overrides of the training are refused: the model is trained."""
+    root = str(Path(finished.folder.uri).parent)
+    run = load(RunConfig, None, [*TINY, f"root={root}", "model.kind=sasrec", "model.training.epochs=2"], CONFIGS)
+    other = tiger.pipeline.train.ensure_model(run)
+    model = finished.inputs["model"].folder.uri
+    with pytest.raises(SystemExit, match="2"):
+        tiger.cli.run_job("evaluate", [model, "model.seed=1"])
+    assert "can be set" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        tiger.cli.run_job("prepare", [model])
+    tiger.cli.run_job(
+        "evaluate",
+        [
+            model,
+            f'evaluation.compare_with=["{other.folder.uri}"]',
+            "evaluation.max_users=100",
+            "evaluation.max_actors=1",
+        ],
+    )
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed.keys() == {"artifact", "tiger", "sasrec", "popularity", "markov_chain", "nearest_neighbors"}
+    result = EvaluationResult.model_validate(open_artifact(printed["artifact"]).folder.read_json("evaluation.json"))
+    assert result.splits["test"].users == 100
+    assert set(result.splits["test"].paired) == {"sasrec", "popularity", "markov_chain", "nearest_neighbors"}
+
+
 def test_diagnostics_print_the_whole_table(finished: Artifact) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tiger.evaluation.health", finished.folder.uri], capture_output=True, text=True, cwd=ROOT
@@ -159,7 +208,7 @@ def test_other_settings_of_one_stage_redo_only_what_follows(
     names = Catalog(finished.inputs["model"].inputs["catalog"]).source_ids
     (tmp_path / "in-stock.txt").write_text("\n".join([*names[::2], "no item"]))
     with caplog.at_level("INFO"):
-        run_pipeline(root, "recommend.k=3", f"recommend.allowed_items_file={tmp_path}/in-stock.txt")
+        run_pipeline(root, "decoding.k=3", f"recommend.allowed_items_file={tmp_path}/in-stock.txt")
     assert {path.name.partition("-")[0] for path in root.iterdir() if path.name not in before} == {"recommendations"}
     found = newest(str(root), "recommendations").folder.read_table("recommendations")["items"].to_pylist()
     assert all(item % 2 == 0 for items in found for item in items)

@@ -17,10 +17,11 @@ from tiger.data.histories import read_histories
 from tiger.data.sources import synthetic
 from tiger.data.sources.base import RowCounts
 from tiger.metrics import ranking as metrics
-from tiger.models import baselines
-from tiger.models.recommender import Recommender
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.train import fit_model
+from tiger.models.base import InMemoryData
+from tiger.models.popularity import Popularity
+from tiger.models.tiger.config import TigerConfig
+from tiger.models.tiger.recommender import TigerRecommender
+from tiger.models.train import fit_model
 from tiger.training.loop import FitResult
 from tiger.training.weights import save_training_result
 
@@ -49,12 +50,13 @@ def test_recall_against_popularity(noise: float, tmp_path: Path) -> None:
     n_items = make(CatalogConfig(), *raw, folder)["items"]
     histories = read_histories(folder)
     ids = random_ids(np.random.default_rng(0), n_items, (32, 32, 2))
-    model_config = build(ModelConfig, {"d_model": 32, "training": TRAINING | {"validation_users": 1000}})
+    model_config = build(TigerConfig, {"d_model": 32, "training": TRAINING | {"validation_users": 1000}})
     vectors = torch.from_numpy(np.random.default_rng(1).normal(size=(n_items, 8)).astype(np.float32))
-    model, _ = fit_model(model_config, histories, ids, device=torch.device("cpu"), vectors=vectors)
+    data = InMemoryData(n_items, histories, ids, vectors)
+    model, _ = fit_model(model_config, data, device=torch.device("cpu"))
     users = histories.evaluation("test")
-    found = Recommender(model, device="cpu").recommend(users.histories(), k=50).items
-    popular = np.tile(baselines.popularity(histories, n_items, 50), (len(users), 1))
+    found = TigerRecommender(model, device="cpu").recommend(users.histories(), k=50, exclude_seen=False).items
+    popular = Popularity(data).recommend(users.histories(), k=50, exclude_seen=False).items
     ranks, other = (metrics.target_ranks(items, users.targets) for items in (found, popular))
     if noise == 0:
         assert metrics.ranking(ranks)["recall@10"] > 3 * metrics.ranking(other)["recall@10"]

@@ -9,6 +9,7 @@ from tiger.metrics.ranking import (
     by_group,
     confidence,
     coverage,
+    distinct_items,
     paired_difference,
     popular_item_fraction,
     ranking,
@@ -53,7 +54,8 @@ def test_no_users_is_an_error_and_not_zero() -> None:
 
 
 def test_coverage_counts_items_not_padding() -> None:
-    assert coverage(np.array([[0, 1, -1], [1, 2, -1]]), 6) == {"distinct@10": 3, "coverage@10": 0.5}
+    items, counts = np.array([[0, 1, -1], [1, 2, -1]]), np.ones(6, int)
+    assert (distinct_items(items, counts, 10), coverage(items, counts, 10)) == (3, 0.5)
 
 
 def test_a_paired_interval_is_narrower_than_those_of_the_runs() -> None:
@@ -85,10 +87,10 @@ def test_paired_intervals_cover_a_known_difference() -> None:
 def test_groups_of_users() -> None:
     ranks, values = np.array([1, 0, 11, 5, 0]), np.array([0, 3, 4, 9, 10])
     assert by_group(ranks, values, (0, 4, 9)) == {
-        "0 to 0": {"users": 1, "recall@10": 1.0},
-        "1 to 4": {"users": 2, "recall@10": 0.0},
-        "5 to 9": {"users": 1, "recall@10": 1.0},
-        "over 9": {"users": 1, "recall@10": 0.0},
+        "0 to 0": {"users": 1, "recall": 1.0},
+        "1 to 4": {"users": 2, "recall": 0.0},
+        "5 to 9": {"users": 1, "recall": 1.0},
+        "over 9": {"users": 1, "recall": 0.0},
     }
 
 

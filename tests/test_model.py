@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tiger.core.config import build
 from tiger.core.errors import ConfigError
-from tiger.models.tiger.batches import make_examples, user_token_ids
-from tiger.models.tiger.config import PRESETS, ModelConfig
-from tiger.models.tiger.items import PAD
+from tiger.models.padding import PAD
+from tiger.models.sampling import hash_users
+from tiger.models.tiger.batches import make_examples
+from tiger.models.tiger.config import PRESETS, TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.models.tiger.softmax import TrieSoftmax
 from tiger.models.tiger.train import reference_losses
@@ -193,7 +194,7 @@ def test_the_decoder_does_not_see_the_code_it_predicts() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build(preset: str) -> None:
-    config = build(ModelConfig, {"preset": preset, "dropout": 0.3})
+    config = build(TigerConfig, {"preset": preset, "dropout": 0.3})
     assert config.dropout == 0.3
     assert config.num_layers == PRESETS[preset]["num_layers"]
     ids = random_ids(np.random.default_rng(0), 20, SIZES)
@@ -204,16 +205,16 @@ def test_presets_build(preset: str) -> None:
 
 def test_impossible_configurations_are_refused() -> None:
     with pytest.raises(ConfigError, match="preset"):
-        build(ModelConfig, {"preset": "huge"})
+        build(TigerConfig, {"preset": "huge"})
     with pytest.raises(ConfigError, match="encoder = causal has no user token"):
-        build(ModelConfig, {"num_user_tokens": 10})
+        build(TigerConfig, {"num_user_tokens": 10})
     ids = random_ids(np.random.default_rng(0), 20, SIZES)
     with pytest.raises(ConfigError, match="text embeddings of all 20 items"):
-        TigerModel(build(ModelConfig, {}), Trie(ids))
+        TigerModel(build(TigerConfig, {}), Trie(ids))
 
 
 def test_user_tokens_are_stable() -> None:
-    assert user_token_ids(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]
+    assert hash_users(["a", "b", "a"], 2000).tolist() == [928, 1668, 928]
 
 
 def test_an_item_token_is_the_sum_of_its_codes() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from tiger.core import precision
 from tiger.core.config import load
 from tiger.core.precision import Choice, Shapes, allow_tf32, choose, measure, node_speedup
+from tiger.models import sasrec
 from tiger.run import RunConfig
 
 CPU = torch.device("cpu")
@@ -221,4 +222,4 @@ def test_a_lock_that_is_never_free_is_given_up(
 def test_presets_with_documented_figures_do_not_depend_on_the_processor(name: str, expected: str) -> None:
     run = load(RunConfig, name, [], CONFIGS)
     assert (run.embedding.precision, run.model.training.precision) == (expected, expected)
-    assert (run.tokenizer.training.precision, run.sasrec.training.precision) == ("float32", "float32")
+    assert (run.tokenizer.training.precision, sasrec.Config().training.precision) == ("float32", "float32")

@@ -6,7 +6,10 @@ from conftest import toy_histories
 
 from tiger.core.config import build
 from tiger.data.histories import Histories
-from tiger.models.sasrec import SASRec, SASRecConfig, learn
+from tiger.models.base import InMemoryData
+from tiger.models.sasrec import Config as SASRecConfig
+from tiger.models.sasrec import SASRec, SASRecRecommender
+from tiger.models.train import fit_model
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -32,8 +35,8 @@ def test_padding_changes_nothing() -> None:
     beside = model(torch.tensor([[1, 2, 3, -1, -1], [5, 6, 7, 8, 9]]))
     torch.testing.assert_close(alone[0], beside[0])
     histories = [np.array([3, 4]), np.array([1, 2, 3, 4, 5, 6, 7, 8])]
-    both = model.best(histories, 5)
-    assert np.array_equal(both, np.concatenate([model.best([history], 5) for history in histories]))
+    both = model.next_item_scores(histories)
+    torch.testing.assert_close(both, torch.cat([model.next_item_scores([history]) for history in histories]))
 
 
 def test_it_learns_a_rule_and_is_a_function_of_its_seed() -> None:
@@ -49,10 +52,11 @@ def test_it_learns_a_rule_and_is_a_function_of_its_seed() -> None:
         histories.train_end,
         histories.valid_end,
     )
-    model, result = learn(build(SASRecConfig, SMALL), ring, 30, device=CPU)
+    data = InMemoryData(30, ring)
+    model, result = fit_model(build(SASRecConfig, SMALL), data, device=CPU)
     assert result.best["recall@10"] > 0.95
-    again, _ = learn(build(SASRecConfig, SMALL), ring, 30, device=CPU)
+    again, _ = fit_model(build(SASRecConfig, SMALL), data, device=CPU)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     test = ring.evaluation("test")
-    found = model.best(test.histories(), 10)
+    found = SASRecRecommender(model, data, CPU).recommend(test.histories(), k=10, exclude_seen=False).items
     assert (found == test.targets[:, None]).any(axis=1).mean() > 0.9  # by chance: 1 in 3

@@ -30,6 +30,7 @@ from tiger.core.config import load
 from tiger.core.errors import ConfigError, ResourceError, SecurityError
 from tiger.core.storage import Folder
 from tiger.data.catalog import Catalog
+from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
 from tiger.on_ray import serve as tiger_serve
 from tiger.on_ray.serve import MAX_BODY, TOKEN_FILE, Request, RequestGuard, api, application, read_token, serve_forever
@@ -279,24 +280,24 @@ def test_a_token_is_a_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "tiger.example.org"])
 def test_an_open_port_needs_a_token(host: str) -> None:
     with pytest.raises(SecurityError, match="is open to others: set serve.token_file"):
-        serve_forever(None, ServeConfig(host=host), ResourcesConfig())  # type: ignore[arg-type]
+        serve_forever(None, ServeConfig(host=host), DecodingConfig(), ResourcesConfig())  # type: ignore[arg-type]
 
 
 def test_ray_s_other_proxy_ignores_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(SecurityError, match="set serve.token_file"):
-        serve_forever(None, ServeConfig(), ResourcesConfig())  # type: ignore[arg-type]
+        serve_forever(None, ServeConfig(), DecodingConfig(), ResourcesConfig())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"beam": "5"}, {"model": "m", "modle": "m"}])
 def test_arguments_of_a_service_are_checked(arguments: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="args of the application must be model and beam"):
+    with pytest.raises(ConfigError, match="model is missing|unknown key decoding"):
         application(arguments)
 
 
 @pytest.mark.parametrize("beam", ["ten", "", "0", "-1", "5.5", 0])
 def test_a_beam_is_a_number(beam: Any) -> None:
-    with pytest.raises(ConfigError, match="of the application: must be an integer >= 1"):
+    with pytest.raises(ConfigError, match="decoding.beam"):
         application({"model": "m", "beam": beam})
     assert application({"model": "m", "beam": 20}) and application({"model": "m", "beam": "20"})
 
@@ -309,7 +310,7 @@ class Running:
         (port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jobs.serve", *TINY, f"root={root}/runs", f"serve.port={port}"]
-        command += [f"serve.token_file={self.token}", "serve.beam=20", "serve.replicas=2"]
+        command += [f"serve.token_file={self.token}", "decoding.beam=20", "serve.replicas=2"]
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment["RAY_TMPDIR"] = ray_folder
         self.log = root / "serve.log"
@@ -368,14 +369,14 @@ def _answers_are_those_of_the_recommender(server: Running, model: Artifact) -> N
     catalog, recommender = Catalog(model.inputs["catalog"]), Recommender.load(model)
     histories = [catalog.histories.of(user).tolist() for user in range(60)]
     bodies = [
-        {"history": [catalog.source_ids[item] for item in history], "k": 1 + row % 20, "exclude_history": row % 3 > 0}
+        {"history": [catalog.source_ids[item] for item in history], "k": 1 + row % 20, "exclude_seen": row % 3 > 0}
         for row, history in enumerate(histories)
     ]
     with ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda body: server.recommend(**body), bodies))
     for history, body, (status, answer) in zip(histories, bodies, answers, strict=True):
         assert status == 200
-        found = recommender.recommend([history], body["k"], beam=20, exclude_history=body["exclude_history"])
+        found = recommender.recommend([history], k=body["k"], beam=20, exclude_seen=body["exclude_seen"])
         wanted = [item for item in found.items[0] if item >= 0]
         assert [each["item"] for each in answer["items"]] == [catalog.source_ids[item] for item in wanted]
         assert [each["title"] for each in answer["items"]] == [catalog.titles[item] for item in wanted]
@@ -398,7 +399,7 @@ def _what_cannot_be_answered_says_why(server: Running) -> int:
         ({"history": ["a"], "k": 0}, "k"),
         ({"history": ["a"], "k": -1}, "k"),
         ({"history": ["a"], "k": "ten"}, "k"),
-        ({"history": ["a"], "exclude_history": "no"}, "exclude_history"),
+        ({"history": ["a"], "exclude_seen": "no"}, "exclude_seen"),
         ({"history": ["a"], "kk": 3}, "kk"),
         ({"history": ["a"], "user": 7}, "user"),
     ]
@@ -462,4 +463,4 @@ def _a_killed_copy_costs_no_wrong_answer(server: Running, model: Artifact) -> No
 
 def test_the_configuration_knows_the_server() -> None:
     run = load(RunConfig, None, ["serve.port=9000", "serve.replicas=2"], ROOT / "tiger/configs")
-    assert (run.serve.host, run.serve.port, run.serve.replicas, run.serve.beam) == ("127.0.0.1", 9000, 2, 50)
+    assert (run.serve.host, run.serve.port, run.serve.replicas, run.decoding.beam) == ("127.0.0.1", 9000, 2, 50)

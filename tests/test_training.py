@@ -25,11 +25,11 @@ from tiger.core.errors import ConfigError, HealthError
 from tiger.core.precision import Choice
 from tiger.core.storage import Folder
 from tiger.data.histories import Histories
-from tiger.models import sasrec
-from tiger.models.sasrec import SASRecConfig
+from tiger.models.base import InMemoryData
+from tiger.models.sasrec import Config as SASRecConfig
 from tiger.models.tiger.batches import SequenceExamples, TargetExamples, make_examples
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.train import fit_model
+from tiger.models.tiger.config import TigerConfig
+from tiger.models.train import fit_model
 from tiger.semantic_ids.trie import Trie
 from tiger.tokenizers.base import TokenizerConfig
 from tiger.tokenizers.train import fit_tokenizer
@@ -76,13 +76,14 @@ def learn(which: str, hooks: Callbacks | None = None, **changes: Any) -> tuple[t
         return fit_tokenizer(config, vectors, device=CPU, hooks=hooks)
     if which == "sasrec":
         config = build(SASRecConfig, SASREC | changes)
-        return sasrec.learn(config, toy_histories(rng, 201, 60), 60, device=CPU, hooks=hooks)
+        return fit_model(config, InMemoryData(60, toy_histories(rng, 201, 60)), device=CPU, callbacks=hooks)
     ids = random_ids(rng, 60, (8, 8, 8))
     config, vectors = (
-        build(ModelConfig, MODEL | KINDS[which] | changes),
+        build(TigerConfig, MODEL | KINDS[which] | changes),
         torch.from_numpy(rng.normal(size=(60, 7))).float(),
     )
-    return fit_model(config, toy_histories(rng, 201, 60), ids, device=CPU, vectors=vectors, hooks=hooks)
+    data = InMemoryData(60, toy_histories(rng, 201, 60), ids, vectors)
+    return fit_model(config, data, device=CPU, callbacks=hooks)
 
 
 def losses(result: Any) -> list[float]:
@@ -397,7 +398,7 @@ def toy_examples(longest: int = 12, **changes: Any) -> tuple[Any, Histories]:
     """Examples whose encoder is the bidirectional one unless `changes` says otherwise."""
     rng = np.random.default_rng(3)
     histories, ids = toy_histories(rng, 40, 30, longest), random_ids(rng, 30, (4, 4, 4))
-    config = build(ModelConfig, MODEL | KINDS["trie bidirectional"] | changes)
+    config = build(TigerConfig, MODEL | KINDS["trie bidirectional"] | changes)
     trie = Trie(ids)
     known = trie.allowed_nodes(torch.from_numpy(histories.training_counts(30) > 0))
     return make_examples(histories, config, trie, known), histories

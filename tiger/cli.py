@@ -1,6 +1,7 @@
 """The command line: `tiger VERB`, and the jobs (`python -m jobs.NAME`) that are entry points of `ray job submit`.
 
-A verb is a module of `tiger.pipeline` with a function `job(run, **sections)`, or one of the tools in `TOOLS`.
+A verb is a module of `tiger.pipeline` with a function `job(run, **sections)`, or one of the tools in `TOOLS`. A verb
+with a function `on_model(run, model)` also takes the folder of a trained model in place of a configuration.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,20 +23,22 @@ from typing import Any
 
 import tiger.pipeline
 from tiger.core import logs, tracking
+from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config, PluginConfig, describe, load, shipped_plugins
 from tiger.core.errors import ConfigError, TigerError
 from tiger.data.sources.base import DatasetConfig, expand
+from tiger.models.base import ModelConfig
 from tiger.on_ray import cluster
 from tiger.on_ray.failures import RayError, to_tiger_error
 from tiger.on_ray.metrics import Gauges
-from tiger.run import RunConfig
+from tiger.run import CONFIGS, RunConfig
 from tiger.tokenizers.base import TokenizerConfig
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).parent / "configs"
-
 DEFAULT_CONFIG = "sample"
+
+_MODEL_FOLDER = re.compile(r"(^|/)[a-z_]+-[0-9a-f]{8}/?$")
 
 TOOLS = {"check": "tiger.evaluation.health", "report": "tiger.report.semantic_ids"}
 """Verbs that read finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
@@ -78,7 +82,8 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         verb: a module of `tiger.pipeline`. Its `SECTIONS` are configuration sections in their own files next to the
             configuration: `tuning`, of the verb `tune`, of NAME.toml is in NAME.tune.toml. Overrides of its keys begin
             with `tuning.`.
-        arguments: the configuration's name or file, overrides `key=value`, `--debug`, `--help`.
+        arguments: the configuration's name or file, or the folder of a model, overrides `key=value`, `--debug`,
+            `--help`.
     """
     debug = "--debug" in arguments
     if debug:
@@ -98,7 +103,10 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         for argument in arguments:
             head = argument.partition(".")[0]
             overrides[head if head in sections else ""].append(argument)
-        run = load(RunConfig, name, overrides[""], CONFIGS)
+        model = _model(verb, module, name, arguments)
+        if model is not None:
+            overrides[""].insert(0, f"root={json.dumps(model.home.parent.uri)}")
+        run = load(RunConfig, None if model else name, overrides[""], CONFIGS)
         if run.embedding.import_path is not None:
             expand([run.embedding.import_path], "embedding.import_path")  # before the first stage, which may take hours
         further = {
@@ -108,7 +116,7 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         logging.getLogger("tiger").addHandler(log_file)
         with contextlib.ExitStack() as stack:
             _add_sinks(run, verb, log_file.run, stack)
-            artifact = module.job(run, **further)
+            artifact = module.job(run, **further) if model is None else module.on_model(run, model)
     except (TigerError, RayError) as failure:
         error = to_tiger_error(failure)
         if debug:
@@ -122,6 +130,27 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         if log_file is not None:
             log_file.flush()
     print(json.dumps({"artifact": artifact.folder.uri, **artifact.metrics}), flush=True)
+
+
+def _model(verb: str, module: ModuleType, name: str, overrides: Sequence[str]) -> Artifact | None:
+    """Open the model that a verb is to work on, if `name` is the folder of one.
+
+    Raises:
+        ConfigError: the verb takes no model, or an override is of a section that a trained model has settled.
+        ArtifactError: it is not a finished model.
+    """
+    if name.endswith(".toml") or not _MODEL_FOLDER.search(name):
+        return None
+    if not hasattr(module, "on_model"):
+        raise ConfigError(f"tiger {verb} takes a configuration, not the folder of a model; see tiger {verb} --help")
+    sections = module.SECTIONS_ON_MODEL
+    for override in overrides:
+        if override.partition(".")[0] not in sections:
+            raise ConfigError(
+                f"{override}: {name} is trained, so that only keys of {', '.join(sections)} can be set; give a "
+                f"configuration in place of the folder to train another model"
+            )
+    return open_artifact(name.rstrip("/"), expected_kind="model")
 
 
 def _section(name: str, verb: str, section: str, model: type[Config], overrides: list[str]) -> Config:
@@ -152,9 +181,10 @@ def _overview() -> str:
              for name, module in rows]  # fmt: skip
     return "\n".join(
         [
-            "usage: tiger VERB [config] [key=value ...] [--debug]; see tiger VERB --help\n",
+            "usage: tiger VERB [config | model] [key=value ...] [--debug]; see tiger VERB --help\n",
             *lines,
             f"\nconfig is a TOML file or one of: {', '.join(_shipped_configs())} (default: {DEFAULT_CONFIG})",
+            "model is the folder of a trained model, for evaluate, recommend and serve: runs/model-1a2b3c4d",
         ]
     )
 
@@ -164,7 +194,11 @@ def _shipped_configs() -> list[str]:
 
 
 def _print_help(verb: str, module: ModuleType, sections: Mapping[str, type[Config]]) -> None:
-    print(f"{(module.__doc__ or '').strip()}\n\nusage: tiger {verb} [config] [key=value ...] [--debug]\n")
+    given = "[config | model]" if hasattr(module, "on_model") else "[config]"
+    print(f"{(module.__doc__ or '').strip()}\n\nusage: tiger {verb} {given} [key=value ...] [--debug]\n")
+    if hasattr(module, "on_model"):
+        settable = ", ".join(module.SECTIONS_ON_MODEL)
+        print(f"model is the folder of a trained model; then only keys of {settable} can be set.")
     configs = ", ".join(_shipped_configs())
     print(f"config is a TOML file or one of: {configs} (default: {DEFAULT_CONFIG}). Keys, defaults, meanings:")
     section = ""
@@ -172,7 +206,11 @@ def _print_help(verb: str, module: ModuleType, sections: Mapping[str, type[Confi
         head = key.partition(".")[0]
         print(("" if head == section else "\n") + _line(key, kind, value, meaning))
         section = head
-    plugins: list[tuple[str, type[PluginConfig]]] = [("data", DatasetConfig), ("tokenizer", TokenizerConfig)]
+    plugins: list[tuple[str, type[PluginConfig]]] = [
+        ("data", DatasetConfig),
+        ("tokenizer", TokenizerConfig),
+        ("model", ModelConfig),
+    ]
     for prefix, plugin in plugins:
         for name in shipped_plugins(plugin.plugin_package):
             if name != plugin.default_kind:

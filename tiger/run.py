@@ -6,55 +6,40 @@ Most sections are defined next to their components; this file composes them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from tiger.core.config import Config
+from tiger.core.config import Config, load
 from tiger.core.tracking import TrackingConfig
 from tiger.data.catalog import CatalogConfig
 from tiger.data.sources import synthetic
 from tiger.data.sources.base import DatasetConfig
 from tiger.embedding.collaborative import CollaborativeConfig
 from tiger.embedding.encoder import EmbeddingConfig
-from tiger.models.sasrec import SASRecConfig
-from tiger.models.tiger.config import ModelConfig
+from tiger.evaluation.evaluator import EvaluationConfig
+from tiger.models.base import ModelConfig
+from tiger.models.decoding import DecodingConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.semantic_ids.assignment import SemanticIdsConfig
 from tiger.tokenizers import rkmeans, rqvae
 from tiger.tokenizers.base import TokenizerConfig
 
-
-class EvaluationConfig(Config):
-    """Evaluation options."""
-
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors"})
-
-    beam: int = Field(50, ge=50, description="width of the beam search; at least the largest cutoff, 50")
-    max_users: int | None = Field(None, ge=1, description="users per split, sampled by seed; none: all")
-    num_exact_users: int = Field(
-        300, ge=0, description="test users for whom beam search is compared with scoring every item; 0: none"
-    )
-    max_actors: int | None = Field(
-        None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
-    )
-    seed: int = Field(0, ge=0, description="seed of the sample of users and of the bootstrap")
+CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the built-in configurations."""
 
 
 class RecommendConfig(Config):
-    """Recommendations for users, given their whole histories."""
+    """To whom and what is recommended, given whole histories; `decoding` has the options of the lists."""
 
     unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file", "max_actors"})  # the file's content is
 
     users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
-    k: int = Field(10, ge=1, description="items per user")
-    beam: int = Field(50, ge=1, description="width of the beam search")
-    exclude_history: bool = Field(True, description="exclude items of the user's history")
     allowed_items_file: str | None = Field(
         None, description="file of allowed item ids (source ids), one per line, UTF-8; none: all items are allowed"
     )
-    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0: deterministic")
-    max_per_first_code: int | None = Field(None, ge=1, description="maximum items per list with the same first code")
-    seed: int = Field(0, ge=0, description="seed of sampling")
     max_actors: int | None = Field(
         None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
     )
@@ -70,7 +55,6 @@ class ServeConfig(Config):
     token_file: str | None = Field(
         None, description="file with the bearer token of requests; must not be readable by others"
     )
-    beam: int = Field(50, ge=1, description="width of the beam search, and maximum number of items per request")
     replicas: int = Field(1, ge=1, description="number of replicas")
     cpus: int = Field(1, ge=1, description="CPUs, and PyTorch threads, per replica")
     gpus: float | None = Field(
@@ -111,10 +95,10 @@ class RunConfig(Config):
     collaborative: CollaborativeConfig = CollaborativeConfig()
     tokenizer: Annotated[SerializeAsAny[TokenizerConfig], BeforeValidator(TokenizerConfig.resolve)] = rqvae.Config()
     semantic_ids: SemanticIdsConfig = SemanticIdsConfig()
-    model: ModelConfig = ModelConfig()
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(ModelConfig.resolve)] = TigerConfig()
+    decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
-    sasrec: SASRecConfig = SASRecConfig()
     serve: ServeConfig = ServeConfig()
     scale: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -140,4 +124,22 @@ class RunConfig(Config):
                 f"codes and a collision level of semantic_ids.collision_codes = {ids.collision_codes} give 2^63 "
                 "tuples or more; use fewer levels, or fewer codes"
             )
+        if self.decoding.beam < self.decoding.k:
+            raise ValueError(
+                f"decoding.beam = {self.decoding.beam} is less than decoding.k = {self.decoding.k}: lists would come "
+                "back short; set decoding.beam to decoding.k or more"
+            )
         return self
+
+
+def load_config(name: str = "sample", overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a run.
+
+    Args:
+        name: a TOML file, or the name of a built-in configuration: sample, beauty-cpu, beauty.
+        overrides: `dotted.key=value` strings, as on the command line.
+
+    Raises:
+        ConfigError: no such file, an unknown key, or an invalid value.
+    """
+    return load(RunConfig, name, list(overrides), CONFIGS)

@@ -68,13 +68,16 @@ RENAMED = {
     "model.training.validate_every": "model.training.validate_every_epochs",
     "evaluation.exact_users": "evaluation.num_exact_users",
     "recommend.allowed": "recommend.allowed_items_file",
-    "recommend.per_first_code": "recommend.max_per_first_code",
-    "sasrec.dimension": "sasrec.embedding_dim",
-    "sasrec.heads": "sasrec.num_heads",
-    "sasrec.layers": "sasrec.num_layers",
-    "sasrec.max_items": "sasrec.max_history_items",
-    "sasrec.training.clip_norm": "sasrec.training.max_grad_norm",
-    "sasrec.training.validate_every": "sasrec.training.validate_every_epochs",
+    "evaluation.beam": "decoding.beam",
+    "recommend.k": "decoding.k",
+    "recommend.beam": "decoding.beam",
+    "recommend.exclude_history": "decoding.exclude_seen",
+    "recommend.temperature": "decoding.temperature",
+    "recommend.per_first_code": "decoding.max_per_first_code",
+    "recommend.max_per_first_code": "decoding.max_per_first_code",
+    "recommend.seed": "decoding.seed",
+    "serve.beam": "decoding.beam",
+    "sasrec": "model",
     "search": "tuning",
     "tuning.trials": "tuning.num_trials",
     "tuning.looks": "tuning.num_evaluations",
@@ -183,8 +186,10 @@ def load_plugin(package: str, kind: Any, key: str = "kind") -> types.ModuleType:
 def shipped_plugins(package: str) -> list[str]:
     """Return the sorted names of the modules in `package` that define a `Config`, without importing them."""
     folder = Path(next(iter(importlib.import_module(package).__path__)))
+    files = {path.stem: path for path in folder.glob("*.py")}
+    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
     return sorted(
-        path.stem for path in folder.glob("*.py") if re.search(r"(?m)^(class Config\(|Config = )", path.read_text())
+        name for name, path in files.items() if re.search(r"(?m)^(class Config\(|Config = )", path.read_text())
     )
 
 

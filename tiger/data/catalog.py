@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from tiger.core.artifacts import Artifact
+from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError, DataError
 from tiger.core.progress import timed
@@ -74,9 +74,10 @@ class CatalogConfig(Config):
 
 
 class Catalog:
-    """A catalog artifact; tables are read on first access."""
+    """A catalog artifact, or its folder; tables are read on first access."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact | str) -> None:
+        artifact = open_artifact(artifact) if isinstance(artifact, str) else artifact
         if artifact.kind != "catalog":
             raise ArtifactError(f"{artifact.folder.uri} is a {artifact.kind} artifact where a catalog is needed")
         self.artifact = artifact
@@ -101,6 +102,11 @@ class Catalog:
         """Original id of each item in the raw data."""
         names: list[str] = self.items["source_id"].to_pylist()
         return names
+
+    @cached_property
+    def item_index(self) -> dict[str, int]:
+        """Index of each item by its original id."""
+        return {name: item for item, name in enumerate(self.source_ids)}
 
     @cached_property
     def histories(self) -> Histories:

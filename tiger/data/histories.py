@@ -95,6 +95,13 @@ class EvalSplit:
         return EvalSplit(self.users[rows], self.begin[rows], self.end[rows], self.targets[rows], self.items)
 
 
+def sample_users(users: EvalSplit, maximum: int | None, seed: int) -> EvalSplit:
+    """Return at most `maximum` users, drawn by the seed, in their order; None: all."""
+    if maximum is None or maximum >= len(users):
+        return users
+    return users.take(np.sort(np.random.default_rng(seed).permutation(len(users))[:maximum]))
+
+
 def read_histories(folder: Folder) -> Histories:
     """Read histories.parquet from a catalog's folder."""
     table = folder.read_table("histories.parquet")

@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,8 @@ import numpy.typing as npt
 from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.core.errors import ArtifactError, HealthError, TigerError
 from tiger.core.storage import MANIFEST, Folder
+from tiger.data.histories import Histories, sample_users
 from tiger.metrics.codes import code_metrics, pairwise_distance
-
-if TYPE_CHECKING:
-    from tiger.data.histories import Histories
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +139,9 @@ def check_semantic_ids(collisions: npt.NDArray[Any]) -> list[Check]:
     return [Check("semantic_ids", "share of items moved by the collision level", share, 0.5, cause, upper=True)]
 
 
-def popularity_recall(histories: Histories, validation_users: int, seed: int, cutoff: int = 10) -> tuple[float, int]:
+def popularity_recall(
+    histories: Histories, validation_users: int | None, seed: int, cutoff: int = 10
+) -> tuple[float, int]:
     """Return Recall of the most popular items on the validation users of the model, and the number of these users.
 
     Args:
@@ -150,8 +150,7 @@ def popularity_recall(histories: Histories, validation_users: int, seed: int, cu
         seed: `model.seed`, which determines the sample of users.
         cutoff: number of most popular items in training.
     """
-    users = histories.evaluation("valid")
-    users = users.take(np.random.default_rng(seed).permutation(len(users))[:validation_users])
+    users = sample_users(histories.evaluation("valid"), validation_users, seed)
     popular = np.argsort(-histories.training_counts(0), kind="stable")[:cutoff]
     return float(np.isin(users.targets, popular).mean()), len(users)
 

@@ -6,10 +6,14 @@ NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, and MRR@K i
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tiger.core.errors import ConfigError
 
 CUTOFFS = (1, 5, 10, 20, 50)
 _RESAMPLES = 1000
@@ -26,20 +30,70 @@ def target_ranks(items: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDAr
     return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
 
 
-def ranking(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
-    """Return Recall, NDCG and MRR at every cutoff, averaged over users.
+UserMetric = Callable[[npt.NDArray[np.int64], int], npt.NDArray[np.float64]]
+"""(rank of each user's target from 1, or 0, int64 [U]; cutoff) -> value of each user, float64 [U]."""
+
+
+def recall(ranks: npt.NDArray[np.int64], cutoff: int) -> npt.NDArray[np.float64]:
+    """Return 1 for users whose target is in the top `cutoff`."""
+    return ((ranks > 0) & (ranks <= cutoff)).astype(np.float64)
+
+
+def ndcg(ranks: npt.NDArray[np.int64], cutoff: int) -> npt.NDArray[np.float64]:
+    """Return 1 / log2(rank + 1) for users whose target is in the top `cutoff`."""
+    return recall(ranks, cutoff) / np.log2(np.maximum(ranks, 1) + 1.0)
+
+
+def mrr(ranks: npt.NDArray[np.int64], cutoff: int) -> npt.NDArray[np.float64]:
+    """Return 1 / rank for users whose target is in the top `cutoff`."""
+    return recall(ranks, cutoff) / np.maximum(ranks, 1)
+
+
+USER_METRICS: dict[str, UserMetric] = {"recall": recall, "ndcg": ndcg, "mrr": mrr}
+"""The metrics that `evaluation.metrics` names; a new one is a function and an entry."""
+
+
+def user_metrics(names: Sequence[str]) -> dict[str, UserMetric]:
+    """Return metrics by name: of `USER_METRICS`, or a function of any package by its dotted name.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    found = {}
+    for name in names:
+        module, _, function = name.rpartition(".")
+        try:
+            metric = getattr(importlib.import_module(module), function) if module else USER_METRICS[name]
+        except (ImportError, AttributeError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"evaluation.metrics: there is no metric {name!r} ({error!r}); use {', '.join(USER_METRICS)}, or the "
+                "dotted name of a function (ranks, cutoff) -> values"
+            ) from None
+        found[function] = metric
+    return found
+
+
+def ranking(
+    ranks: npt.NDArray[np.int64],
+    cutoffs: tuple[int, ...] = CUTOFFS,
+    metrics: Mapping[str, UserMetric] = USER_METRICS,
+) -> dict[str, float]:
+    """Return every metric at every cutoff, such as recall@10, averaged over users.
 
     Raises:
         ValueError: there is no user.
     """
-    return {name: float(values.mean()) for name, values in _per_user(ranks, cutoffs).items()}
+    return {name: float(values.mean()) for name, values in _per_user(ranks, cutoffs, metrics).items()}
 
 
 def confidence(
-    ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...] = CUTOFFS, seed: int = 0
+    ranks: npt.NDArray[np.int64],
+    cutoffs: tuple[int, ...] = CUTOFFS,
+    seed: int = 0,
+    metrics: Mapping[str, UserMetric] = USER_METRICS,
 ) -> dict[str, tuple[float, float]]:
     """Return 95% confidence intervals of `ranking` by the percentile bootstrap over users, with 1,000 resamples."""
-    values = _per_user(ranks, cutoffs)
+    values = _per_user(ranks, cutoffs, metrics)
     # Users with equal ranks are exchangeable, so a resample is a multinomial draw over the distinct ranks.
     _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
@@ -55,6 +109,7 @@ def paired_difference(
     other: npt.NDArray[np.int64],
     cutoffs: tuple[int, ...] = CUTOFFS,
     seed: int = 0,
+    metrics: Mapping[str, UserMetric] = USER_METRICS,
 ) -> dict[str, tuple[float, float, float]]:
     """Return how much better one run is than another on the same users: (difference, bounds of its 95% interval).
 
@@ -66,13 +121,14 @@ def paired_difference(
         other: [U] of the second run, for the same users in the same order.
         cutoffs: cutoffs of the metrics.
         seed: seed of the resamples.
+        metrics: metrics by name.
 
     Raises:
         ValueError: the numbers of users differ.
     """
     if len(ranks) != len(other):
         raise ValueError(f"a paired comparison needs the same users: {len(ranks)} and {len(other)}")
-    mine, theirs = _per_user(ranks, cutoffs), _per_user(other, cutoffs)
+    mine, theirs = _per_user(ranks, cutoffs, metrics), _per_user(other, cutoffs, metrics)
     # Users with equal pairs of ranks are exchangeable, as in `confidence`.
     _, first, counts = np.unique(np.stack([ranks, other]), axis=1, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
@@ -101,28 +157,27 @@ def by_group(
     for group, name in enumerate(names):
         own = ranks[groups == group]
         if len(own):
-            hits = ((own > 0) & (own <= cutoff)).mean()
-            figures[name] = {"users": len(own), f"recall@{cutoff}": float(hits)}
+            hits = recall(own, cutoff).mean()
+            figures[name] = {"users": len(own), "recall": float(hits)}
     return figures
 
 
-def _per_user(ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...]) -> dict[str, npt.NDArray[np.float64]]:
+def _per_user(
+    ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...], metrics: Mapping[str, UserMetric]
+) -> dict[str, npt.NDArray[np.float64]]:
     if not len(ranks):
         raise ValueError("there are no users to evaluate")
-    figures = {}
-    for cutoff in cutoffs:
-        hit = (ranks > 0) & (ranks <= cutoff)
-        figures[f"recall@{cutoff}"] = hit.astype(np.float64)
-        figures[f"ndcg@{cutoff}"] = np.where(hit, 1 / np.log2(ranks + 1.0, where=hit, out=np.ones(len(ranks))), 0)
-        figures[f"mrr@{cutoff}"] = np.where(hit, 1 / np.maximum(ranks, 1), 0)
-    return figures
+    return {f"{name}@{cutoff}": metric(ranks, cutoff) for cutoff in cutoffs for name, metric in metrics.items()}
 
 
-def coverage(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> dict[str, float]:
-    """Return the number of distinct items in all users' top `cutoff`, and their fraction of the catalog."""
-    shown = np.unique(items[:, :cutoff])
-    distinct = int((shown >= 0).sum())
-    return {f"distinct@{cutoff}": distinct, f"coverage@{cutoff}": distinct / n_items}
+def distinct_items(items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int) -> float:
+    """Return the number of distinct items in all users' top `cutoff`."""
+    return float((np.unique(items[:, :cutoff]) >= 0).sum())
+
+
+def coverage(items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int) -> float:
+    """Return the fraction of the catalog in all users' top `cutoff`."""
+    return distinct_items(items, counts, cutoff) / len(counts)
 
 
 def popular_item_fraction(
@@ -141,3 +196,14 @@ def popular_item_fraction(
     popular[order[: max(1, round(share * len(counts)))]] = True
     shown = items[:, :cutoff]
     return float(popular[shown[shown >= 0]].mean())
+
+
+ListMetric = Callable[[npt.NDArray[Any], npt.NDArray[np.integer], int], float]
+"""(items [U, K] padded with -1, training interactions of every item [N], cutoff) -> value."""
+
+LIST_METRICS: dict[str, ListMetric] = {
+    "distinct_items": distinct_items,
+    "coverage": coverage,
+    "popular_item_fraction": popular_item_fraction,
+}
+"""Metrics of all users' lists together; a new one is a function and an entry."""

@@ -1,5 +1,4 @@
-"""SASRec with full cross-entropy: the baseline that a user would pick instead (Kang and McAuley 2018; the loss over all
-items after Klenitskiy and Vasilev 2023, which makes up for what was said to be behind newer models).
+"""SASRec (Kang and McAuley 2018) with cross-entropy over all items (Klenitskiy and Vasilev 2023).
 
 A causal transformer over item embeddings; the output of a position is compared with the embeddings of all items.
 ID-only: it uses neither text nor codes, so a new item has no embedding.
@@ -7,9 +6,8 @@ ID-only: it uses neither text nor codes, so a new item has no embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +16,21 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiger.core.artifacts import open_artifact
-from tiger.core.config import Config
 from tiger.core.precision import Shapes
-from tiger.core.storage import Folder
-from tiger.data.catalog import Catalog
-from tiger.data.histories import Histories
+from tiger.data.histories import sample_users
 from tiger.metrics.ranking import ranking, target_ranks
-from tiger.models import sasrec
+from tiger.models.base import ModelConfig, ModelData, ModelTraining
+from tiger.models.padding import PAD, pad_right
+from tiger.models.recommender import Recommender, Rows
+from tiger.models.scoring import ScoringRecommender, top_items
 from tiger.training import loop as training
-from tiger.training.job import TrainingJob
-from tiger.training.loop import Batch, Callbacks, FitResult, TrainingConfig
-from tiger.training.weights import save_training_result
+from tiger.training.loop import Batch, Callbacks, FitResult
 
-_PAD = -1
-_USERS_AT_ONCE = 512
+_USERS_PER_BATCH = 512
 
 
-class SASRecTraining(TrainingConfig):
-    """How the baseline is trained."""
+class SASRecTraining(ModelTraining):
+    """How SASRec is trained."""
 
     epochs: int = Field(60, ge=1, description="passes over all users, at most")
     batch_size: int = Field(256, ge=1, description="users per step, over all workers")
@@ -46,8 +40,10 @@ class SASRecTraining(TrainingConfig):
     patience: int = Field(5, ge=1, description="validations without a better one before training stops")
 
 
-class SASRecConfig(Config):
-    """Shape of the baseline and its training."""
+class Config(ModelConfig):
+    """Sizes of SASRec and its training."""
+
+    kind: Literal["sasrec"] = Field("sasrec", description="self-attentive sequential recommendation, without text")
 
     embedding_dim: int = Field(128, ge=2, description="of item embeddings")
     num_layers: int = Field(2, ge=1, description="transformer layers")
@@ -55,14 +51,15 @@ class SASRecConfig(Config):
     dropout: float = Field(0.5, ge=0, lt=1, description="on embeddings, attention and feed-forward")
     max_history_items: int = Field(50, ge=1, description="most recent items that are read")
     training: SASRecTraining = SASRecTraining()
-    seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
 
 
 class SASRec(nn.Module):
-    def __init__(self, config: SASRecConfig, n_items: int) -> None:
+    """Self-attention over item embeddings."""
+
+    def __init__(self, config: Config, num_items: int) -> None:
         super().__init__()
         self.max_items = config.max_history_items
-        self.items = nn.Embedding(n_items, config.embedding_dim)
+        self.items = nn.Embedding(num_items, config.embedding_dim)
         self.positions = nn.Embedding(config.max_history_items, config.embedding_dim)
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
@@ -86,7 +83,7 @@ class SASRec(nn.Module):
         Args:
             history: int64 [B, N], right-padded with -1, N at most `max_items`. The last item has the last position.
         """
-        n_items = (history != _PAD).sum(1, keepdim=True)
+        n_items = (history != PAD).sum(1, keepdim=True)
         position = (self.max_items - n_items + torch.arange(history.shape[1], device=history.device)).clamp_max(
             self.max_items - 1
         )
@@ -96,7 +93,7 @@ class SASRec(nn.Module):
         return states
 
     def forward(self, sequence: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Loss of each row, float32 [B]: the cross-entropies of all its items but the first, summed.
+        """Return the loss of each row, float32 [B]: the cross-entropies of all its items but the first, summed.
 
         Args:
             sequence: int64 [B, N + 1], padded behind with -1.
@@ -104,44 +101,66 @@ class SASRec(nn.Module):
                 they are looked for on the device, which has to be waited for.
         """
         target_BN = sequence[:, 1:]
-        known_BN = target_BN != _PAD
+        known_BN = target_BN != PAD
         if targets is None:
             targets = known_BN.flatten().nonzero().squeeze(1)
-        # Places are those of the history: the last item is a target only.
-        states_BNM = self.states(torch.where(known_BN, sequence[:, :-1], _PAD))
+        # Positions are those of the history: the last item is a target only.
+        states_BNM = self.states(torch.where(known_BN, sequence[:, :-1], PAD))
         states, items = (x.flatten(0, 1).index_select(0, targets) for x in (states_BNM, target_BN.unsqueeze(2)))
         losses = F.cross_entropy(states @ self.items.weight.T, items.squeeze(1), reduction="none")
         return losses.new_zeros(target_BN.numel()).index_copy(0, targets, losses).view_as(target_BN).sum(1)
 
     @torch.inference_mode()
-    def best(self, histories: Sequence[npt.NDArray[np.integer]], k: int) -> npt.NDArray[np.int64]:
-        """The `k` items of highest score for each user, [U, k], best first."""
-        device, lists = self.items.weight.device, []
-        for begin in range(0, len(histories), _USERS_AT_ONCE):
-            rows = [history[-self.max_items :] for history in histories[begin : begin + _USERS_AT_ONCE]]
-            states = self.states(_padded(rows).to(device))
+    def next_item_scores(self, histories: list[Rows]) -> Tensor:
+        """Return the scores of all items after each history, float32 [B, items], on the CPU."""
+        device, scores = self.items.weight.device, []
+        for begin in range(0, len(histories), _USERS_PER_BATCH):
+            rows = [history[-self.max_items :] for history in histories[begin : begin + _USERS_PER_BATCH]]
+            states = self.states(pad_right(rows).to(device))
             last = torch.tensor([len(row) - 1 for row in rows], device=device)
-            scores = states[torch.arange(len(rows), device=device), last] @ self.items.weight.T
-            lists.append(scores.topk(min(k, scores.shape[1]), dim=1).indices.cpu().numpy())
-        return np.concatenate(lists)
+            scores.append((states[torch.arange(len(rows), device=device), last] @ self.items.weight.T).cpu())
+        return torch.cat(scores)
 
 
-def learn(
-    config: SASRecConfig, histories: Histories, n_items: int, *, device: torch.device, hooks: Callbacks | None = None
-) -> tuple[SASRec, FitResult]:
-    """Trains on the training parts of all histories; the checkpoint is chosen by NDCG@10 on validation.
+class SASRecRecommender(ScoringRecommender):
+    """Ranks items by the product of their embeddings with the state after the last item."""
+
+    def __init__(self, model: SASRec, data: ModelData, device: torch.device) -> None:
+        super().__init__(data, device)
+        self.model = model.to(device).eval()
+        self.max_history_items = model.max_items
+
+    def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
+        """Return logits, float32 [B, items]."""
+        scores: npt.NDArray[Any] = self.model.next_item_scores(histories).numpy()
+        return scores
+
+
+def build(config: Config, data: ModelData) -> SASRec:
+    """Return the model before training, for the items of `data`."""
+    return SASRec(config, data.num_items)
+
+
+def recommender(module: SASRec, config: Config, data: ModelData, device: torch.device) -> Recommender:
+    """Return a trained model, ready to recommend."""
+    return SASRecRecommender(module, data, device)
+
+
+def train(
+    model: SASRec, config: Config, data: ModelData, *, device: torch.device, callbacks: Callbacks | None = None
+) -> FitResult:
+    """Train on the training parts of all histories; the best weights are chosen by NDCG@10 on validation.
 
     Raises:
         HealthError: the loss is not finite.
     """
-    torch.manual_seed(config.seed)
-    model = SASRec(config, n_items).to(device)
+    histories = data.histories
+    model = model.to(device)
     training.broadcast(model)
     begins = np.maximum(histories.offsets[:-1], histories.train_end - config.max_history_items - 1)
     users = np.flatnonzero(histories.train_end - begins >= 2)
     lengths = (histories.train_end - begins)[users]
-    schedule = config.training.schedule(len(users), config.seed)
-    evaluation = histories.evaluation("valid")
+    evaluation = sample_users(histories.evaluation("valid"), config.training.validation_users, config.seed)
 
     def batches(epoch: int) -> Iterator[Batch]:
         """Batches of similar lengths, in random order."""
@@ -152,27 +171,29 @@ def learn(
             rows = pieces[piece]
             own, weights = training.share(torch.from_numpy(rows))
             sequences = [histories.items[begins[u] : histories.train_end[u]] for u in users[own.numpy()]]
-            padded = _padded(sequences)
-            targets = (padded[:, 1:] != _PAD).flatten().nonzero().squeeze(1)
+            padded = pad_right(sequences)
+            targets = (padded[:, 1:] != PAD).flatten().nonzero().squeeze(1)
             yield Batch((padded, targets), weights, float((lengths[rows] - 1).sum()))
 
     def validate(module: nn.Module) -> dict[str, float]:
         ranks = np.zeros(len(evaluation), np.int64)
-        own = np.arange(training.rank(), len(evaluation), training.world_size())
-        if len(own):
-            users = evaluation.take(own)
-            ranks[own] = target_ranks(model.best(users.histories(), 10), users.targets)
+        for own in np.split(np.arange(len(evaluation)), range(_USERS_PER_BATCH, len(evaluation), _USERS_PER_BATCH)):
+            own = own[training.rank() :: training.world_size()]
+            if len(own):
+                users = evaluation.take(own)
+                scores = model.next_item_scores([history.astype(np.int64) for history in users.histories()])
+                ranks[own] = target_ranks(top_items(scores.numpy(), 10), users.targets)
         shared = training.all_reduce_sum(torch.from_numpy(ranks).to(device)).cpu().numpy()
         return ranking(shared, cutoffs=(10,))
 
-    result = training.fit(
+    return training.fit(
         model,
         batches,
-        schedule,
+        config.training.schedule(len(users), config.seed),
         device=device,
         validate=validate,
         objective="ndcg@10",
-        hooks=hooks,
+        hooks=callbacks,
         name="sasrec",
         shapes=Shapes(
             rows=max(1, config.training.batch_size // training.world_size()) * config.max_history_items // 2,
@@ -183,27 +204,3 @@ def learn(
             length=max(1, config.max_history_items // 2),
         ),
     )
-    return model.eval(), result
-
-
-def _padded(rows: Sequence[npt.NDArray[Any]]) -> Tensor:
-    longest = max(map(len, rows))
-    padded = np.full((len(rows), longest), _PAD, np.int64)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return torch.from_numpy(padded)
-
-
-@dataclass(frozen=True)
-class SASRecJob(TrainingJob):
-    """Training of the baseline on the artifact of a catalog; the weights are written to `target`."""
-
-    config: SASRecConfig
-    catalog: Folder
-    target: Folder
-
-    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
-        """Train; return the best validation metrics."""
-        catalog = Catalog(open_artifact(self.catalog))
-        model, result = sasrec.learn(self.config, catalog.histories, catalog.n_items, device=device, hooks=callbacks)
-        return save_training_result(model, result, self.target)

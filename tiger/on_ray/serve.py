@@ -32,10 +32,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiger.core.artifacts import Artifact, open_artifact
-from tiger.core.config import MAX_LISTED
+from tiger.core.config import MAX_LISTED, build
 from tiger.core.device import assigned_device
 from tiger.core.errors import ConfigError, ResourceError, SecurityError, last_line
 from tiger.core.storage import Folder
+from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
 from tiger.on_ray import cluster, placement
 from tiger.run import ResourcesConfig, ServeConfig
@@ -61,7 +62,9 @@ class Request(BaseModel):
 
     history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="catalog item ids, oldest first")
     k: int = Field(10, ge=1, le=2**31 - 1, description="number of items to return, at most the server's beam")
-    exclude_history: bool = Field(True, description="exclude the items of the history")
+    exclude_seen: bool | None = Field(
+        None, description="exclude the items of the history; none: as the server is configured"
+    )
     user: Name | None = Field(None, description="user id, for a model with user tokens")
 
 
@@ -212,13 +215,13 @@ def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
 class Server:
     """Serve deployment class: the model, its trie, and the ids and titles of its items."""
 
-    def __init__(self, model: str, beam: int, token_needed: bool) -> None:
+    def __init__(self, model: str, decoding: dict[str, Any], token_needed: bool) -> None:
         if token_needed and not read_token(os.environ.get(TOKEN_FILE)):
             raise SecurityError(f"the server would accept unauthenticated requests; set {TOKEN_FILE} to a token file")
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         artifact = open_artifact(model, expected_kind="model")
         self.recommender = Recommender.load(artifact, device=str(assigned_device(ray.get_gpu_ids())))
-        self.beam = beam
+        self.options = build(DecodingConfig, decoding)
         self.names, self.titles = _names_and_titles(artifact.inputs["catalog"].folder)
         self.item_of = {name: item for item, name in enumerate(self.names)}
         self.model = f"{artifact.kind}-{artifact.fingerprint}"
@@ -231,9 +234,9 @@ class Server:
     @api.post("/recommend")
     async def recommend(self, request: Request) -> Answer:
         """Recommend the next items after a history."""
-        if request.k > self.beam:
-            raise HTTPException(422, f"k: must be at most {self.beam}, the beam of this server")
-        if self.recommender.num_user_tokens and request.user is None:
+        if request.k > self.options.beam:
+            raise HTTPException(422, f"k: must be at most {self.options.beam}, the beam of this server")
+        if self.recommender.needs_users and request.user is None:
             raise HTTPException(422, "user: required, because this model has user tokens")
         history = [self.item_of[name] for name in request.history if name in self.item_of]
         if not history:
@@ -253,20 +256,23 @@ class Server:
         """
         best: list[list[tuple[int, float]]] = [[] for _ in asked]
         for exclude in (False, True):
-            rows = [row for row, (request, _) in enumerate(asked) if request.exclude_history == exclude]
+            rows = [row for row, (request, _) in enumerate(asked) if self._excludes(request) == exclude]
             if not rows:
                 continue
             found = self.recommender.recommend(
                 [asked[row][1] for row in rows],
-                max(asked[row][0].k for row in rows),
-                beam=self.beam,
-                exclude_history=exclude,
+                self.options.model_copy(
+                    update={"k": max(asked[row][0].k for row in rows), "exclude_seen": exclude, "batch_size": _BATCH}
+                ),
                 users=[asked[row][0].user or "" for row in rows],
             )
             for row, items, scores in zip(rows, found.items.tolist(), found.scores.tolist(), strict=True):
                 real = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
                 best[row] = real[: asked[row][0].k]
         return best
+
+    def _excludes(self, request: Request) -> bool:
+        return self.options.exclude_seen if request.exclude_seen is None else request.exclude_seen
 
 
 _NAME = "tiger"  # name of the application
@@ -281,22 +287,20 @@ _deployment: Any = serve.deployment(
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
-    """Build the application of a RayService's `import_path`; its `args` are `model` (a URI) and optionally `beam`.
+    """Build the application of a RayService's `import_path`; its `args` are `model` (a URI) and options of `decoding`.
 
     The service's port is open to its network, so replicas require a token.
 
     Raises:
-        ConfigError: an argument is missing, unknown, or not a number.
+        ConfigError: an argument is missing, unknown, or out of its range.
     """
-    if "model" not in arguments or set(arguments) - {"model", "beam"}:
-        raise ConfigError(f"args of the application must be model and beam, found {', '.join(arguments) or 'none'}")
-    beam = str(arguments.get("beam", ServeConfig().beam))
-    if not beam.isdecimal() or int(beam) < 1:
-        raise ConfigError(f"beam = {beam} of the application: must be an integer >= 1")
-    return _deployment.bind(arguments["model"], int(beam), token_needed=True)
+    if "model" not in arguments:
+        raise ConfigError(f"args of the application: model is missing, found {', '.join(arguments) or 'none'}")
+    options = build(DecodingConfig, {key: value for key, value in arguments.items() if key != "model"}, "decoding.")
+    return _deployment.bind(arguments["model"], options.model_dump(mode="json"), token_needed=True)
 
 
-def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) -> None:
+def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig, scale: ResourcesConfig) -> None:
     """Serve a model artifact on this cluster until interrupted; requests in progress are finished first.
 
     If Serve runs on this cluster already, at the same address and without applications, it is used and left running.
@@ -327,9 +331,9 @@ def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) 
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
     was_running = _require_no_other_address(config)
-    options = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_SECONDS}
+    http = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_SECONDS}
     try:
-        serve.start(http_options=options)
+        serve.start(http_options=http)
     except (RuntimeError, OSError) as error:
         if not was_running:
             _stop(was_running)
@@ -338,9 +342,9 @@ def serve_forever(model: Artifact, config: ServeConfig, scale: ResourcesConfig) 
     _require_no_other_address(config)  # if another server has started Serve meanwhile, our options were ignored
     try:
         deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
-        serve.run(
-            deployment.bind(model.folder.uri, config.beam, token_needed=config.token_file is not None), name=_NAME
-        )
+        options = decoding.model_dump(mode="json")
+        token_needed = config.token_file is not None
+        serve.run(deployment.bind(model.folder.uri, options, token_needed=token_needed), name=_NAME)
         log.info("serving %s on http://%s:%d/recommend", model.folder.uri, config.host, config.port)
         while True:
             time.sleep(1)

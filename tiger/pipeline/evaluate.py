@@ -1,185 +1,166 @@
-"""Evaluate a model: Recall, NDCG and MRR on validation and test, next to baselines under the same evaluator.
-
-Lists are of items, not of codes, over all users or a sample drawn by seed, with no sampled negatives; once with every
-item allowed and once without those of the history. Interactions of equal times stand in the order of the raw file.
-"""
+"""Evaluate a model: Recall, NDCG and MRR on validation and test, next to baselines on the same users."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import nn
 
 from tiger.core import artifacts, tracking
-from tiger.core.artifacts import Artifact, Draft
-from tiger.data.catalog import Catalog
-from tiger.data.histories import EvalSplit, Split
-from tiger.embedding.vectors import load_embeddings
+from tiger.core.artifacts import Artifact, Draft, open_artifact
+from tiger.core.config import Config
+from tiger.core.errors import ConfigError
+from tiger.data.histories import EvalSplit, Split, sample_users
+from tiger.evaluation import evaluator
+from tiger.evaluation.evaluator import LIST_LENGTH, EvaluationConfig, EvaluationResult, RankedLists, SplitResult
 from tiger.evaluation.health import check_recommendations, invalid, require
-from tiger.metrics import ranking as metrics
-from tiger.models import baselines
-from tiger.models.recommender import Recommender, text_embeddings
+from tiger.metrics.ranking import user_metrics
+from tiger.models.base import ModelConfig, StoredData, load_family, text_embeddings
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommender
 from tiger.on_ray.recommend import recommend_users
 from tiger.pipeline.train import ensure_model
 from tiger.run import RunConfig
 
 log = logging.getLogger(__name__)
 
-K = max(metrics.CUTOFFS)
-SPLITS: tuple[Split, ...] = ("valid", "test")
-_LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
+RESULT = "evaluation.json"
+
+_SPLITS: tuple[Split, ...] = ("valid", "test")
 _EXACT_ITEMS = 100_000  # scoring every item of a larger catalog takes more than seconds a user
 
-Lists = npt.NDArray[np.int64]
+
+class EvaluationStageConfig(Config):
+    """The options that determine an evaluation."""
+
+    evaluation: EvaluationConfig
+    decoding: DecodingConfig
 
 
 def evaluate(run: RunConfig, model: Artifact) -> Artifact:
-    catalog = Catalog(model.inputs["catalog"])
+    """Return the evaluation artifact of a model: evaluation.json, and the ranked lists."""
+    config, options = run.evaluation, run.decoding.ranked(LIST_LENGTH)
+    user_metrics(config.metrics)  # rejects unknown names before anything is decoded
+    others = [_comparable(open_artifact(folder, expected_kind="model"), model) for folder in config.compare_with]
 
     def make(draft: Draft) -> None:
-        histories = catalog.histories
-        figures: dict[str, Any] = {}
-        splits = {split: select_users(run, catalog, split) for split in SPLITS}
-        lists, masked = recommend_users(  # both splits through one pool: an actor takes long to start
-            model,
-            histories,
-            [user for users in splits.values() for user in users.users.tolist()],
-            [history for users in splits.values() for history in users.histories()],
-            draft,
-            "lists",
-            k=K,
-            beam=run.evaluation.beam,
-            history="both",
-            max_actors=run.evaluation.max_actors,
-            scale=run.scale,
-        )
-        assert masked is not None
-        vectors = load_embeddings(text_embeddings(model.inputs["semantic_ids"]).folder).numpy()
-        counts = histories.training_counts(catalog.n_items)
-        begin = 0
-        for split, users in splits.items():
-            own = slice(begin, begin := begin + len(users))
-            tiger = compute_metrics(lists[own], masked[own], users, counts)
-            others = _baselines(catalog, users, vectors)
-            figures[split] = {"users": len(users), "tiger": tiger} | {
-                name: compute_metrics(found[:, :K], drop_seen(found, users)[:, :K], users, counts)
-                for name, found in others.items()
-            }
-            ranks = metrics.target_ranks(lists[own], users.targets)
-            figures[split]["paired_difference"] = {
-                name: metrics.paired_difference(ranks, metrics.target_ranks(found[:, :K], users.targets))
-                for name, found in others.items()
-            }
-            log.info("%s, %d users\n%s", split, len(users), _table(figures[split]))
-            tracking.record(split, 0, tiger["all_items"] | {"invalid_beams": invalid(lists[own], catalog.n_items)})
-            draft.health += require(check_recommendations(lists[own], catalog.n_items))
-        figures["exact_search"] = compare_with_exact(run, model, catalog, splits["test"])
-        draft.folder.write_json("metrics.json", figures)
-        test = figures["test"]
+        data = StoredData(model.inputs)
+        counts = data.histories.training_counts(data.num_items)
+        users = {
+            split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS
+        }
+        lists = {name: _decode(run, artifact, users, draft, name, options) for name, artifact in _named(model, others)}
+        lists |= {name: _rank(run, recommender, users, data) for name, recommender in _baselines(config, model)}
+        splits: dict[str, SplitResult] = {}
+        for split in _SPLITS:
+            found = {name: by_split[split] for name, by_split in lists.items()}
+            splits[split] = evaluator.evaluate(found, users[split], counts, config)
+            first = next(iter(found.values())).all_items
+            log.info("%s", splits[split].table(split))
+            invalid_items = {"invalid_beams": invalid(first, data.num_items)}
+            tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | invalid_items)
+            draft.health += require(check_recommendations(first, data.num_items))
+        exact = _compare_with_exact(run, model, users["test"], data)
+        result = EvaluationResult(splits=splits, exact_search=exact)
+        draft.folder.write_json(RESULT, result.model_dump(mode="json"))
         draft.metrics = {
-            name: {figure: round(value, 5) for figure, value in test[name]["all_items"].items()}
-            for name in ("tiger", "popularity", "markov_chain", "nearest_embeddings")
+            name: {metric: round(value, 5) for metric, value in method.metrics.items()}
+            for name, method in splits["test"].methods.items()
         }
 
-    return artifacts.build(run.root, "evaluation", run.evaluation, {"model": model}, make)
+    source = {f"compare_with/{position}": other.fingerprint for position, other in enumerate(others)}
+    stage = EvaluationStageConfig(evaluation=config, decoding=options)
+    return artifacts.build(run.root, "evaluation", stage, {"model": model}, make, source=source)
 
 
-def select_users(run: RunConfig, catalog: Catalog, split: Split) -> EvalSplit:
-    """All users with a target in the split, or `evaluation.max_users` of them."""
-    users = catalog.histories.evaluation(split)
-    limit = run.evaluation.max_users
-    if limit is None or limit >= len(users):
-        return users
-    drawn = np.random.default_rng(run.evaluation.seed).permutation(len(users))[:limit]
-    return users.take(np.sort(drawn))
-
-
-def compare_with_exact(run: RunConfig, model: Artifact, catalog: Catalog, users: EvalSplit) -> dict[str, Any]:
-    """Return what the beam loses: Recall@10 of the same users with beams of 20, of `evaluation.beam`, and with one as
-    wide as the catalog, which scores every item.
-    """
-    sampled = np.random.default_rng(run.evaluation.seed).permutation(len(users))[: run.evaluation.num_exact_users]
-    if not len(sampled) or catalog.n_items > _EXACT_ITEMS:
-        log.info("search: not compared with scoring every item (%d users, %d items)", len(sampled), catalog.n_items)
-        return {}
-    asked, recommender = users.take(np.sort(sampled)), Recommender.load(model)
-    names = [catalog.histories.source_ids[user] for user in asked.users]
-    figures: dict[str, Any] = {"users": len(asked)}
-    for beam in (20, run.evaluation.beam, catalog.n_items):
-        found = recommender.recommend(
-            list(asked.histories()), 10, beam=beam, users=names, batch_size=max(1, min(64, 50_000 // beam))
+def _comparable(other: Artifact, model: Artifact) -> Artifact:
+    """Return a further model, if it belongs to the same catalog."""
+    if other.inputs["catalog"].fingerprint != model.inputs["catalog"].fingerprint:
+        raise ConfigError(
+            f"evaluation.compare_with: {other.folder.uri} belongs to another catalog than {model.folder.uri}; "
+            "train it with the same data and catalog sections"
         )
-        recall = metrics.ranking(metrics.target_ranks(found.items, asked.targets), cutoffs=(10,))["recall@10"]
-        figures["exact" if beam == catalog.n_items else f"beam_{beam}"] = recall
-    log.info(
-        "search, %d test users: recall@10 %s",
-        len(asked),
-        ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "users"),
+    return other
+
+
+def _named(model: Artifact, others: list[Artifact]) -> Iterable[tuple[str, Artifact]]:
+    """Yield the models with names for tables: their families, numbered where two are equal."""
+    seen: dict[str, int] = {}
+    for artifact in [model, *others]:
+        kind = str(artifact.manifest["config"]["kind"]).rpartition(".")[2]
+        seen[kind] = seen.get(kind, 0) + 1
+        yield (kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"), artifact
+
+
+def _decode(
+    run: RunConfig, model: Artifact, users: dict[Split, EvalSplit], draft: Draft, name: str, options: DecodingConfig
+) -> dict[Split, RankedLists]:
+    """Return a model's lists by split; both splits go through one pool, because an actor takes long to start."""
+    everything, unseen = recommend_users(
+        model,
+        StoredData(model.inputs).histories,
+        [user for split in users.values() for user in split.users.tolist()],
+        [history for split in users.values() for history in split.histories()],
+        draft,
+        f"lists/{name}",
+        options=options,
+        with_and_without_seen=True,
+        max_actors=run.evaluation.max_actors,
+        scale=run.scale,
     )
-    return figures
+    assert unseen is not None
+    lists, begin = {}, 0
+    for split, chosen in users.items():
+        rows = slice(begin, begin := begin + len(chosen))
+        lists[split] = RankedLists(everything, unseen).rows(rows)
+    return lists
 
 
-def _baselines(catalog: Catalog, users: EvalSplit, vectors: npt.NDArray[np.float32]) -> dict[str, Lists]:
-    """Lists of each baseline, long enough that enough is left without the items of any history."""
-    histories, taken = catalog.histories, list(users.histories())
-    k = K + max(map(len, taken), default=0)
-    popular = baselines.popularity(histories, catalog.n_items, k)
-    return {
-        "popularity": np.tile(popular, (len(users), 1)),
-        "markov_chain": baselines.markov_chain(histories, catalog.n_items, taken, k),
-        "nearest_embeddings": baselines.nearest_by_embedding(vectors, taken, k),
-    }
+def _baselines(config: EvaluationConfig, model: Artifact) -> Iterable[tuple[str, Recommender]]:
+    """Yield the recommenders of `evaluation.baselines`, by name."""
+    for kind in config.baselines:
+        family = ModelConfig.of_kind(kind, "evaluation.baselines")(kind=kind)
+        assert isinstance(family, ModelConfig)
+        if hasattr(load_family(family), "train"):
+            raise ConfigError(
+                f"evaluation.baselines: {kind} needs training; train it (tiger train model.kind={kind}) and name its "
+                "folder in evaluation.compare_with"
+            )
+        inputs = dict(model.inputs)
+        if "embeddings" in family.inputs and "embeddings" not in inputs:
+            if "semantic_ids" not in inputs:
+                log.info("evaluation: %s left out: the model has no text embeddings", kind)
+                continue
+            inputs["embeddings"] = text_embeddings(inputs["semantic_ids"])
+        module = load_family(family)
+        recommender = module.recommender(nn.Module(), family, StoredData(inputs), torch.device("cpu"))
+        yield kind.rpartition(".")[2], recommender
 
 
-def compute_metrics(items: Lists, masked: Lists, users: EvalSplit, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Figures with every item allowed (`all_items`) and without the items of the history (`exclude_seen`)."""
-    ranks = metrics.target_ranks(items, users.targets)
-    return {
-        "all_items": metrics.ranking(ranks),
-        "ci95": metrics.confidence(ranks),
-        "exclude_seen": metrics.ranking(metrics.target_ranks(masked, users.targets)),
-        **metrics.coverage(items, len(counts)),
-        "popular_item_fraction@10": metrics.popular_item_fraction(items, counts),
-        "by_history_length": metrics.by_group(ranks, users.end - users.begin, _LENGTHS),
-        "by_target_popularity": metrics.by_group(ranks, counts[users.targets], _POPULARITIES),
-    }
+def _rank(
+    run: RunConfig, recommender: Recommender, users: dict[Split, EvalSplit], data: StoredData
+) -> dict[Split, RankedLists]:
+    names = data.histories.source_ids
+    return {split: evaluator.rank(recommender, chosen, names, run.decoding) for split, chosen in users.items()}
 
 
-def drop_seen(items: Lists, users: EvalSplit) -> Lists:
-    """Lists with the items of the users' histories taken out, filled up with -1."""
-    result = np.full_like(items, -1)
-    for row, history in enumerate(users.histories()):
-        kept = items[row][~np.isin(items[row], history)]
-        result[row, : len(kept)] = kept
-    return result
+def _compare_with_exact(run: RunConfig, model: Artifact, users: EvalSplit, data: StoredData) -> dict[str, float]:
+    """Compare beam search with scoring every item, for a sample of the test users of a generative model."""
+    asked = sample_users(users, run.evaluation.num_exact_users, run.evaluation.seed)
+    recommender = Recommender.load(model)
+    if not len(asked) or data.num_items > _EXACT_ITEMS or recommender.groups is None:
+        log.info("beam search is not compared with scoring all %s items", f"{data.num_items:,}")
+        return {}
+    results = evaluator.compare_with_exact(recommender, asked, data.histories.source_ids, run.decoding)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items() if name != "users")
+    log.info("beam search, %d test users: recall@10 %s", len(asked), shown)
+    return results
 
 
-def _table(figures: dict[str, Any]) -> str:
-    names = ["popularity", "markov_chain", "nearest_embeddings"]
-    lines = [
-        f"{'':<12}{'tiger':>9}  {'95 % interval':<18}{'masked':>9}"
-        + "".join(f"{name.replace('_', ' '):>20}" for name in names)
-    ]
-    for name, value in figures["tiger"]["all_items"].items():
-        low, high = figures["tiger"]["ci95"][name]
-        lines.append(
-            f"{name:<12}{value:>9.4f}  {f'{low:.4f} to {high:.4f}':<18}{figures['tiger']['exclude_seen'][name]:>9.4f}"
-            + "".join(f"{figures[other]['all_items'][name]:>20.4f}" for other in names)
-        )
-    for title in ("by_history_length", "by_target_popularity"):
-        groups = figures["tiger"][title].items()
-        lines.append(
-            f"recall@10 {title.replace('_', ' ')}: "
-            + ", ".join(f"{k}: {v['recall@10']:.4f} ({v['users']:,})" for k, v in groups)
-        )
-    for name in names:
-        difference, low, high = figures["paired_difference"][name]["recall@10"]
-        lines.append(
-            f"recall@10, tiger minus {name.replace('_', ' ')}: {difference:+.4f} ({low:+.4f} to {high:+.4f}, paired)"
-        )
-    return "\n".join(lines)
+on_model = evaluate
+SECTIONS_ON_MODEL = ("evaluation", "decoding", "scale", "tracking")
 
 
 def job(run: RunConfig) -> Artifact:

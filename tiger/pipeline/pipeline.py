@@ -20,13 +20,13 @@ from tiger.run import RunConfig
 log = logging.getLogger(__name__)
 
 
-def pipeline(run: RunConfig) -> Artifact:
-    """Run all stages; return the metrics artifact."""
+def run_pipeline(run: RunConfig) -> Artifact:
+    """Run all stages; return the evaluation artifact."""
     catalog = prepare(run)  # raw files -> items with one text each, users with their histories
     embeddings = embed(run, catalog)  # texts -> vectors
     vectors = build_item_vectors(run, catalog, embeddings)  # ... and what is bought together -> item vectors
     ids = build_semantic_ids(run, vectors)  # item vectors -> codes -> one unique semantic ID per item
-    model = train_model(run, catalog, ids)  # histories as semantic IDs -> a model that generates the next one
+    model = train_model(run, catalog, embeddings, ids)  # histories as semantic IDs -> a model that generates the next
     metrics = evaluate(run, model)  # how often it finds what users took next
     recommendations = recommend(run, model)  # what they may take next
     print_examples(recommendations)
@@ -44,4 +44,4 @@ def summary(parts: list[Artifact], dollars_per_hour: float | None) -> str:
     return "\n".join(["time by stage", *lines])
 
 
-job = pipeline
+job = run_pipeline

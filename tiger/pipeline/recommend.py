@@ -5,24 +5,33 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
-from tiger.core.config import fingerprint
+from tiger.core.config import Config, fingerprint
 from tiger.core.errors import DataError
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_recommendations, require
-from tiger.models.recommender import show
+from tiger.models.decoding import DecodingConfig
 from tiger.on_ray.recommend import recommend_users
 from tiger.pipeline.train import ensure_model
-from tiger.run import RunConfig
+from tiger.run import RecommendConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
 _TABLE = "recommendations"
+
+
+class RecommendStageConfig(Config):
+    """The options that determine recommendations."""
+
+    recommend: RecommendConfig
+    decoding: DecodingConfig
 
 
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
@@ -40,25 +49,19 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
             [histories.of(user) for user in users],
             draft,
             _TABLE,
-            k=config.k,
-            beam=config.beam,
-            history="excluded" if config.exclude_history else "allowed",
-            options={
-                "allowed": _items_of(names, catalog),
-                "temperature": config.temperature,
-                "per_first_code": config.max_per_first_code,
-                "seed": config.seed,
-            },
+            options=run.decoding,
+            allowed_items=_items_of(names, catalog),
             max_actors=config.max_actors,
             scale=run.scale,
         )
         _write_readable(draft, catalog)
-        draft.metrics = {"users": len(users), "k": config.k}
-        draft.health = require(check_recommendations(items, catalog.n_items, cutoff=config.k))
+        draft.metrics = {"users": len(users), "k": run.decoding.k}
+        draft.health = require(check_recommendations(items, catalog.n_items, cutoff=run.decoding.k))
 
     names = _names(config.allowed_items_file)
+    stage = RecommendStageConfig(recommend=config, decoding=run.decoding)
     source = {"allowed": fingerprint(sorted(names))} if names is not None else None
-    return artifacts.build(run.root, "recommendations", config, {"model": model}, make, source=source)
+    return artifacts.build(run.root, "recommendations", stage, {"model": model}, make, source=source)
 
 
 def _names(file: str | None) -> set[str] | None:
@@ -115,11 +118,28 @@ def print_examples(recommendations: Artifact) -> None:
     found = recommendations.folder.read_table(_TABLE).slice(0, _SHOWN)
     for user, items, scores in zip(*(found[name].to_pylist() for name in found.column_names), strict=True):
         name, history = catalog.histories.source_ids[user], catalog.histories.of(user)
-        log.info("user %s\n%s", name, show(catalog, history, np.array(items), np.array(scores)))
+        log.info("user %s\n%s", name, _show(catalog, history, np.array(items), np.array(scores)))
+
+
+def _show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], scores: npt.NDArray[Any]) -> str:
+    """Format one user's history and recommendations: source ids, titles, scores."""
+    lines = [f"  history {catalog.source_ids[item]:<12} {catalog.titles[item]:.90}" for item in history[-5:]]
+    for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1):
+        if item >= 0:
+            lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
+    return "\n".join(lines)
+
+
+def on_model(run: RunConfig, model: Artifact) -> Artifact:
+    """Recommend items to every user with a trained model and log the first lists."""
+    artifact = recommend(run, model)
+    print_examples(artifact)
+    return artifact
+
+
+SECTIONS_ON_MODEL = ("recommend", "decoding", "scale", "tracking")
 
 
 def job(run: RunConfig) -> Artifact:
     """Recommend items to every user and log the first lists; train the model first if needed."""
-    artifact = recommend(run, ensure_model(run))
-    print_examples(artifact)
-    return artifact
+    return on_model(run, ensure_model(run))

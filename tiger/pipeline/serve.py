@@ -8,11 +8,16 @@ from tiger.pipeline.train import ensure_model
 from tiger.run import RunConfig
 
 
-def serve(run: RunConfig) -> Artifact:
-    """Train the model if needed and serve it until interrupted."""
-    model = ensure_model(run)
-    serve_forever(model, run.serve, run.scale)
+def serve(run: RunConfig, model: Artifact) -> Artifact:
+    """Serve a model until interrupted."""
+    serve_forever(model, run.serve, run.decoding, run.scale)
     return model
 
 
-job = serve
+on_model = serve
+SECTIONS_ON_MODEL = ("serve", "decoding", "scale", "tracking")
+
+
+def job(run: RunConfig) -> Artifact:
+    """Serve the model of a configuration; train it first if needed."""
+    return serve(run, ensure_model(run))

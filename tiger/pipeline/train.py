@@ -1,38 +1,51 @@
-"""Train the generative model on histories as semantic IDs (Ray Train); validation selects the weights."""
+"""Train the model on users' histories (Ray Train); validation selects the weights. model.kind names the family."""
 
 from __future__ import annotations
+
+from torch import nn
 
 from tiger.core import artifacts
 from tiger.core.artifacts import Artifact, Draft
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
-from tiger.models.tiger.train import ModelJob
+from tiger.models.base import load_family
+from tiger.models.train import ModelJob
 from tiger.on_ray.train import train
 from tiger.pipeline.embed import embed
 from tiger.pipeline.item_vectors import build_item_vectors
 from tiger.pipeline.prepare import prepare
 from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.run import RunConfig
+from tiger.training.weights import write_weights
 
 
-def train_model(run: RunConfig, catalog: Artifact, ids: Artifact) -> Artifact:
-    """Return the model artifact trained on a catalog's histories as semantic IDs."""
+def train_model(run: RunConfig, *inputs: Artifact) -> Artifact:
+    """Return the model artifact trained on the artifacts that its family reads; others are left out."""
+    config, given = run.model, {artifact.kind: artifact for artifact in inputs}
+    used = {kind: given[kind] for kind in config.inputs}
 
     def make(draft: Draft) -> None:
-        worker_job = ModelJob(run.model, catalog.folder, ids.folder, draft.folder)
-        draft.metrics = train(worker_job, draft.folder, run.scale, "model", batch_size=run.model.training.batch_size)
-        guessing = min(1.0, 10 / catalog.metrics["items"])
-        popular = popularity_recall(Catalog(catalog).histories, run.model.training.validation_users, run.model.seed)
+        if not hasattr(load_family(config), "train"):  # nothing but the configuration has to be kept
+            write_weights(nn.Module(), draft.folder)
+            return
+        job = ModelJob(config, {kind: artifact.folder for kind, artifact in used.items()}, draft.folder)
+        draft.metrics = train(job, draft.folder, run.scale, "model", batch_size=config.training.batch_size)
+        guessing = min(1.0, 10 / used["catalog"].metrics["items"])
+        popular = popularity_recall(Catalog(used["catalog"]).histories, config.training.validation_users, config.seed)
         draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
-    return artifacts.build(run.root, "model", run.model, {"catalog": catalog, "semantic_ids": ids}, make)
+    return artifacts.build(run.root, "model", config, used, make)
 
 
 def ensure_model(run: RunConfig) -> Artifact:
-    """Run all stages up to the model, as far as needed; return the model artifact."""
+    """Run the stages up to the model that its family needs, as far as they are not finished; return the model."""
     catalog = prepare(run)
-    vectors = build_item_vectors(run, catalog, embed(run, catalog))
-    return train_model(run, catalog, build_semantic_ids(run, vectors))
+    if run.model.inputs == ("catalog",):
+        return train_model(run, catalog)
+    embeddings = embed(run, catalog)
+    if "semantic_ids" not in run.model.inputs:
+        return train_model(run, catalog, embeddings)
+    return train_model(run, catalog, build_semantic_ids(run, build_item_vectors(run, catalog, embeddings)))
 
 
 job = ensure_model

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
+from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError, DataError
 from tiger.core.storage import Folder
@@ -130,6 +131,16 @@ class SemanticIds:
         query_keys = packed(np.where(in_range[:, None], queries, 0), self.level_sizes)
         index = np.minimum(np.searchsorted(keys, query_keys), len(keys) - 1)
         return np.where(in_range & (keys[index] == query_keys), order[index], -1)
+
+    @classmethod
+    def load(cls, run: str | Artifact) -> SemanticIds:
+        """Open a semantic_ids artifact, or its folder.
+
+        Raises:
+            ArtifactError: it is missing, incomplete, or not semantic IDs.
+        """
+        artifact = open_artifact(run, expected_kind="semantic_ids") if isinstance(run, str) else run
+        return cls.read(artifact.folder)
 
     @classmethod
     def read(cls, folder: Folder) -> SemanticIds:

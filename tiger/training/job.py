@@ -44,4 +44,6 @@ class TrainingJob(ABC):
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
     return value.uri if isinstance(value, Folder) else value

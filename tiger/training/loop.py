@@ -120,6 +120,7 @@ class FitResult:
         stopped_early: whether training stopped before the last step.
         log: metrics of all validations.
         precision: precision of the training.
+        extra: further metrics of the training, JSON values.
     """
 
     best: dict[str, float]
@@ -128,6 +129,7 @@ class FitResult:
     stopped_early: bool
     log: list[dict[str, Any]]
     precision: Choice = field(default_factory=lambda: Choice("float32"))
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def rank() -> int:

@@ -34,7 +34,7 @@ def save_training_result(module: nn.Module, result: FitResult, target: Folder) -
         write_weights(module, target)
         target.write_bytes("metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in result.log).encode())
     steps = {"best_step": result.best_step, "steps": result.steps, "stopped_early": result.stopped_early}
-    return result.best | steps | result.precision.figures()
+    return result.best | steps | result.extra | result.precision.figures()
 
 
 def write_weights(module: nn.Module, target: Folder) -> None:

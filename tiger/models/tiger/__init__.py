@@ -1,1 +1,9 @@
-"""TIGER: the encoder-decoder that generates semantic IDs, its batches and its constrained beam search."""
+"""TIGER: a transformer that generates the semantic ID of the next item (Rajput et al. 2023)."""
+
+from tiger.models.tiger.config import TigerConfig
+from tiger.models.tiger.recommender import build, recommender
+from tiger.models.tiger.train import train
+
+Config = TigerConfig
+
+__all__ = ["Config", "build", "recommender", "train"]

@@ -7,7 +7,6 @@ fill 7 of 20 positions on average.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tiger.data.histories import Histories
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.items import PAD
+from tiger.models.padding import PAD
+from tiger.models.sampling import hash_users
+from tiger.models.tiger.config import TigerConfig
 from tiger.semantic_ids.trie import Trie
 from tiger.training.loop import Batch, share
 
@@ -26,7 +26,7 @@ from tiger.training.loop import Batch, share
 class Examples(ABC):
     """The targets of the training parts, in batches; `collate` gives what the model's forward reads."""
 
-    def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
+    def __init__(self, histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]) -> None:
         """
         Args:
             trie: of the semantic IDs, on the CPU.
@@ -69,7 +69,7 @@ class Examples(ABC):
 class TargetExamples(Examples):
     """All (history, target) pairs of the training part, for a bidirectional encoder."""
 
-    def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
+    def __init__(self, histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]) -> None:
         """Take the arguments of `Examples`."""
         super().__init__(histories, config, trie, known)
         self.max_items = config.max_history_items
@@ -80,7 +80,7 @@ class TargetExamples(Examples):
         self.target = begins[users] + 1 + in_history  # position of the target in `items`
         self.length = np.minimum(in_history + 1, self.max_items)
         tokens = config.num_user_tokens
-        self.user_token = user_token_ids(histories.source_ids, tokens)[users] if tokens else None
+        self.user_token = hash_users(histories.source_ids, tokens)[users] if tokens else None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -118,7 +118,7 @@ class SequenceExamples(Examples):
     inference.
     """
 
-    def __init__(self, histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> None:
+    def __init__(self, histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]) -> None:
         """Take the arguments of `Examples`."""
         super().__init__(histories, config, trie, known)
         context = config.context_items
@@ -171,13 +171,13 @@ class SequenceExamples(Examples):
         return sequence, torch.from_numpy(targets), torch.from_numpy(positions), *self.siblings_of(target)
 
 
-def make_examples(histories: Histories, config: ModelConfig, trie: Trie, known: list[Tensor]) -> Examples:
+def make_examples(histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]) -> Examples:
     """Return the training examples that the encoder of a configuration reads."""
     kind = SequenceExamples if config.encoder == "causal" else TargetExamples
     return kind(histories, config, trie, known)
 
 
-def needs_siblings(config: ModelConfig) -> bool:
+def needs_siblings(config: TigerConfig) -> bool:
     """Return whether the loss compares a target with the children of its trie nodes."""
     return config.softmax == "trie" or config.softmax_support == "children"
 
@@ -193,9 +193,3 @@ def pad_histories(items: npt.NDArray[np.integer], begins: npt.NDArray[np.int64],
     history = items[np.where(inside, positions, ends[:, None] - 1)].astype(np.int64)
     history[~inside] = PAD
     return torch.from_numpy(history)
-
-
-def user_token_ids(source_ids: list[str], buckets: int) -> npt.NDArray[np.int64]:
-    """Return the token of each user in [0, buckets): a stable hash of the user's name, unlike Python's `hash`."""
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in source_ids)
-    return np.array([int.from_bytes(digest, "little") % buckets for digest in digests], np.int64)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tiger.core.config import Config
-from tiger.training.loop import Precision, TrainingConfig
+from tiger.models.base import ModelConfig, ModelTraining
+from tiger.training.loop import Precision
 
 _PAPER: dict[str, Any] = {
     "encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes", "num_user_tokens": 2000,
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class ModelTraining(TrainingConfig):
+class TigerTraining(ModelTraining):
     """How the generative model is trained."""
 
     epochs: int = Field(30, ge=0, description="maximum number of passes over all targets")
@@ -38,14 +38,20 @@ class ModelTraining(TrainingConfig):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
     warmup_steps: int = Field(200, ge=0, description="steps of linear warm-up, before a cosine to zero")
     validate_every_epochs: float = Field(1.0, gt=0, description="epochs between two validations by beam search")
-    validation_users: int = Field(2000, ge=1, description="maximum number of users that choose the best weights")
+    validation_users: int | None = Field(
+        2000, ge=1, description="maximum number of users that choose the best weights; none: all"
+    )
     validation_beam: int = Field(20, ge=10, description="beam of that validation")
     patience: int = Field(5, ge=1, description="validations without a better NDCG@10 before training stops")
     precision: Precision = Field("auto", description="auto: the faster one, by measurement")
 
 
-class ModelConfig(Config):
+class TigerConfig(ModelConfig):
     """Size and parts of the model; a key that is given overrides the preset."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("catalog", "semantic_ids")
+
+    kind: Literal["tiger"] = Field("tiger", description="the model generates the semantic ID of the next item")
 
     preset: Literal["small", "medium", "tiger-paper", "tiger-tuned"] = Field(
         "small", description="parts and sizes by name; keys below that are not given take the preset's value"
@@ -90,8 +96,7 @@ class ModelConfig(Config):
     num_user_tokens: int | None = Field(
         None, ge=0, description="buckets of a token for the user (the paper: 2,000); 0: none"
     )
-    training: ModelTraining = ModelTraining()
-    seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
+    training: TigerTraining = TigerTraining()
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.encoder import EncodedHistory
 from tiger.models.tiger.items import ItemEmbedding
 from tiger.models.tiger.layers import DecoderLayer, KVCache
@@ -16,7 +16,7 @@ from tiger.models.tiger.layers import DecoderLayer, KVCache
 class CodeDecoder(nn.Module):
     """Decode the codes of an item one after the other."""
 
-    def __init__(self, config: ModelConfig, num_levels: int) -> None:
+    def __init__(self, config: TigerConfig, num_levels: int) -> None:
         super().__init__()
         d_model = config.d_model or 0
         self.bos_embedding = nn.Parameter(torch.zeros(d_model))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiger.models.tiger.config import ModelConfig
-from tiger.models.tiger.items import PAD, ItemEmbedding
+from tiger.models.padding import PAD
+from tiger.models.tiger.config import TigerConfig
+from tiger.models.tiger.items import ItemEmbedding
 from tiger.models.tiger.layers import EncoderLayer
 from tiger.semantic_ids.trie import Trie
 
@@ -42,7 +43,7 @@ class HistoryEncoder(nn.Module):
     not tell where a history begins.
     """
 
-    def __init__(self, config: ModelConfig, num_levels: int) -> None:
+    def __init__(self, config: TigerConfig, num_levels: int) -> None:
         super().__init__()
         d_model = config.d_model or 0
         self.causal, self.max_items, self.context = (

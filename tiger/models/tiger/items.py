@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tiger.core.errors import ConfigError
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.semantic_ids.trie import Trie
-
-PAD = -1
-"""Item of a position in a batch that holds no item."""
 
 
 class ItemEmbedding(nn.Module):
@@ -26,7 +23,7 @@ class ItemEmbedding(nn.Module):
     text_std: Tensor
     training_counts: Tensor
 
-    def __init__(self, config: ModelConfig, trie: Trie, vectors: Tensor | None) -> None:
+    def __init__(self, config: TigerConfig, trie: Trie, vectors: Tensor | None) -> None:
         """
         Args:
             trie: semantic IDs of the catalog.

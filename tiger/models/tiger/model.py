@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.padding import PAD
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.decoder import CodeDecoder
 from tiger.models.tiger.encoder import EncodedHistory, HistoryEncoder
-from tiger.models.tiger.items import PAD, ItemEmbedding
+from tiger.models.tiger.items import ItemEmbedding
 from tiger.models.tiger.softmax import CodeSoftmax, TrieSoftmax
 from tiger.semantic_ids.trie import Siblings, Trie
 
@@ -24,7 +25,7 @@ from tiger.semantic_ids.trie import Siblings, Trie
 class TigerModel(nn.Module):
     """p(semantic ID of the next item | history), the product of one softmax per level."""
 
-    def __init__(self, config: ModelConfig, trie: Trie, vectors: Tensor | None = None) -> None:
+    def __init__(self, config: TigerConfig, trie: Trie, vectors: Tensor | None = None) -> None:
         """
         Args:
             trie: semantic IDs of the catalog.

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.padding import PAD
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.encoder import EncodedHistory
-from tiger.models.tiger.items import PAD, ItemEmbedding
+from tiger.models.tiger.items import ItemEmbedding
 from tiger.semantic_ids.trie import Siblings, Trie
 
 _NODES_AT_ONCE = 1 << 16
@@ -21,7 +22,7 @@ _NODES_AT_ONCE = 1 << 16
 class CodeSoftmax(nn.Module):
     """One output vector per code, tied to its input embedding: TIGER as published (Rajput et al. 2023)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TigerConfig) -> None:
         super().__init__()
         self.over_children = config.softmax_support == "children"
 
@@ -96,7 +97,7 @@ class TrieSoftmax(nn.Module):
 
     known_root: Tensor
 
-    def __init__(self, config: ModelConfig, trie: Trie, vectors: Tensor) -> None:
+    def __init__(self, config: TigerConfig, trie: Trie, vectors: Tensor) -> None:
         """
         Args:
             vectors: floating-point [items, d] text embeddings.

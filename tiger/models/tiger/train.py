@@ -6,56 +6,41 @@ Plain PyTorch in one process or in a process group; `on_ray/train.py` starts the
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tiger.core.artifacts import open_artifact
 from tiger.core.errors import HealthError
 from tiger.core.precision import Shapes
-from tiger.core.storage import Folder
-from tiger.data.catalog import Catalog
-from tiger.data.histories import Histories
+from tiger.data.histories import Histories, sample_users
 from tiger.metrics.ranking import ranking, target_ranks
-from tiger.models.recommender import load_text_embeddings
-from tiger.models.tiger.batches import make_examples, pad_histories, user_token_ids
+from tiger.models.base import ModelData
+from tiger.models.sampling import hash_users
+from tiger.models.tiger.batches import make_examples, pad_histories
 from tiger.models.tiger.beam_search import beam_search
-from tiger.models.tiger.config import ModelConfig
+from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
-from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 from tiger.training import loop as training
-from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks, FitResult, Schedule
-from tiger.training.weights import save_training_result
 
 log = logging.getLogger(__name__)
 
 
-def fit_model(
-    config: ModelConfig,
-    histories: Histories,
-    ids: SemanticIds,
-    *,
-    device: torch.device,
-    vectors: Tensor | None = None,
-    hooks: Callbacks | None = None,
-) -> tuple[TigerModel, FitResult]:
+def train(
+    model: TigerModel, config: TigerConfig, data: ModelData, *, device: torch.device, callbacks: Callbacks | None = None
+) -> FitResult:
     """Train the generative model; the best weights are chosen by NDCG@10 of beam search on validation users.
-
-    Args:
-        vectors: floating-point [items, d] text embeddings, for softmax = trie.
 
     Raises:
         HealthError: the targets are not those of the training parts, or the loss is not finite.
     """
-    torch.manual_seed(config.seed)
-    trie = Trie(ids)
-    model = TigerModel(config, Trie(ids), vectors)
-    known_nodes = model.set_training_counts(torch.from_numpy(histories.training_counts(len(ids))))
+    histories = data.histories
+    trie = Trie(data.semantic_ids)  # on the CPU, for the batches
+    known_nodes = model.set_training_counts(torch.from_numpy(histories.training_counts(data.num_items)))
     model = model.to(device)
     training.broadcast(model)
     examples = make_examples(histories, config, trie, known_nodes)
@@ -71,22 +56,23 @@ def fit_model(
         device=device,
         validate=validation(config, model, histories, device),
         objective="ndcg@10",
-        hooks=hooks,
+        hooks=callbacks,
         name="model",
         shapes=model_shapes(config, model),
     )
-    return model.eval(), result
+    references = reference_losses(trie, histories.training_targets())
+    if training.rank() == 0:
+        log.info("%s", _losses_by_level(result.log[-1], references))
+    return replace(result, extra={"reference_losses": references})
 
 
-def validation(config: ModelConfig, model: TigerModel, histories: Histories, device: torch.device) -> Any:
+def validation(config: TigerConfig, model: TigerModel, histories: Histories, device: torch.device) -> Any:
     """Return the function that `fit` validates with: beam search for a sample of validation users."""
-    users = histories.evaluation("valid")
-    chosen = np.random.default_rng(config.seed).permutation(len(users))[: config.training.validation_users]
-    users = users.take(np.sort(chosen))
+    users = sample_users(histories.evaluation("valid"), config.training.validation_users, config.seed)
     context, beam = config.context_items, config.training.validation_beam
     lengths = np.minimum(users.end - users.begin, context)
     own = np.argsort(lengths, kind="stable")[training.rank() :: training.world_size()]
-    tokens = user_token_ids(histories.source_ids, config.num_user_tokens) if config.num_user_tokens else None
+    tokens = hash_users(histories.source_ids, config.num_user_tokens) if config.num_user_tokens else None
 
     def validate(module: nn.Module) -> dict[str, float]:
         ranks = np.zeros(len(users), np.int64)
@@ -127,7 +113,7 @@ def reference_losses(trie: Trie, targets: np.ndarray) -> dict[str, list[float]]:
     return {"uniform": uniform, "popularity": popularity}
 
 
-def model_shapes(config: ModelConfig, model: TigerModel) -> Shapes:
+def model_shapes(config: TigerConfig, model: TigerModel) -> Shapes:
     """Return the sizes of a training step of this worker; histories fill about half of their positions."""
     length = max(1, config.max_history_items * model.encoder.tokens_per_item // 2)
     per_example = model.trie.depth if model.encoder.causal else length
@@ -139,29 +125,6 @@ def model_shapes(config: ModelConfig, model: TigerModel) -> Shapes:
         head_dim=config.head_dim or 0,
         length=length,
     )
-
-
-@dataclass(frozen=True)
-class ModelJob(TrainingJob):
-    """Training of the generative model on the artifacts of a catalog and its semantic IDs; written to `target`."""
-
-    config: ModelConfig
-    catalog: Folder
-    semantic_ids: Folder
-    target: Folder
-
-    def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
-        """Train; return the best validation metrics, and losses to compare with."""
-        histories = Catalog(open_artifact(self.catalog)).histories
-        artifact = open_artifact(self.semantic_ids)
-        vectors = load_text_embeddings(self.config, artifact)
-        model, result = fit_model(
-            self.config, histories, SemanticIds.read(artifact.folder), device=device, vectors=vectors, hooks=callbacks
-        )
-        references = reference_losses(model.trie.cpu(), histories.training_targets())
-        if training.rank() == 0:
-            log.info("%s", _losses_by_level(result.log[-1], references))
-        return save_training_result(model, result, self.target) | {"reference_losses": references}
 
 
 def _losses_by_level(last: dict[str, Any], references: dict[str, list[float]]) -> str:

@@ -1,0 +1,222 @@
+"""Evaluate recommenders on the same users: metrics with intervals, paired differences, groups of users.
+
+Lists are of items, not of codes, over all users or a sample drawn by seed, with no sampled negatives; once with every
+item allowed and once without those of the history. Interactions of equal times are in the order of the raw file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field
+
+from tiger.core.config import Config
+from tiger.data.histories import EvalSplit
+from tiger.metrics import ranking
+from tiger.metrics.ranking import CUTOFFS, LIST_METRICS, user_metrics
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommendations, Recommender
+
+LIST_LENGTH = max(CUTOFFS)
+_CUTOFF = 10  # of metrics that are reported at one cutoff
+_LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
+
+Lists = npt.NDArray[np.int64]
+
+
+class EvaluationConfig(Config):
+    """What is evaluated, and on whom."""
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors", "compare_with"})  # artifacts count by content
+
+    metrics: list[str] = Field(
+        ["recall", "ndcg", "mrr"],
+        min_length=1,
+        description="metrics of users: recall, ndcg, mrr, or the dotted name of a function (ranks, cutoff) -> values",
+    )
+    baselines: list[str] = Field(
+        ["popularity", "markov_chain", "nearest_neighbors"],
+        description="model families that are evaluated on the same users; those that need no training",
+    )
+    compare_with: list[str] = Field(
+        [], description="folders of further models of the same catalog, such as SASRec's, evaluated on the same users"
+    )
+    max_users: int | None = Field(None, ge=1, description="users per split, sampled by seed; none: all")
+    num_exact_users: int = Field(
+        300, ge=0, description="test users for whom beam search is compared with scoring every item; 0: none"
+    )
+    max_actors: int | None = Field(
+        None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
+    )
+    seed: int = Field(0, ge=0, description="seed of the sample of users and of the bootstrap")
+
+
+class GroupResult(BaseModel):
+    """Recall@10 of a group of users."""
+
+    users: int
+    recall: float
+
+
+class MethodResult(BaseModel):
+    """Metrics of one recommender on the users of a split."""
+
+    metrics: dict[str, float] = Field(description="metrics with every item allowed, averaged over users")
+    ci95: dict[str, tuple[float, float]] = Field(description="95% confidence intervals over users")
+    exclude_seen: dict[str, float] = Field(description="metrics without the items of the histories")
+    lists: dict[str, float] = Field(description="metrics of all lists together, at cutoff 10")
+    by_history_length: dict[str, GroupResult]
+    by_target_popularity: dict[str, GroupResult]
+
+
+class SplitResult(BaseModel):
+    """All methods on the users of a split; the first method is the evaluated model."""
+
+    users: int
+    methods: dict[str, MethodResult]
+    paired: dict[str, dict[str, tuple[float, float, float]]] = Field(
+        description="by method, how much better the first one is: difference and bounds of its 95% interval"
+    )
+
+    def table(self, name: str) -> str:
+        """Format the metrics as text: the first method with intervals, the others, groups, and differences."""
+        first, *others = self.methods
+        result = self.methods[first]
+        heads = "".join(f"{other.replace('_', ' '):>20}" for other in others)
+        lines = [
+            f"{name}, {self.users:,} users",
+            f"{'':<12}{first:>9}  {'95% interval':<18}{'seen excluded':>14}{heads}",
+        ]
+        for metric, value in result.metrics.items():
+            low, high = result.ci95[metric]
+            row = "".join(f"{self.methods[other].metrics[metric]:>20.4f}" for other in others)
+            interval = f"{low:.4f} to {high:.4f}"
+            lines.append(f"{metric:<12}{value:>9.4f}  {interval:<18}{result.exclude_seen[metric]:>14.4f}{row}")
+        for title, groups in (
+            ("by history length", result.by_history_length),
+            ("by target popularity", result.by_target_popularity),
+        ):
+            shown = (f"{group}: {value.recall:.4f} ({value.users:,})" for group, value in groups.items())
+            lines.append(f"recall@{_CUTOFF} {title}: {', '.join(shown)}")
+        for other, differences in self.paired.items():
+            if f"recall@{_CUTOFF}" in differences:
+                difference, low, high = differences[f"recall@{_CUTOFF}"]
+                lines.append(
+                    f"recall@{_CUTOFF}, {first} minus {other.replace('_', ' ')}: {difference:+.4f} "
+                    f"({low:+.4f} to {high:+.4f}, paired)"
+                )
+        return "\n".join(lines)
+
+
+class EvaluationResult(BaseModel):
+    """The content of evaluation.json; `EvaluationResult.model_json_schema()` is its schema."""
+
+    splits: dict[str, SplitResult] = Field(description="by split: valid, test")
+    exact_search: dict[str, float] = Field(
+        description="recall@10 of the same test users by width of the beam, and of scoring every item (`exact`)"
+    )
+
+
+@dataclass(frozen=True)
+class RankedLists:
+    """Lists of one recommender for the users of a split.
+
+    Attributes:
+        all_items: int64 [U, 50] with every item allowed, padded with -1.
+        unseen_items: int64 [U, 50] without the items of the histories.
+    """
+
+    all_items: Lists
+    unseen_items: Lists
+
+    @classmethod
+    def of(cls, everything: Recommendations, unseen: Recommendations) -> RankedLists:
+        """Take the items of recommendations."""
+        return cls(everything.items, unseen.items)
+
+    def rows(self, rows: slice) -> RankedLists:
+        """Return the lists of some users."""
+        return RankedLists(self.all_items[rows], self.unseen_items[rows])
+
+
+def rank(recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig) -> RankedLists:
+    """Return a recommender's lists for the users of a split, made in this process."""
+    names = [source_ids[user] for user in users.users]
+    found = recommender.recommend_with_and_without_seen(users.histories(), options.ranked(LIST_LENGTH), users=names)
+    return RankedLists.of(*found)
+
+
+def evaluate(
+    lists: Mapping[str, RankedLists], users: EvalSplit, counts: npt.NDArray[np.int64], config: EvaluationConfig
+) -> SplitResult:
+    """Evaluate lists of several methods for the same users.
+
+    Args:
+        lists: by method; the first one is compared with the others.
+        users: the users of a split, with their targets.
+        counts: int64 [items], interactions of every item in training.
+        config: the metrics.
+    """
+    metrics = user_metrics(config.metrics)
+    ranks = {name: ranking.target_ranks(found.all_items, users.targets) for name, found in lists.items()}
+    first, *others = lists
+    return SplitResult(
+        users=len(users),
+        methods={
+            name: MethodResult(
+                metrics=ranking.ranking(ranks[name], metrics=metrics),
+                ci95=ranking.confidence(ranks[name], seed=config.seed, metrics=metrics),
+                exclude_seen=ranking.ranking(
+                    ranking.target_ranks(found.unseen_items, users.targets), metrics=metrics
+                ),
+                lists={
+                    f"{metric}@{_CUTOFF}": value(found.all_items, counts, _CUTOFF)
+                    for metric, value in LIST_METRICS.items()
+                },
+                by_history_length=_groups(ranks[name], users.end - users.begin, _LENGTHS),
+                by_target_popularity=_groups(ranks[name], counts[users.targets], _POPULARITIES),
+            )
+            for name, found in lists.items()
+        },
+        paired={
+            name: ranking.paired_difference(ranks[first], ranks[name], seed=config.seed, metrics=metrics)
+            for name in others
+        },
+    )  # fmt: skip
+
+
+def _groups(ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple[int, ...]) -> dict[str, GroupResult]:
+    groups = ranking.by_group(ranks, values, edges, _CUTOFF)
+    return {name: GroupResult(users=int(group["users"]), recall=group["recall"]) for name, group in groups.items()}
+
+
+def compare_with_exact(
+    recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig
+) -> dict[str, float]:
+    """Return Recall@10 with beams of 20, of `options.beam`, and as wide as the catalog, which scores every item."""
+    names = [source_ids[user] for user in users.users]
+    results: dict[str, float] = {"users": len(users)}
+    for beam in dict.fromkeys((20, options.beam, recommender.num_items)):
+        batch_size = max(1, min(options.batch_size, 50_000 // beam))
+        changed = options.ranked(_CUTOFF).model_copy(update={"beam": beam, "batch_size": batch_size})
+        found = recommender.recommend(users.histories(), changed, users=names)
+        recall = ranking.ranking(ranking.target_ranks(found.items, users.targets), cutoffs=(_CUTOFF,))
+        results["exact" if beam == recommender.num_items else f"beam_{beam}"] = recall[f"recall@{_CUTOFF}"]
+    return results
+
+
+__all__ = [
+    "LIST_LENGTH",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "MethodResult",
+    "RankedLists",
+    "SplitResult",
+    "compare_with_exact",
+    "evaluate",
+    "rank",
+]

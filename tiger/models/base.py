@@ -1,0 +1,133 @@
+"""The contract of a model family: a module, or package, in this folder or in any installed package by its dotted name.
+
+    class Config(ModelConfig)                                  its options; `inputs`: what `data` gives access to
+    recommender(module, config, data, device) -> Recommender   the trained module, ready to recommend
+
+and, of a family with weights (the others are made from `data` whenever they are loaded):
+
+    build(config, data) -> module                              before training; the caller has set the seed
+    train(module, config, data, *, device, callbacks) -> FitResult
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
+
+from pydantic import Field
+from torch import Tensor
+
+from tiger.core.artifacts import Artifact
+from tiger.core.config import PluginConfig, load_plugin
+from tiger.data.catalog import Catalog
+from tiger.data.histories import Histories
+from tiger.embedding.vectors import load_embeddings
+from tiger.semantic_ids.assignment import SemanticIds
+from tiger.training.loop import TrainingConfig
+
+
+class ModelTraining(TrainingConfig):
+    """How a model is trained."""
+
+    validation_users: int | None = Field(
+        None, ge=1, description="maximum number of users that choose the best weights; none: all"
+    )
+
+
+class NoModelTraining(ModelTraining):
+    """Training options of families that only count, or have nothing to train."""
+
+    epochs: int = Field(0, ge=0, le=0, description="always 0: there is nothing to train")
+
+
+class ModelConfig(PluginConfig):
+    """Options of every model family."""
+
+    plugin_package: ClassVar[str] = "tiger.models"
+    default_kind: ClassVar[str] = "tiger"
+    inputs: ClassVar[tuple[str, ...]] = ("catalog",)
+    """Kinds of the artifacts that the family reads: catalog, and embeddings or semantic_ids."""
+
+    kind: str = Field(
+        "tiger",
+        description="model family: tiger, sasrec, popularity, markov_chain, nearest_neighbors, or a dotted module name",
+    )
+    training: ModelTraining = NoModelTraining()
+    seed: int = Field(0, ge=0, description="seed of weights, dropout and order")
+
+
+def load_family(config: ModelConfig) -> ModuleType:
+    """Import the module of a model family."""
+    return load_plugin(ModelConfig.plugin_package, config.kind)
+
+
+class ModelData(Protocol):
+    """What a family may read, each on first access."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of items of the catalog."""
+
+    @property
+    def histories(self) -> Histories:
+        """All users' histories."""
+
+    @property
+    def semantic_ids(self) -> SemanticIds:
+        """The semantic IDs of all items."""
+
+    @property
+    def text_embeddings(self) -> Tensor:
+        """Text embeddings of all items, floating-point [items, d]."""
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """`ModelData` of artifacts."""
+
+    artifacts: dict[str, Artifact]
+    """By kind, those of `ModelConfig.inputs`."""
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalog."""
+        return Catalog(self.artifacts["catalog"])
+
+    @property
+    def num_items(self) -> int:
+        """Number of items of the catalog."""
+        return self.catalog.n_items
+
+    @property
+    def histories(self) -> Histories:
+        """All users' histories."""
+        return self.catalog.histories
+
+    @cached_property
+    def semantic_ids(self) -> SemanticIds:
+        """The semantic IDs of all items."""
+        return SemanticIds.read(self.artifacts["semantic_ids"].folder)
+
+    @cached_property
+    def text_embeddings(self) -> Tensor:
+        """Text embeddings of all items: those given, or those that the semantic IDs were made from."""
+        given = self.artifacts.get("embeddings")
+        return load_embeddings((given or text_embeddings(self.artifacts["semantic_ids"])).folder)
+
+
+@dataclass(frozen=True)
+class InMemoryData:
+    """`ModelData` of arrays, for experiments and tests; a family reads only what its `inputs` stand for."""
+
+    num_items: int
+    histories: Any = None
+    semantic_ids: Any = None
+    text_embeddings: Any = None
+
+
+def text_embeddings(semantic_ids: Artifact) -> Artifact:
+    """Return the text embeddings that semantic IDs come from, directly or with co-occurrence added."""
+    inputs = semantic_ids.inputs
+    return inputs["item_vectors"].inputs["embeddings"] if "item_vectors" in inputs else inputs["embeddings"]

@@ -1,0 +1,70 @@
+"""Recommenders that score every item of the catalog, and the top of each row of scores."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tiger.models.base import ModelData
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommender, Rows, Search
+
+
+class ScoringRecommender(Recommender):
+    """Base of the families that compare a history with all items, with NumPy."""
+
+    def __init__(self, data: ModelData, device: torch.device | None = None) -> None:
+        super().__init__(data.num_items, device or torch.device("cpu"))
+        self._counts = data.histories.training_counts(data.num_items)
+
+    def training_counts(self) -> npt.NDArray[np.int64]:
+        """Return the number of training interactions of each item, int64 [items]."""
+        return self._counts
+
+    @abstractmethod
+    def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
+        """Return the scores of all items after non-empty histories, floating-point [B, items]; -inf: never."""
+
+    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
+        """Return the function that scores all items and takes the best ones, of equals the lower index first."""
+
+        def search(
+            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
+        ) -> tuple[Tensor, Tensor]:
+            scores = self.scores(histories)
+            if allowed_items is not None:
+                scores = np.where(allowed_items, scores, -np.inf)
+            if exclude_seen:
+                for row, history in enumerate(histories):
+                    scores[row, history] = -np.inf
+            items = top_items(scores, num_results)
+            best = np.take_along_axis(scores, items, axis=1)
+            items = np.where(np.isneginf(best), -1, items)
+            return torch.from_numpy(items), torch.from_numpy(best.astype(np.float32))
+
+        return search
+
+
+def top_items(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.int64]:
+    """Return the columns of the `k` highest scores of each row, highest first, of equals the lower column first.
+
+    Args:
+        scores: floating-point [B, N]; if N < k, N columns are returned.
+        k: number of columns.
+    """
+    width = min(k, scores.shape[1])
+    top = np.argpartition(-scores, width - 1, axis=1)[:, :width]
+    lowest = np.take_along_axis(scores, top, axis=1).min(axis=1)
+    for row in np.flatnonzero((scores >= lowest[:, None]).sum(axis=1) > width):  # ties at the edge
+        above = np.flatnonzero(scores[row] > lowest[row])
+        tied = np.flatnonzero(scores[row] == lowest[row])
+        top[row] = np.concatenate([above, tied[: width - len(above)]])
+    top.sort(axis=1)
+    order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(top, order, axis=1).astype(np.int64)
