@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tiger.core.errors import HealthError
+from tiger.core.hashing import sha256
 
 
 def rank() -> int:
@@ -65,4 +64,4 @@ def check_replicas_identical(module: nn.Module, name: str) -> None:
 def _digest(tensor: Tensor) -> int:
     """Return 63 bits of the sha256 of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
+    return int(sha256(content)[:16], 16) >> 1
