@@ -272,19 +272,20 @@ def test_such_a_group_refuses_a_collective_of_cpu_tensors(device_group: None) ->
 @pytest.mark.parametrize("kind", STEPPING)
 def test_a_step_does_not_wait_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except for thorough steps: every 50th, and those before a look. Nothing but the next batch is sent there."""
-    seed_step, look, before_look = training._seed_step, training._validate_and_track_best, set()
+    seed_step, before_look = training._seed_step, set()
+    look = training._Trainer._validate_and_track_best
 
     def begin_step(seed: int, step: int, device: torch.device) -> None:
         running.begin(step)
         seed_step(seed, step, device)
 
-    def begin_look(state: Any, *arguments: Any) -> None:
-        before_look.add(state.step - 1)
+    def begin_look(trainer: Any, *arguments: Any) -> None:
+        before_look.add(trainer.state.step - 1)
         running.begin("look")
-        look(state, *arguments)
+        look(trainer, *arguments)
 
     monkeypatch.setattr(training, "_seed_step", begin_step)
-    monkeypatch.setattr(training, "_validate_and_track_best", begin_look)
+    monkeypatch.setattr(training._Trainer, "_validate_and_track_best", begin_look)
     with SimulatedDevice() as running:
         _, result = learn(kind, DEVICE)
     quick = [step for step in range(result.steps) if step % 50 and step not in before_look]

@@ -17,15 +17,16 @@ import pytest
 
 from tiger.core.artifacts import Artifact
 from tiger.core.config import build, dump_toml, load, with_override
-from tiger.core.errors import ConfigError
+from tiger.core.errors import ArtifactError, ConfigError, HealthError
 from tiger.core.storage import Folder
 from tiger.metrics.codes import code_metrics, nearest_neighbors, neighbor_prefix_agreement
-from tiger.on_ray import tune
+from tiger.on_ray import tune_journal, tune_sampler
 from tiger.run import RunConfig
 from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, picture, require_possible, table
 
 CONFIGS = Path(__file__).parents[1] / "tiger/configs"
 SEARCHES = sorted(CONFIGS.glob("*.tune.toml"))
+BAD = HealthError("tokenizer: the loss is not finite")
 
 
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
@@ -81,8 +82,8 @@ class Noted:
     """A journal of other trials."""
 
     def __init__(self, *values: dict[str, Any]) -> None:
-        looks = [{"objective": 0.1, "training_iteration": 1}]
-        self.trials = [{"trial": n, "values": given, "looks": looks} for n, given in enumerate(values)]
+        evaluations = [{"objective": 0.1, "training_iteration": 1}]
+        self.trials = [{"trial": n, "values": given, "evaluations": evaluations} for n, given in enumerate(values)]
 
 
 FIRST = {
@@ -114,17 +115,17 @@ def test_the_configuration_as_it_stands_is_tried_first(name: str, sampler: str) 
     others = [json.dumps(choice) for choice in space[key].get("choices", []) if choice != standing[key]]
     other = {key: others[0] if others else 7 if "integer" in space[key] else 0.75}
     for journal in (Noted(), Noted(other), Noted(other, other)):
-        searcher = tune._searcher(run, search, journal)
+        searcher = tune_sampler.searcher_of(run, search, journal)
         values = [searcher.suggest(f"t{n}") for n in range(3)]
-        assert tune._decoded(values[0], search) == standing
+        assert tune_journal.decoded(values[0], search) == standing
         for n, given in enumerate(values):
             searcher.on_trial_result(f"t{n}", {"objective": n, "training_iteration": 1})
             searcher.on_trial_complete(f"t{n}", {"objective": n})
-            tune.apply(run, tune._decoded(given, search), search.num_evaluations)
-    tried = Noted(other, tune._standing(run, search)[0])
-    assert all(tune._searcher(run, search, tried).suggest(f"t{n}") is not None for n in range(2))
+            apply(run, tune_journal.decoded(given, search), search.num_evaluations)
+    tried = Noted(other, tune_sampler.base_values(run, search)[0])
+    assert all(tune_sampler.searcher_of(run, search, tried).suggest(f"t{n}") is not None for n in range(2))
     if "choices" not in space[key]:
-        assert tune._searcher(run, search, tried).suggest("t")[key] != standing[key]
+        assert tune_sampler.searcher_of(run, search, tried).suggest("t")[key] != standing[key]
 
 
 def test_resources_do_not_make_another_sweep() -> None:
@@ -150,7 +151,7 @@ def test_resources_do_not_make_another_sweep() -> None:
 
 def sweep_folder(root: Path, name: str, family: str, trials: int, finished: bool) -> None:
     folder = Folder(str(root / name))
-    entries = [{"trial": n, "values": {"a": n}, "looks": [], "status": "finished"} for n in range(trials)]
+    entries = [{"trial": n, "values": {"a": n}, "evaluations": [], "status": "finished"} for n in range(trials)]
     if finished:
         folder.write_json("journal.json", {"family": family, "trials": entries})
         return
@@ -169,25 +170,47 @@ def test_a_sweep_of_more_trials_begins_with_those_of_its_family(tmp_path: Path) 
     (tmp_path / "tuning-note.txt").write_text("not a folder")
     for at_most, kept in ((12, 5), (2, 2)):
         target = Folder(str(tmp_path / f"tuning-{at_most:08d}-own"))
-        tune._inherit(target, "ours", at_most)
+        tune_journal.inherit_trials(target, "ours", at_most)
         names = [f"{n:05d}.json" for n in range(kept)]
         assert list(target.child("scratch/trials").files()) == names
         assert [target.child("scratch/trials").read_json(name)["values"] for name in names] == [
             {"a": n} for n in range(kept)
         ]
     target.child("scratch/trials").write_json("00002.json", {"trial": 2, "values": {"a": 99}})
-    tune._inherit(target, "ours", 3)  # our own are as many
+    tune_journal.inherit_trials(target, "ours", 3)  # our own are as many
     assert target.child("scratch/trials").read_json("00002.json")["values"] == {"a": 99}
     fresh = Folder(str(tmp_path / "tuning-fresh"))
-    tune._inherit(fresh, "of nobody", 3)
+    tune_journal.inherit_trials(fresh, "of nobody", 3)
     assert not fresh.child("scratch/trials").files()
+
+
+def test_a_journal_of_an_earlier_version_is_refused_and_not_inherited(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {"trial": 0, "values": {"a": 0}, "looks": [], "status": "finished"}
+    own, other = Folder(str(tmp_path / "tuning-own/scratch/trials")), Folder(str(tmp_path / "tuning-other"))
+    own.write_json("00000.json", entry)
+    with pytest.raises(ArtifactError, match=r"tuning-own/scratch/trials: .* earlier version .*; delete the folder"):
+        tune_journal.Journal(own, TuningConfig())
+    other.write_json("journal.json", {"family": "ours", "trials": [entry]})
+    fresh = Folder(str(tmp_path / "tuning-fresh"))
+    tune_journal.inherit_trials(fresh, "ours", 3)
+    assert not fresh.child("scratch/trials").files()
+    assert "tuning-other/journal.json is skipped" in caplog.text
+
+
+def test_a_failure_is_recorded_with_its_class_and_shown_as_its_message() -> None:
+    failed = {"objective": -1e9, "epochs": 0.0, "time_this_iter_s": 1.0, "failure": json.dumps(BAD.to_record())}
+    trial = {"trial": 0, "values": {}, "evaluations": [failed], "status": "failed"}
+    (row,) = tune_journal.trial_rows([trial], TuningConfig())
+    assert (row["failure"], row["status"], row["evaluations"], row["objective"]) == (str(BAD), "failed", 1, None)
 
 
 def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Residual k-means has no epochs."""
     from tiger.pipeline import tune as job
 
-    row = {"unique_ratio": 0.9, "reconstruction_error": 0.3, "objective": 1.0, "overlap@1": 0.5, "looks": 1}
+    row = {"unique_ratio": 0.9, "reconstruction_error": 0.3, "objective": 1.0, "overlap@1": 0.5, "evaluations": 1}
     row |= {"epochs": 0.0, "seconds": 1.0, "status": "finished", "failure": None}
     rows = [row | {"trial": n, "tokenizer.distance": value} for n, value in enumerate(["cosine", "mixed"])]
     monkeypatch.setattr(job, "tune_tokenizer", lambda *_: pa.Table.from_pylist(rows))
@@ -258,8 +281,9 @@ def test_the_table_stands_in_columns_and_leaves_out_what_a_trial_has_not() -> No
     keys = ["tokenizer.hidden_dims", "tokenizer.training.learning_rate"]
     known = {"objective": 1.25, "unique_ratio": 0.875, "reconstruction_error": 0.25, "overlap@1": 0.625, "epochs": 40.0}
     rows = [
-        {"trial": 11, "status": "finished", "looks": 10, **known, keys[0]: [512, 256], keys[1]: 0.00123},
-        {"trial": None, "status": "running", "looks": 0, "epochs": 0.0, "objective": None, keys[0]: [8], keys[1]: 0.1},
+        {"trial": 11, "status": "finished", "evaluations": 10, **known, keys[0]: [512, 256], keys[1]: 0.00123},
+        {"trial": None, "status": "running", "evaluations": 0, "epochs": 0.0, "objective": None}
+        | {keys[0]: [8], keys[1]: 0.1},
     ]
     head, first, second = table(rows, keys)
     assert head.split()[-2:] == ["hidden_dims", "learning_rate"]
@@ -318,7 +342,7 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
         entry = json.loads(content)
         row = next(row for row in rows if row["trial"] == int(name.removesuffix(".json")))
         assert row["tokenizer.latent_dim"] == entry["values"]["tokenizer.latent_dim"]
-        assert row["objective"] == max(look["objective"] for look in entry["looks"])
+        assert row["objective"] == max(evaluation["objective"] for evaluation in entry["evaluations"])
     assert rows[0]["objective"] == max(row["objective"] for row in rows)
     best = load(RunConfig, str(sweep / "best.toml"), [], CONFIGS)
     assert best.tokenizer.model_dump()["latent_dim"] == rows[0]["tokenizer.latent_dim"]

@@ -14,6 +14,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from tiger.core.config import MAX_LISTED, Config, build, fingerprint, overridden, with_override
 from tiger.core.errors import ConfigError
+from tiger.core.tables import format_table
 from tiger.metrics.codes import neighbor_prefix_agreement
 from tiger.run import RunConfig
 from tiger.tokenizers.base import TokenizerConfig
@@ -110,22 +111,22 @@ class TuningStageConfig(Config):
         return fingerprint(identity, embeddings)
 
 
-def apply(run: RunConfig, values: dict[str, Any], looks: int | None) -> RunConfig:
-    """Return the configuration with a trial's values, evaluated `looks` times during training.
+def apply(run: RunConfig, values: dict[str, Any], num_evaluations: int | None) -> RunConfig:
+    """Return the configuration with a trial's values, evaluated `num_evaluations` times during training.
 
     Args:
         run: the base configuration.
         values: dotted keys and their values.
-        looks: evaluations during training; None: as configured.
+        num_evaluations: evaluations during training; None: as configured.
 
     Raises:
         ConfigError: a key does not exist or a value is invalid.
     """
     plain = overridden(RunConfig, run.model_dump(mode="json", serialize_as_any=True), values)
-    if looks is None:
+    if num_evaluations is None:
         return build(RunConfig, plain)
     epochs = build(RunConfig, plain).tokenizer.training.epochs
-    plain = with_override(plain, "tokenizer.training.validate_every_epochs", max(1.0, epochs / looks))
+    plain = with_override(plain, "tokenizer.training.validate_every_epochs", max(1.0, epochs / num_evaluations))
     return build(RunConfig, plain)
 
 
@@ -155,7 +156,7 @@ def require_possible(run: RunConfig, tuning: TuningConfig) -> None:
 def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Judge:
     """Return the objective as an argument of `fit_tokenizer`: (codes, metrics) -> overlap metrics and objective."""
 
-    def figures(codes: npt.NDArray[np.int64], found: dict[str, float]) -> dict[str, float]:
+    def objective_of(codes: npt.NDArray[np.int64], found: dict[str, float]) -> dict[str, float]:
         overlap = neighbor_prefix_agreement(codes, neighbors)
         objective = (
             weights.unique * found["unique_ratio"]
@@ -164,7 +165,7 @@ def judge(weights: Weights, neighbors: tuple[npt.NDArray[np.int64], npt.NDArray[
         )
         return overlap | {"objective": objective}
 
-    return figures
+    return objective_of
 
 
 def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
@@ -174,15 +175,14 @@ def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
         rows: rows as in trials.parquet; missing metrics are None.
         keys: the tuned keys; their last components are column names.
     """
-    figures = ["objective", "unique_ratio", "reconstruction_error", "overlap@1"]
-    cells = [["trial", "status", "looks", "epochs", *figures, *(key.rsplit(".", 1)[-1] for key in keys)]]
+    metrics = ["objective", "unique_ratio", "reconstruction_error", "overlap@1"]
+    cells = [["trial", "status", "evaluations", "epochs", *metrics, *(key.rsplit(".", 1)[-1] for key in keys)]]
     for row in rows:
-        start = ["" if row["trial"] is None else str(row["trial"]), row["status"], str(row["looks"])]
-        numbers = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in figures]
+        start = ["" if row["trial"] is None else str(row["trial"]), row["status"], str(row["evaluations"])]
+        numbers = ["" if row.get(name) is None else f"{row[name]:.4f}" for name in metrics]
         values = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
         cells.append([*start, f"{row['epochs']:.0f}", *numbers, *values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return format_table(cells)
 
 
 def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:

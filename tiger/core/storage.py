@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from tiger.core.errors import ArtifactError, ConfigError, ResourceError, TigerError
+from tiger.core.hashing import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor  # takes seconds to import, and most stages hold none
@@ -322,12 +322,9 @@ class Folder:
 
     def digest(self, name: str) -> str:
         """Return the sha256 of a file in hexadecimal, computed in chunks."""
-        sha = hashlib.sha256()
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
-            while chunk := stream.read(1 << 22):
-                sha.update(chunk)
-        return sha.hexdigest()
+            return sha256(iter(lambda: stream.read(1 << 22), b""))
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -32,15 +32,15 @@ class TrackingConfig(Config):
     experiment: str = Field("tiger", min_length=1, description="MLflow experiment")
 
 
-def record(stage: str, step: int, figures: Mapping[str, Any]) -> None:
-    """Send the numbers among `figures` to every sink. A failing sink is logged and disabled; the run continues.
+def record(stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+    """Send the numbers among `metrics` to every sink. A failing sink is logged and disabled; the run continues.
 
     Args:
         stage: prefix of the metrics' names.
         step: training steps, rows, or 0 for metrics that are logged once.
-        figures: metrics by name; values that are not numbers are ignored.
+        metrics: metrics by name; values that are not numbers are ignored.
     """
-    numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     for sink in list(_sinks):
         try:
             sink(stage, step, numbers)
@@ -66,8 +66,8 @@ def tensorboard(folder: str, run: str) -> Iterator[Sink]:
 
     with SummaryWriter(f"{folder}/{run}", flush_secs=10) as writer:
 
-        def sink(stage: str, step: int, figures: Mapping[str, float]) -> None:
-            for name, value in _named(stage, figures).items():
+        def sink(stage: str, step: int, metrics: Mapping[str, float]) -> None:
+            for name, value in _named(stage, metrics).items():
                 writer.add_scalar(name, value, step)
 
         yield sink
@@ -99,13 +99,13 @@ def mlflow(uri: str, experiment: str, run: str, parameters: Mapping[str, Any]) -
     with active:
         library.log_params({key: redact(str(value)) for key, value in flat(parameters).items() if value is not None})
 
-        def sink(stage: str, step: int, figures: Mapping[str, float]) -> None:
+        def sink(stage: str, step: int, metrics: Mapping[str, float]) -> None:
             # Pass run_id: the active MLflow run is thread-local, and training metrics arrive from another thread.
-            library.log_metrics(_named(stage, figures), step=step, run_id=active.info.run_id)
+            library.log_metrics(_named(stage, metrics), step=step, run_id=active.info.run_id)
 
         yield sink
 
 
-def _named(stage: str, figures: Mapping[str, float]) -> dict[str, float]:
+def _named(stage: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """Rename metrics so that TensorBoard and MLflow both accept them: `recall@10` on test is `test/recall_at_10`."""
-    return {f"{stage}/{name.replace('@', '_at_')}": value for name, value in figures.items()}
+    return {f"{stage}/{name.replace('@', '_at_')}": value for name, value in metrics.items()}

@@ -27,9 +27,9 @@ import ray.exceptions
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tiger.core import errors, tracking
+from tiger.core import tracking
 from tiger.core.device import assigned_device
-from tiger.core.errors import ResourceError, last_line
+from tiger.core.errors import ResourceError, TigerError, last_line
 from tiger.core.progress import Progress
 from tiger.core.storage import Folder
 from tiger.on_ray import cluster, placement
@@ -189,7 +189,7 @@ def _shard_name(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
-def _row(shard: int, table: pa.Table | None, error: Exception | None = None) -> pa.Table:
+def _row(shard: int, table: pa.Table | None, error: TigerError | None = None) -> pa.Table:
     """Return a shard as the one row passed between operators: its number, Arrow IPC bytes, and an error as JSON.
 
     An error is a row because Ray Data flattens exceptions to text.
@@ -202,7 +202,7 @@ def _row(shard: int, table: pa.Table | None, error: Exception | None = None) -> 
         {
             "shard": pa.array([shard], pa.int32()),
             "table": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
-            "error": pa.array([None if error is None else json.dumps([type(error).__name__, str(error)])], pa.string()),
+            "error": pa.array([None if error is None else json.dumps(error.to_record())], pa.string()),
         }
     )
 
@@ -239,7 +239,7 @@ class _Compute:
             return _row(shard, None, ResourceError(_KILLED))
         try:
             result = self.build()(table)
-        except errors.TigerError as error:
+        except TigerError as error:
             return _row(shard, None, error)
         except torch.cuda.OutOfMemoryError as error:
             return _row(shard, None, ResourceError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})"))
@@ -273,10 +273,10 @@ def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:
     """Raise the error of a row unchanged, prefixed with the shard if its process was lost or out of memory."""
     if not row["error"]:
         return
-    kind, message = json.loads(row["error"])
-    if message == _KILLED or message.startswith(_NO_MEMORY):
-        message = f"shard {describe(row['shard'])}: {message}"
-    raise getattr(errors, kind)(message)
+    record = json.loads(row["error"])
+    if record["message"] == _KILLED or record["message"].startswith(_NO_MEMORY):
+        record["message"] = f"shard {describe(row['shard'])}: {record['message']}"
+    raise TigerError.from_record(record)
 
 
 class _Attempts:

@@ -18,11 +18,11 @@ class Gauges:
         self.job = job
         self.gauges: dict[str, Gauge] = {}
 
-    def __call__(self, stage: str, step: int, figures: Mapping[str, float]) -> None:
+    def __call__(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Set one gauge per metric; ignore them if Ray is not initialized."""
         if not ray.is_initialized():
             return
-        for metric, value in figures.items():
+        for metric, value in metrics.items():
             name, _, at = metric.partition("@")
             if name not in self.gauges:
                 what = f"{name.replace('_', ' ')} of a stage of TIGER"

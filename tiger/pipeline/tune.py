@@ -28,7 +28,7 @@ def tune(run: RunConfig, tuning: TuningConfig, embeddings: Artifact) -> Artifact
         trials = tune_tokenizer(run, tuning, load_embeddings(embeddings.folder), draft.folder, family)
         rows = trials.to_pylist()
         winner = {key: rows[0][key] for key in tuning.space}
-        best = apply(run, winner, looks=None)
+        best = apply(run, winner, num_evaluations=None)
         draft.folder.write_table("trials.parquet", trials)
         draft.folder.write_bytes("best.toml", dump_toml(best.model_dump(mode="json", serialize_as_any=True)).encode())
         draft.folder.write_bytes("tuning.svg", picture(rows, list(tuning.space)).encode())

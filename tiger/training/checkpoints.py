@@ -9,7 +9,6 @@ report can arrive too late for the index, and folders that are not in the index 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Collection
@@ -19,9 +18,9 @@ import safetensors.torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tiger.core import errors
 from tiger.core.config import flat
 from tiger.core.errors import ArtifactError, ConfigError, TigerError
+from tiger.core.hashing import sha256
 from tiger.core.storage import Folder
 from tiger.training.loop import rank
 
@@ -70,7 +69,7 @@ class CheckpointStore:
         contents = {_TENSORS: safetensors.torch.save(tensors), _REST: rest}
         for name, content in contents.items():
             own.write_bytes(name, content)
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        digests = {name: sha256(content) for name, content in contents.items()}
         own.write_json(_RECORD, {"step": step, "given": self.given, "sha256": digests})
         self.folder.write_json(_NEWEST, {"step": step})
         for older in self._steps()[self.keep :]:
@@ -88,11 +87,11 @@ class CheckpointStore:
             try:
                 chosen[0] = self._newest()
             except TigerError as error:  # broadcast the error to avoid a deadlock
-                chosen[1] = [type(error).__name__, str(error)]
+                chosen[1] = error.to_record()
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
         if chosen[1] is not None:
-            raise getattr(errors, chosen[1][0])(chosen[1][1])
+            raise TigerError.from_record(chosen[1])
         return None if chosen[0] is None else self._read(self.folder.child(f"step-{chosen[0]:08d}"))
 
     def _newest(self) -> int | None:

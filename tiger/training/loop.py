@@ -8,96 +8,31 @@ is wrapped with DDP, and local sums are replaced by all-reduced sums.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
-from tiger.core.config import Config
 from tiger.core.errors import HealthError
 from tiger.core.precision import Choice, Shapes, allow_tf32, choose
 from tiger.core.progress import Progress
+from tiger.training.batches import Batch, on_device, prefetch, share
+from tiger.training.distributed import all_reduce_sum, broadcast, check_replicas_identical, rank, world_size
+from tiger.training.schedule import Precision, Schedule, TrainingConfig
+
+__all__ = [  # all that a model needs to be trained
+    "Batch", "Callbacks", "FitResult", "Precision", "Schedule", "TrainingConfig", "all_reduce_sum", "broadcast",
+    "check_replicas_identical", "fit", "on_device", "prefetch", "rank", "share", "world_size",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["auto", "float32", "bfloat16"]
-T = TypeVar("T")
-
-_PREFETCHED = 2  # batches
-
-
-class TrainingConfig(Config):
-    """Optimizer, learning rate schedule and stopping. Components subclass it with their own defaults."""
-
-    epochs: int = Field(0, ge=0, description="maximum passes over all examples")
-    batch_size: int = Field(256, ge=1, description="examples per step, over all workers")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before cosine decay to zero")
-    max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
-    validate_every_epochs: float = Field(1.0, gt=0, description="epochs between validations")
-    patience: int = Field(10, ge=1, description="validations without improvement before training stops early")
-    precision: Precision = Field("float32", description="dtype of autocast; auto: the faster one, measured")
-
-    def schedule(self, examples: int, seed: int) -> Schedule:
-        """Return the schedule for a number of examples."""
-        steps = max(1, -(-examples // self.batch_size))
-        return Schedule(config=self, steps_per_epoch=steps, seed=seed)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One worker's shard of a global batch.
-
-    Attributes:
-        inputs: arguments of the module's forward, which returns one loss per row, or several parts of it.
-        weights: float32 [rows]; 0 for the padding row of a shard that would be empty.
-        total_weight: sum of the weights over all workers.
-    """
-
-    inputs: tuple[Tensor, ...]
-    weights: Tensor
-    total_weight: float
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch of `change(tensor)` for every tensor."""
-        return replace(self, inputs=tuple(change(tensor) for tensor in self.inputs), weights=change(self.weights))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A `TrainingConfig` applied to a number of examples."""
-
-    config: TrainingConfig
-    steps_per_epoch: int
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        """Steps of all epochs."""
-        return self.config.epochs * self.steps_per_epoch
-
-    @property
-    def validate_every(self) -> int:
-        """Steps between two validations."""
-        return max(1, round(self.config.validate_every_epochs * self.steps_per_epoch))
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up, then cosine decay to zero at the last step."""
-        peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.steps // 4)
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+Validate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -132,79 +67,13 @@ class FitResult:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def rank() -> int:
-    """Return this process's rank in the process group; 0 without one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes in the process group; 1 without one."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the process group, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def broadcast(module: nn.Module) -> None:
-    """Copy the parameters and buffers of rank 0 to every worker."""
-    if dist.is_initialized():
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
-def check_replicas_identical(module: nn.Module, name: str) -> None:
-    """Check that all parameters and buffers are bitwise equal on all workers.
-
-    Args:
-        module: the module.
-        name: the stage, for messages.
-
-    Raises:
-        HealthError: on every worker, if one differs; lists the tensors. DDP averages gradients only, so divergence
-            would otherwise go unnoticed.
-    """
-    if not dist.is_initialized():
-        return
-    state = module.state_dict()
-    device = next(iter(state.values())).device
-    minimum = torch.tensor([_digest(tensor) for tensor in state.values()], device=device)
-    maximum = minimum.clone()
-    dist.all_reduce(minimum, dist.ReduceOp.MIN)
-    dist.all_reduce(maximum, dist.ReduceOp.MAX)
-    differing = [key for key, low, high in zip(state, minimum.tolist(), maximum.tolist(), strict=True) if low != high]
-    if differing:
-        raise HealthError(
-            f"{name}: the workers' states diverged in {', '.join(differing[:5])} ({len(differing)} of {len(state)} "
-            "tensors); something modifies the module outside of DDP gradients on some workers only"
-        )
-
-
-def _digest(tensor: Tensor) -> int:
-    """Return 63 bits of the sha256 of a tensor's bytes."""
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
-
-
-def share(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this worker's rows of a global batch, and their weights; every row belongs to exactly one worker.
-
-    Empty shards are padded with the first row at weight 0, so that every rank joins the collective operations.
-    """
-    own = rows[rank() :: world_size()]
-    return (own, torch.ones(len(own))) if len(own) else (rows[:1], torch.zeros(1))
-
-
 def fit(
     module: nn.Module,
     batches: Callable[[int], Iterable[Batch]],
     schedule: Schedule,
     *,
     device: torch.device,
-    validate: Callable[[nn.Module], dict[str, float]],
+    validate: Validate,
     objective: str,
     on_epoch_start: Callable[[int], None] | None = None,
     hooks: Callbacks | None = None,
@@ -231,115 +100,173 @@ def fit(
         HealthError: the workers' states differ at a validation; or a loss is not finite, in which case the optimizer
             has not made that step, and the last checkpoint is valid.
     """
-    hooks, config = hooks or Callbacks(), schedule.config
-    allow_tf32(device)
-    module.to(device)
-    parallel: nn.Module = module
-    if world_size() > 1 and schedule.steps:
-        # Buffers are not broadcast, at the start or at a step: text embeddings and semantic IDs are some of them, equal
-        # on all workers. `check_replicas_identical` compares the state at every validation, the first before a step.
-        parallel = nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, init_sync=False)
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(module, config.weight_decay),
-        lr=config.learning_rate,
-        fused=device.type in ("cpu", "cuda"),
-    )
-    state = _State.restore(hooks.load(), module, optimizer, device)
-    shapes = shapes or Shapes.of(module, max(1, config.batch_size // world_size()))
-    state.settle_precision(
-        _agreed_precision(config.precision, device, shapes) if schedule.steps else Choice("float32"), name
-    )
-    bfloat16 = state.precision == "bfloat16"
-    if state.step == 0 and not state.log:
-        _validate_and_track_best(state, module, validate, objective, {}, name)
-        hooks.report(state.log[-1])
-    progress = Progress(name, schedule.steps, "steps", done=state.step) if rank() == 0 else None
-    losses: list[Tensor] = []  # of every step since the last validation: this worker's share of the mean
-    while state.step < schedule.steps and state.validations_since_best < config.patience:
-        epoch, skip = divmod(state.step, schedule.steps_per_epoch)
-        if on_epoch_start and skip == 0:
-            on_epoch_start(epoch)
-        # The host synchronizes with a GPU only twice in this loop: in `bool(torch.isfinite(...))`, and at validations.
-        with contextlib.closing(on_device(islice(batches(epoch), skip, None), device)) as ready:
-            for batch in ready:
-                _seed_step(schedule.seed, state.step, device)
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.learning_rate(state.step)
-                with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-                    row_losses = parallel(*batch.inputs)
-                weights = batch.weights if row_losses.dim() == 1 else batch.weights[:, None]
-                parts = (row_losses.float() * weights).sum(0) / batch.total_weight
-                loss = parts.sum()
-                (loss * world_size()).backward()  # DDP averages over workers; the loss is a summand of the global mean
-                losses.append(parts.detach())
-                is_validation_step = (state.step + 1) % schedule.validate_every == 0 or state.step + 1 == schedule.steps
-                thorough, decisive = is_validation_step or state.step % 50 == 0, loss.detach()
-                # With several workers check the gradient norm at every step: it is identical on all workers, so that
-                # they stop together, while the loss is local to a worker.
-                if config.max_grad_norm or thorough or world_size() > 1:
-                    decisive = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-                    if config.max_grad_norm:
-                        nn.utils.clip_grads_with_norm_(module.parameters(), config.max_grad_norm, decisive)
-                # isfinite() synchronizes; on a GPU check periodically, and before each validation, which may keep the
-                # weights.
-                if (device.type == "cpu" or thorough) and not bool(torch.isfinite(decisive)):
-                    raise HealthError(
-                        f"{name}: the loss or its gradient is not finite at step {state.step} (loss "
-                        f"{float(loss.detach())}); lower the learning rate, and check the inputs for NaN or huge values"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                state.step += 1
-                if progress:
-                    progress.add(1)
-                if is_validation_step:
-                    of_parts = all_reduce_sum(torch.stack(losses))
-                    losses.clear()
-                    global_losses = (of_parts if of_parts.dim() == 1 else of_parts.sum(1)).tolist()
-                    figures = {"loss": sum(global_losses) / len(global_losses), "losses": global_losses}
-                    if of_parts.dim() > 1:
-                        means = enumerate(of_parts.mean(0).tolist(), 1)
-                        figures |= {f"loss@{part}": mean for part, mean in means}
-                    _validate_and_track_best(state, module, validate, objective, figures, name)
-                    summary = {key: value for key, value in state.log[-1].items() if key != "losses"}
-                    if rank() == 0:
-                        log.info("%s: %s", name, ", ".join(f"{k} {_short(v)}" for k, v in summary.items()))
-                    hooks.report(summary | ({"steps_per_second": progress.rate} if progress else {}))
-                    hooks.save(state.snapshot(module, optimizer), summary)
-                    if state.validations_since_best >= config.patience:
-                        break
-                if state.step >= schedule.steps:
-                    break
-    if progress:
-        progress.close()
-    module.load_state_dict(state.best_weights)
-    precision = Choice(state.precision, state.precision_speedup)
-    return FitResult(state.best, state.best_step, state.step, state.step < schedule.steps, state.log, precision)
+    trainer = _Trainer(module, schedule, device, name, hooks or Callbacks(), shapes)
+    trainer.validate_at_start(validate, objective)
+    with contextlib.closing(trainer.remaining_batches(batches, on_epoch_start)) as remaining:
+        for batch in remaining:
+            loss = trainer.forward_backward(batch)
+            trainer.clip_and_check(loss)
+            trainer.optimizer_step()
+            if schedule.is_validation_step(trainer.state.step):
+                trainer.validate(validate, objective)
+    return trainer.finish()
 
 
-def _validate_and_track_best(
-    state: _State,
-    module: nn.Module,
-    validate: Callable[[nn.Module], dict[str, float]],
-    objective: str,
-    figures: dict[str, Any],
-    name: str,
-) -> None:
-    """Validate, and keep the weights if they are the best so far.
+class _Trainer:
+    """The module, DDP, the optimizer, and the state restored from a checkpoint.
 
-    Raises:
-        HealthError: the workers' states differ.
+    The host synchronizes with a GPU only in `clip_and_check`, not at every step, and at validations.
     """
-    check_replicas_identical(module, name)
-    module.eval()
-    found = validate(module)
-    module.train()
-    state.log.append({"step": state.step, **figures, **found})
-    if state.best_step < 0 or found[objective] > state.best[objective]:
-        state.best, state.best_step, state.validations_since_best = found, state.step, 0
-        state.best_weights = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-    else:
-        state.validations_since_best += 1
+
+    def __init__(
+        self,
+        module: nn.Module,
+        schedule: Schedule,
+        device: torch.device,
+        name: str,
+        hooks: Callbacks,
+        shapes: Shapes | None,
+    ) -> None:
+        self.module, self.schedule, self.device, self.name, self.hooks = module, schedule, device, name, hooks
+        config = schedule.config
+        allow_tf32(device)
+        module.to(device)
+        self.parallel: nn.Module = module
+        if world_size() > 1 and schedule.steps:
+            # Buffers are not broadcast, at the start or at a step: text embeddings and semantic IDs are some of them,
+            # equal on all workers. `check_replicas_identical` compares the state at every validation, the first before
+            # a step.
+            self.parallel = nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, init_sync=False)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(module, config.weight_decay),
+            lr=config.learning_rate,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.state = _State.restore(hooks.load(), module, self.optimizer, device)
+        shapes = shapes or Shapes.of(module, max(1, config.batch_size // world_size()))
+        self.state.settle_precision(
+            _agreed_precision(config.precision, device, shapes) if schedule.steps else Choice("float32"), name
+        )
+        self.progress: Progress | None = None
+        self.losses: list[Tensor] = []  # of every step since the last validation: this worker's share of the mean
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are made, or the metric has not improved for `patience` validations."""
+        patience = self.schedule.config.patience
+        return self.state.step >= self.schedule.steps or self.state.validations_since_best >= patience
+
+    def remaining_batches(
+        self, batches: Callable[[int], Iterable[Batch]], on_epoch_start: Callable[[int], None] | None
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of the steps to make, on the device, across epochs."""
+        while not self.is_done:
+            epoch, skip = divmod(self.state.step, self.schedule.steps_per_epoch)
+            if on_epoch_start and skip == 0:
+                on_epoch_start(epoch)
+            with contextlib.closing(on_device(islice(batches(epoch), skip, None), self.device)) as ready:
+                for batch in ready:
+                    yield batch
+                    if self.is_done:
+                        break
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Compute the gradients of a step; return this worker's summand of the loss, a scalar on the device."""
+        _seed_step(self.schedule.seed, self.state.step, self.device)
+        bfloat16 = self.state.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+            row_losses = self.parallel(*batch.inputs)
+        weights = batch.weights if row_losses.dim() == 1 else batch.weights[:, None]
+        parts = (row_losses.float() * weights).sum(0) / batch.total_weight
+        loss: Tensor = parts.sum()
+        (loss * world_size()).backward()  # DDP averages over workers; the loss is a summand of the global mean
+        self.losses.append(parts.detach())
+        return loss.detach()
+
+    def clip_and_check(self, loss: Tensor) -> None:
+        """Clip the gradient norm, and check that the loss or that norm is finite, before the optimizer's step.
+
+        With several workers the norm is checked at every step: it is identical on all of them, so that they stop
+        together, while the loss is local to a worker. `isfinite` synchronizes; on a GPU it is called periodically, and
+        before each validation, which may keep the weights.
+        """
+        max_norm, step = self.schedule.config.max_grad_norm, self.state.step
+        is_checked = step % 50 == 0 or self.schedule.is_validation_step(step + 1)
+        decisive = loss
+        if max_norm or is_checked or world_size() > 1:
+            decisive = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            if max_norm:
+                nn.utils.clip_grads_with_norm_(self.module.parameters(), max_norm, decisive)
+        if (self.device.type == "cpu" or is_checked) and not bool(torch.isfinite(decisive)):
+            raise HealthError(
+                f"{self.name}: the loss or its gradient is not finite at step {step} (loss {float(loss)}); lower the "
+                "learning rate, and check the inputs for NaN or huge values"
+            )
+
+    def optimizer_step(self) -> None:
+        """Update the parameters with the learning rate of this step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(self.state.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        if self.progress:
+            self.progress.add(1)
+
+    def validate_at_start(self, validate: Validate, objective: str) -> None:
+        """Validate and report a new training before its first step; start the progress line."""
+        if self.state.step == 0 and not self.state.log:
+            self._validate_and_track_best(validate, objective, {})
+            self.hooks.report(self.state.log[-1])
+        if rank() == 0:
+            self.progress = Progress(self.name, self.schedule.steps, "steps", done=self.state.step)
+
+    def validate(self, validate: Validate, objective: str) -> None:
+        """Validate, log and report the metrics with the losses since the last validation, and save a checkpoint."""
+        self._validate_and_track_best(validate, objective, self._reduced_losses())
+        summary = {key: value for key, value in self.state.log[-1].items() if key != "losses"}
+        if rank() == 0:
+            log.info("%s: %s", self.name, ", ".join(f"{k} {_short(v)}" for k, v in summary.items()))
+        self.hooks.report(summary | ({"steps_per_second": self.progress.rate} if self.progress else {}))
+        self.hooks.save(self.state.checkpoint(self.module, self.optimizer), summary)
+
+    def _reduced_losses(self) -> dict[str, Any]:
+        """Return the losses of the steps since the last validation, over all workers; forget them."""
+        of_parts = all_reduce_sum(torch.stack(self.losses))
+        self.losses.clear()
+        losses = (of_parts if of_parts.dim() == 1 else of_parts.sum(1)).tolist()
+        metrics = {"loss": sum(losses) / len(losses), "losses": losses}
+        if of_parts.dim() > 1:
+            metrics |= {f"loss@{part}": mean for part, mean in enumerate(of_parts.mean(0).tolist(), 1)}
+        return metrics
+
+    def _validate_and_track_best(self, validate: Validate, objective: str, metrics: dict[str, Any]) -> None:
+        """Validate, and keep the weights if they are the best so far.
+
+        Raises:
+            HealthError: the workers' states differ.
+        """
+        state = self.state
+        check_replicas_identical(self.module, self.name)
+        self.module.eval()
+        validated = validate(self.module)
+        self.module.train()
+        state.log.append({"step": state.step, **metrics, **validated})
+        if state.best_step < 0 or validated[objective] > state.best[objective]:
+            state.best, state.best_step, state.validations_since_best = validated, state.step, 0
+            state.best_weights = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+        else:
+            state.validations_since_best += 1
+
+    def finish(self) -> FitResult:
+        """Load the best weights into the module; return the result."""
+        state = self.state
+        if self.progress:
+            self.progress.close()
+        self.module.load_state_dict(state.best_weights)
+        precision = Choice(state.precision, state.precision_speedup)
+        stopped_early = state.step < self.schedule.steps
+        return FitResult(state.best, state.best_step, state.step, stopped_early, state.log, precision)
 
 
 @dataclass
@@ -366,20 +293,24 @@ class _State:
                 name, self.precision, present.name,
             )  # fmt: skip
 
-    def snapshot(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def checkpoint(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the content of a checkpoint."""
         return {"state": vars(self), "module": module.state_dict(), "optimizer": optimizer.state_dict()}
 
     @classmethod
     def restore(
-        cls, snapshot: dict[str, Any] | None, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        cls,
+        saved: dict[str, Any] | None,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
     ) -> _State:
         """Load a checkpoint into the module and the optimizer; return the state, a new one without a checkpoint."""
-        if snapshot is None:
+        if saved is None:
             return cls()
-        module.load_state_dict(snapshot["module"])
-        optimizer.load_state_dict(snapshot["optimizer"])
-        state = cls(**snapshot["state"])
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = cls(**saved["state"])
         state.best_weights = {key: tensor.to(device) for key, tensor in state.best_weights.items()}
         log.info("resuming from the checkpoint at step %d", state.step)
         return state
@@ -403,45 +334,6 @@ def _agreed_precision(precision: Precision, device: torch.device, shapes: Shapes
     dist.broadcast(sent, src=0)
     bfloat16, speedup = sent.tolist()
     return Choice("bfloat16" if bfloat16 else "float32", speedup or None)
-
-
-def prefetch(
-    items: Iterator[T], ahead: int = _PREFETCHED, begin: Callable[[], None] | None = None
-) -> Generator[T, None, None]:
-    """Yield all items in order, computing the next ones in a background thread.
-
-    An exception of `items` is raised here, at its position. Closing this generator ends the thread.
-
-    Args:
-        items: the items.
-        ahead: maximum number of items computed in advance.
-        begin: called once, in the thread.
-    """
-    end = object()
-    executor = ThreadPoolExecutor(1, "prefetch", initializer=begin)
-    try:
-        coming = deque(executor.submit(next, items, end) for _ in range(ahead))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(executor.submit(next, items, end))
-            yield item  # type: ignore[misc]  # not `end`
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch, None, None]:
-    """Yield batches with their tensors on the device.
-
-    For a GPU, a background thread prepares the next two in pinned memory during a step, and copies are asynchronous.
-    """
-    if device.type != "cuda":
-        yield from (batch.map(lambda tensor: tensor.to(device)) for batch in batches)
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    pinned = (batch.map(Tensor.pin_memory) for batch in batches)
-    # A new thread uses GPU 0: pinning there would create another context on it, for every worker of the node.
-    with contextlib.closing(prefetch(pinned, begin=lambda: torch.cuda.set_device(index))) as ready:
-        for batch in ready:
-            yield batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _seed_step(seed: int, step: int, device: torch.device) -> None:

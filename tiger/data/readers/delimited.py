@@ -110,7 +110,7 @@ class DelimitedTable:
         if head.strip():
             self._find_layout(head)
         self.grammar, text = self._in_grammar(self.separator, head)
-        self._look(text)
+        self._find_numeric_fields(text)
         self.columns = {name: pa.string() for name in self.names}
         self.selected = wanted.selected(self.names)
         self.keys = [self.names.index(name) for name in wanted.keys if name in self.names]
@@ -133,7 +133,7 @@ class DelimitedTable:
             return Grammar.of(separator, self.wanted.quote), text
         return Grammar.of(_INNER, self.wanted.quote), text.replace(separator.encode(), _INNER.encode())
 
-    def _look(self, text: bytes) -> None:
+    def _find_numeric_fields(self, text: bytes) -> None:
         """Record which fields of the first row are numeric."""
         for number in range(10):
             record = self.grammar.first_record(text) or b""

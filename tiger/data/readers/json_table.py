@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from tiger.core.errors import DataError
 from tiger.data.readers.lines import MAX_LINE_BYTES, check_text, lines, parse_record, text_blocks
-from tiger.data.readers.meter import look
+from tiger.data.readers.meter import paused_meter
 from tiger.data.readers.raw_files import RawFile
 from tiger.data.readers.row_counts import InvalidRow, RowCounts
 from tiger.data.readers.table import Block, Wanted
@@ -49,7 +49,7 @@ class JsonTable:
         self.document = self._is_document() and not self._is_broken_lines()
         self.levels: dict[str, int] = {}
         if wanted.everything:  # a first pass finds the fields of items, and which of them contain lists
-            with look(file):
+            with paused_meter(file):
                 self._find_levels()
         self.columns = {name: _LEVELS[level] for name, level in self.levels.items()}
 

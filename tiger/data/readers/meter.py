@@ -64,7 +64,7 @@ def metered(rows: Iterator[_Rows], meter: Meter) -> Iterator[_Rows]:
 
 
 @contextlib.contextmanager
-def look(file: RawFile | None = None) -> Iterator[None]:
+def paused_meter(file: RawFile | None = None) -> Iterator[None]:
     """Suspend the current meter inside the block; if `file` is given, log the progress of reading it instead."""
     meter = Meter([(file, file.size())], Progress(f"find the fields of {file}", None, "rows")) if file else None
     token = _current.set(meter)

@@ -24,7 +24,7 @@ from tiger.data.readers.filters import Filter
 from tiger.data.readers.formats import find_format
 from tiger.data.readers.interactions import EventReader, ids_of, one_line, skip_rows
 from tiger.data.readers.json_table import JsonTable
-from tiger.data.readers.meter import look
+from tiger.data.readers.meter import paused_meter
 from tiger.data.readers.parquet import ParquetTable
 from tiger.data.readers.pivot import pivot
 from tiger.data.readers.table import Block, Wanted
@@ -206,7 +206,7 @@ def locate(config: Config, cache: Path) -> Files:
 
 
 def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
-    with look():  # detection reads the beginning of a file, and a JSON document as a whole
+    with paused_meter():  # detection reads the beginning of a file, and a JSON document as a whole
         return _opened(config, role, file)
 
 
