@@ -101,7 +101,7 @@ def map_shards(
         ResourceError: the pool never fits the cluster, nodes for it are not added in time, or a shard killed its actor
             `MAX_ATTEMPTS` times; names the shard and its rows.
     """
-    with source.filesystem.open_input_file(source.join(name)) as file:
+    with source.open_input(name) as file:
         metadata = pq.read_metadata(file)
         sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     have = {file.rpartition("/")[2] for file in target.files()}

@@ -193,7 +193,7 @@ def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
     """Return the source id and the display title of every item, streaming the texts to save memory."""
     names: list[str] = []
     titles: list[str] = []
-    with folder.filesystem.open_input_file(folder.join("items.parquet")) as source:
+    with folder.open_input("items.parquet") as source:
         file = pq.ParquetFile(source)
         wanted = [name for name in ("source_id", "title", "text") if name in file.schema_arrow.names]
         for batch in file.iter_batches(columns=wanted):
