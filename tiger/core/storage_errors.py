@@ -46,6 +46,7 @@ def explain(error: Exception, is_remote: bool) -> str:
 
 
 _FIXES = {
+    errno.ENOENT: "check the path",
     errno.EACCES: "grant this user access to it, or choose another folder",
     errno.EPERM: "grant this user access to it, or choose another folder",
     errno.EROFS: "choose a folder on another disk",

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from tiger.core.errors import DataError
@@ -334,6 +335,9 @@ class DelimitedTable:
                 f"{self.file}: lines {numbers[0]:,} to {numbers[-1]:,} contain {len(numbers):,} rows, but "
                 f"{table.num_rows:,} were parsed: this is a bug in the reader; please report it"
             )
+        if len(self.separator.encode()) > 1:  # in a quoted field
+            columns = [pc.replace_substring(column, _INNER, self.separator) for column in table.columns]
+            table = pa.table(columns, schema=table.schema)
         for batch in table.to_batches():
             yield Block(numbers, batch)
 
@@ -341,12 +345,17 @@ class DelimitedTable:
         """Parse lines whose last column is the remainder of the line: `user item item ...`."""
         width = len(self.names)
         rows, kept = [], []
-        separator = self.grammar.separator.decode()
-        for line, number in zip(text.decode().split("\n"), numbers.tolist(), strict=False):
-            fields = line.strip().split(separator, width - 1)
+        is_blank = self.grammar.separator == b" "
+        for record, number in zip(self.grammar.records(text), numbers.tolist(), strict=True):
+            fields = [
+                field.decode() for field in self.grammar.split_open(record.strip() if is_blank else record, width)
+            ]
             if len(fields) < width - 1:
                 self._skip(ledger, number, f"{len(fields)} columns instead of {width}")
                 continue
+            if len(self.separator.encode()) > 1:  # white space between items, unless they have a separator
+                whole = width if self.wanted.history_separator else width - 1
+                fields = [each.replace(_INNER, self.separator) for each in fields[:whole]] + fields[whole:]
             rows.append([field or None for field in fields] + [None] * (width - len(fields)))
             kept.append(number)
         self.rows += len(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -44,12 +45,43 @@ class Grammar:
             match = self.field.match(record, at)
             value = match.group() if match else b""
             at += len(value)
-            if self.quote and value[:1] == self.quote:
-                value = value[1:-1].replace(self.quote * 2, self.quote)
-            fields.append(value)
+            fields.append(self._unquoted(value))
             if record[at : at + len(self.separator)] != self.separator:
                 return fields
             at += len(self.separator)
+
+    def records(self, text: bytes) -> Iterator[bytes]:
+        """Yield the well-formed records of a text, without their line ends."""
+        if not self.quote:
+            yield from text.removesuffix(b"\n").split(b"\n")
+            return
+        at = 0
+        while at < len(text):
+            match = self.record.match(text, at)
+            end = match.end() if match else len(text)
+            yield text[at:end].removesuffix(b"\n")
+            at = end
+
+    def split_open(self, record: bytes, width: int) -> list[bytes]:
+        """Return up to `width` fields, the last of which is the rest of the record, unless that is one quoted field."""
+        if not self.quote or self.quote not in record:
+            return record.split(self.separator, width - 1)
+        fields: list[bytes] = []
+        at = 0
+        while len(fields) < width - 1:
+            match = self.field.match(record, at)
+            fields.append(self._unquoted(match.group() if match else b""))
+            at = match.end() if match else at
+            if record[at : at + len(self.separator)] != self.separator:
+                return fields
+            at += len(self.separator)
+        rest = record[at:]
+        return [*fields, self._unquoted(rest) if self.field.fullmatch(rest) else rest]
+
+    def _unquoted(self, value: bytes) -> bytes:
+        if self.quote and value[:1] == self.quote:
+            return value[1:-1].replace(self.quote * 2, self.quote)
+        return value
 
     def first_record(self, text: bytes) -> bytes | None:
         """Return the first record that is not blank, None if the text has none."""
