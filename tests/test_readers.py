@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import LocalFileSystem
 from test_cases import EVENTS, ITEMS, TITLES, events_csv, histories, items_csv, put, rows_of, run, truth
 
 from tiger.core.artifacts import Artifact
+from tiger.core.config import build
 from tiger.core.errors import DataError
-from tiger.data.catalog import Catalog
+from tiger.core.storage import Folder
+from tiger.data.catalog import Catalog, CatalogConfig, make
+from tiger.data.histories import read_histories
 from tiger.data.readers import json_table
 from tiger.data.readers.formats import find_format
 from tiger.data.readers.lines import lines, text_blocks
@@ -29,6 +33,7 @@ from tiger.data.readers.parquet import ParquetTable
 from tiger.data.readers.raw_files import RawFile, expand
 from tiger.data.readers.table import Wanted
 from tiger.data.readers.values import id_texts
+from tiger.data.sources.base import INTERACTIONS
 from tiger.embedding.encoder import EmbeddingConfig
 from tiger.embedding.external import own_item_ids
 
@@ -215,6 +220,37 @@ def test_a_gzip_file_that_expands_to_many_times_its_size_takes_little_memory(is_
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_user_names_of_more_than_2_gib_are_a_catalog(tmp_path: Path) -> None:
+    """2,200 users with names of 1 MiB: 2.3 GB in one column, in which a chunk of text has room for 2 GiB."""
+    users, length = 2_200, 1 << 20
+    items = pa.RecordBatch.from_pydict({"source_id": ITEMS, "title": TITLES})
+
+    def events() -> Any:
+        for begin in range(0, users, 20):
+            names = [f"{user:05d}{'x' * length}" for user in range(begin, begin + 20) for _ in range(3)]
+            steps = [ITEMS[step] for _ in range(20) for step in range(3)]
+            columns = [pa.array(names), pa.array(steps), pa.array(list(range(3)) * 20, pa.int64())]
+            yield pa.RecordBatch.from_arrays(columns, schema=INTERACTIONS)
+
+    assert users * length > 1 << 31
+    config = build(CatalogConfig, {"text_fields": ["title"], "k_core": 0})
+    folder = Folder(str(tmp_path))
+    profile = make(config, [items], events(), folder)
+    assert (profile["users"], profile["interactions"], profile["test_users"]) == (users, 3 * users, users)
+    parquet = pq.ParquetFile(tmp_path / "histories.parquet")
+    beginnings = [
+        text
+        for batch in parquet.iter_batches(100, columns=["source_id"])
+        for text in pc.utf8_slice_codeunits(batch["source_id"], 0, 5).to_pylist()
+    ]
+    assert beginnings == [f"{user:05d}" for user in range(users)]
+    histories = read_histories(folder)
+    assert len(histories) == users
+    assert {len(name) for name in histories.source_ids} == {5 + length}
+    assert histories.items.tolist() == [0, 1, 2] * users
 
 
 # --- ids and texts as they are ------------------------------------------------------------------------------------
