@@ -4,8 +4,11 @@ import gzip
 import itertools
 import json
 import logging
+import math
 import re
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from tiger.core.storage import Folder
 from tiger.data import catalog
 from tiger.data import histories as histories_module
 from tiger.data.catalog import CatalogConfig, make
-from tiger.data.histories import Histories, read_histories
+from tiger.data.histories import EvalSplit, Histories, read_histories
 from tiger.data.readers import lines as _lines
 from tiger.data.readers import merge as _merge
 from tiger.data.readers import parquet as _parquet
@@ -218,17 +221,72 @@ def test_by_time(tmp_path: Path) -> None:
     assert all(len(history) for history in users.histories())
 
 
-def test_no_target_is_ever_a_training_item(tmp_path: Path) -> None:
+def _check_that_training_reads_no_target(folder: Path, split: str) -> None:
+    """Compare what training, validation and testing read of a catalog with plain Python over the raw events."""
     rng = np.random.default_rng(1)
-    events = [(f"u{rng.integers(30)}", f"i{rng.integers(40)}", int(rng.integers(1000))) for _ in range(600)]
-    for split in ("leave-one-out", "temporal"):
-        _, histories = made(tmp_path / split, [f"i{n}" for n in range(40)], events, split=split)
-        assert (histories.offsets[:-1] <= histories.train_end).all()
-        assert (histories.train_end <= histories.valid_end).all()
-        assert (histories.valid_end <= histories.offsets[1:]).all()
-        valid, test = histories.evaluation("valid"), histories.evaluation("test")
-        assert (valid.end == histories.train_end[valid.users]).all()
-        assert (test.end == histories.valid_end[test.users]).all()
+    events = [(f"u{rng.integers(30):02d}", f"i{rng.integers(40):02d}", int(t)) for t in rng.permutation(2000)[:600]]
+    _, histories = made(folder, [f"i{n:02d}" for n in range(40)], events, split=split)
+    first: dict[tuple[str, str], int] = {}
+    for user, item, t in sorted(events, key=lambda event: event[2]):
+        first.setdefault((user, item), t)
+    times = sorted(first.values())
+    cuts = [times[math.ceil(share * (len(times) - 1))] for share in (0.8, 0.9)]
+    trained: list[str] = []
+    targets: dict[str, dict[str, tuple[list[str], str]]] = {"valid": {}, "test": {}}
+    for user in sorted({user for user, _ in first}):
+        own = [(item, t) for (owner, item), t in first.items() if owner == user]
+        ends = [sum(t < cut for _, t in own) for cut in cuts]
+        if split == "leave-one-out":
+            ends = [len(own) - 2, len(own) - 1] if len(own) >= 3 else [len(own)] * 2
+        names = [item for item, _ in own]
+        trained += names[1 : ends[0]]
+        for name, begin, end in (("valid", ends[0], ends[1]), ("test", ends[1], len(own))):
+            if 0 < begin < end:
+                targets[name][user] = names[:begin], names[begin]
+    items = Folder(str(folder)).read_table("items.parquet")["source_id"].to_pylist()
+    assert sorted(items[item] for item in histories.training_targets()) == sorted(trained)
+    first_items = [items[histories.items[at]] for at, end in zip(histories.offsets, histories.train_end, strict=False)
+                   if end > at]  # fmt: skip
+    counts = Counter(trained + first_items)
+    assert histories.training_counts(len(items)).tolist() == [counts[name] for name in items]
+    for name, expected in targets.items():
+        users = histories.evaluation(name)
+        found = {
+            histories.source_ids[user]: ([items[item] for item in history], items[target])
+            for user, history, target in zip(users.users, users.histories(), users.targets.tolist(), strict=True)
+        }
+        assert found == expected
+        assert len(found) > 10
+
+
+@pytest.mark.parametrize("split", ["leave-one-out", "temporal"])
+@pytest.mark.parametrize("fault", ["none", "a target more is trained on", "one is read before its time", "late split"])
+def test_no_target_is_ever_a_training_item(
+    split: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted faults show that the check finds them."""
+    if fault == "none":
+        _check_that_training_reads_no_target(tmp_path, split)
+        return
+    if fault == "a target more is trained on":
+        in_training = Histories._in_training
+        monkeypatch.setattr(
+            Histories, "_in_training", lambda own: in_training(replace(own, train_end=own.valid_end.copy()))
+        )
+    elif fault == "one is read before its time":
+        monkeypatch.setattr(
+            EvalSplit, "histories", lambda own: [own.items[b : e + 1] for b, e in zip(own.begin, own.end, strict=True)]
+        )
+    else:
+        right = catalog._split
+
+        def late(config: CatalogConfig, offsets: Any, time: Any) -> Any:
+            train_end, valid_end = right(config, offsets, time)
+            return np.minimum(train_end + 1, offsets[1:]), np.minimum(valid_end + 1, offsets[1:])
+
+        monkeypatch.setattr(catalog, "_split", late)
+    with pytest.raises(AssertionError):
+        _check_that_training_reads_no_target(tmp_path, split)
 
 
 def test_the_profile_counts_missing_and_distinct_values_of_lists(tmp_path: Path) -> None:

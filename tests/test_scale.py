@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from tiger.core.errors import HealthError, ResourceError
 from tiger.core.storage import Folder
+from tiger.on_ray import map as map_module
 from tiger.on_ray.map import MAX_ATTEMPTS, ActorPool, map_shards
 from tiger.on_ray.train import train
 from tiger.run import ResourcesConfig
@@ -89,6 +92,18 @@ def test_a_table_through_actors_restarts_where_it_stopped(tmp_path: Path) -> Non
     computed = sorted(int(path.name.partition("-")[0]) for path in second.iterdir())
     assert computed == [part * 10 for part in range(10) if f"part-{part:05d}.parquet" not in done]  # nothing twice
     assert run(folder) == 10
+
+
+def test_the_footer_is_read_once_and_not_for_every_shard(tmp_path: Path) -> None:
+    """With the metadata that the driver has read, shards are read of a file whose footer is gone."""
+    folder = source(tmp_path / "a")
+    path = Path(folder.path, "source.parquet")
+    footer = ray.put(pq.read_metadata(path))
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    for shard in range(10):
+        row = map_module._read(pa.table({"shard": [shard]}), folder.uri, "source.parquet", ["x"], [footer])
+        assert map_module._table(row)["x"].to_pylist() == list(range(95))[10 * shard : 10 * shard + 10]
+    assert map_module._metadata.cache_info().misses == 1
 
 
 def test_a_killed_actor_loses_and_doubles_nothing(tmp_path: Path) -> None:

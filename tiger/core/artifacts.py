@@ -2,7 +2,8 @@
 
 The manifest is the commit point, because object stores have no atomic rename: readers ignore a folder without one. It
 records the stage's configuration, the fingerprints of its inputs, its metrics and health checks, and the size and
-sha256 of every file, so that a truncated or altered artifact is rejected with the name of the file.
+sha256 of every file, so that a truncated or altered artifact is rejected with the name of the file: by size when it is
+opened, by sha256 when a file is first read through `Artifact.folder`, and as a whole by `Artifact.verify`.
 Tables are Parquet, weights are safetensors, everything else is JSON; nothing is ever unpickled.
 Two runs of one stage never write to each other's files: see `tiger.core.publishing`.
 """
@@ -130,8 +131,7 @@ class Artifact:
         for name, expected in self.manifest["files"].items():
             if name not in found:
                 raise ArtifactError(f"{self.folder.uri}: {name} is missing; delete the folder and run the stage again")
-            if self.folder.digest(name) != expected["sha256"]:
-                raise ArtifactError(f"{self.folder.uri}: {name} was altered; delete the folder and run the stage again")
+            self.folder.verify(name, expected["sha256"])
         _require_no_others(self.folder, found, self.manifest["files"])
 
 
@@ -257,7 +257,7 @@ def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Arti
 
     Raises:
         ArtifactError: no manifest (names the job that makes it), another schema, another kind, or a file that is
-            missing or not of the recorded size. `Artifact.verify` compares contents, too.
+            missing or not of the recorded size. Contents are compared when a file is read, and by `Artifact.verify`.
         SecurityError: the manifest names inputs that are not sibling artifacts.
     """
     folder = where if isinstance(where, Folder) else Folder(where)
@@ -271,6 +271,7 @@ def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Arti
         invalid = [f"{key}-{given}" for key, given in siblings if not _is_name(key, given)]
         attempt = manifest.get("attempt")
         recorded = {name: int(file["bytes"]) for name, file in files.items()}
+        checksums = {name: str(file["sha256"]) for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder.uri}/{MANIFEST} cannot be read ({error!r}); delete the folder") from None
     if version != SCHEMA_VERSION:
@@ -297,7 +298,7 @@ def open_artifact(where: str | Folder, expected_kind: str | None = None) -> Arti
                 "delete the folder and run the stage again"
             )
     _require_no_others(folder, found, recorded)
-    return Artifact(folder, manifest)
+    return Artifact(folder.expecting(checksums), manifest)
 
 
 def _require_no_others(folder: Folder, found: Mapping[str, int], recorded: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,67 +21,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from tiger.core.errors import ArtifactError, ConfigError, ResourceError, TigerError
+from tiger.core.errors import ArtifactError, ConfigError
 from tiger.core.hashing import sha256
+from tiger.core.storage_errors import MissingError, StorageError, explain, in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor  # takes seconds to import, and most stages hold none
 
 log = logging.getLogger(__name__)
 
+__all__ = ["MANIFEST", "PARTIAL", "SCRATCH", "Folder", "MissingError", "StorageError", "explain", "in_one_line"]
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # temporary files, also those of a killed writer; ignored by readers
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
+_READ_AT_ONCE = 256 << 20  # bytes of a table that are read once, to be verified and parsed
 _REQUEST_ATTEMPTS = 10  # per request to S3
 _REQUEST_TIME = timedelta(seconds=60)  # per request to Google Cloud Storage, including retries
 
 
-class StorageError(ResourceError, OSError):
-    """A failed file system operation; names the path, the reason, and how to fix it."""
-
-
-class MissingError(StorageError, FileNotFoundError):
-    """A file or folder that does not exist."""
-
-
-@contextlib.contextmanager
-def in_one_line(where: str) -> Iterator[None]:
-    """Convert exceptions of the operating system and Arrow into a one-line `StorageError` about `where`."""
-    try:
-        yield
-    except TigerError:
-        raise
-    except FileNotFoundError as error:
-        check = "the bucket" if "://" in where else "symbolic links in it"
-        raise MissingError(f"{where} does not exist, or no longer exists; check the path and {check}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{where}: {explain(error, '://' in where)}") from error
-
-
-def explain(error: Exception, is_remote: bool) -> str:
-    """Return the reason of a file system error and how to fix it, without line breaks."""
-    code = getattr(error, "errno", None)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some of it, or set root to another disk"
-    if code is not None and not is_remote:
-        return f"{os.strerror(code)}; {_FIXES.get(code, 'fix that, or choose another folder')}"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"{reason.partition(' Detail: ')[0][:300]}; check the address, the credentials, and the server"
-
-
-_FIXES = {
-    errno.EACCES: "grant this user access to it, or choose another folder",
-    errno.EPERM: "grant this user access to it, or choose another folder",
-    errno.EROFS: "choose a folder on another disk",
-    errno.ENOTDIR: "a component of this path is a file; remove it, or choose another folder",
-    errno.EEXIST: "a component of this path is a file; remove it, or choose another folder",
-    errno.EISDIR: "remove that folder, or choose another one",
-    errno.ELOOP: "fix the symbolic links",
-}
-
-
 class Folder:
-    """A folder on any file system that pyarrow supports: a local path, `s3://`, `gs://`, ..."""
+    """A folder on any file system that pyarrow supports: a local path, `s3://`, `gs://`, ...
+
+    Files of a folder with recorded checksums (`expecting`) are compared with them when they are first read.
+    """
 
     def __init__(self, uri: str) -> None:
         """Connect to the file system of a folder, which need not exist yet.
@@ -92,6 +55,7 @@ class Folder:
         Raises:
             ConfigError: the URI has a query, or pyarrow cannot open it.
         """
+        self._expected: dict[str, str] = {}  # sha256 of the files that are not verified yet
         if "://" in uri:
             if "?" in uri:  # no path could be joined to it, and a query may contain secrets, which end up in logs
                 raise ConfigError(
@@ -127,6 +91,10 @@ class Folder:
         """Return the folder `name` inside this one, which need not exist."""
         child = copy.copy(self)  # reuses the connection, which costs one or two requests to an object store
         child.uri, child.path = f"{self.uri}/{name}", self.join(name)
+        below = f"{name}/"
+        child._expected = {
+            file.removeprefix(below): sha256 for file, sha256 in self._expected.items() if file.startswith(below)
+        }
         return child
 
     @property
@@ -134,6 +102,7 @@ class Folder:
         """The folder that contains this one."""
         parent = copy.copy(self)
         parent.uri, parent.path = self.uri.rpartition("/")[0], self.path.rpartition("/")[0]
+        parent._expected = {}
         return parent
 
     def join(self, name: str) -> str:
@@ -176,12 +145,15 @@ class Folder:
         """Read a file.
 
         Raises:
+            ArtifactError: it is not what was recorded, see `expecting`.
             StorageError: the file does not exist, or cannot be read.
         """
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
             content: bytes = stream.read()
-            return content
+        if name in self._expected:
+            self._require(name, sha256([content]), self._expected[name])
+        return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file atomically and durably; on a local disk with a temporary file, fsync and rename.
@@ -254,7 +226,7 @@ class Folder:
             columns: columns to read; None: all.
 
         Raises:
-            ArtifactError: not a Parquet file, or a folder without any.
+            ArtifactError: not a Parquet file, a folder without any, or not what was recorded, see `expecting`.
             StorageError: the file does not exist, or cannot be read.
         """
         with in_one_line(f"{self.uri}/{name}"):
@@ -265,7 +237,10 @@ class Folder:
                 raise ArtifactError(f"{self.uri}/{name} contains no Parquet file")
             parts.sort(key=lambda part: (len(part), part))  # part-100000 comes after part-99999
             return pa.concat_tables([self.read_table(part, columns) for part in parts])
+        held = self._verified_bytes(name)
         try:
+            if held is not None:
+                return pq.read_table(pa.BufferReader(held), columns=columns)
             return pq.read_table(self.join(name), columns=columns, filesystem=self.filesystem)
         except OSError as failure:  # a storage error
             with in_one_line(f"{self.uri}/{name}"):
@@ -273,6 +248,18 @@ class Folder:
             raise AssertionError("unreachable") from None
         except Exception as error:  # a malformed file; Ray's Arrow extension types raise errors of any kind
             raise ArtifactError(f"{self.uri}/{name} is not a table: {str(error).partition(chr(10))[0]}") from None
+
+    def open_input(self, name: str) -> pa.NativeFile:
+        """Open a file for random access.
+
+        Raises:
+            ArtifactError: it is not what was recorded, see `expecting`.
+            StorageError: the file does not exist, or cannot be read.
+        """
+        if name in self._expected:
+            self.verify(name, self._expected[name])
+        with in_one_line(f"{self.uri}/{name}"):
+            return self.filesystem.open_input_file(self.join(name))
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         """Write a Parquet file, compressed with zstd; see `write_bytes`."""
@@ -325,6 +312,41 @@ class Folder:
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
             return sha256(iter(lambda: stream.read(1 << 22), b""))
+
+    def expecting(self, sha256: Mapping[str, str]) -> Folder:
+        """Return this folder with recorded checksums: each file is compared with its own once, when it is first read.
+
+        Args:
+            sha256: checksums in hexadecimal by file name.
+        """
+        folder = copy.copy(self)
+        folder._expected = dict(sha256)
+        return folder
+
+    def verify(self, name: str, sha256: str) -> None:
+        """Compare a file with its recorded checksum, in chunks.
+
+        Raises:
+            ArtifactError: it was altered.
+            StorageError: the file does not exist, or cannot be read.
+        """
+        self._require(name, self.digest(name), sha256)
+
+    def _require(self, name: str, found: str, recorded: str) -> None:
+        if found != recorded:
+            raise ArtifactError(f"{self.uri}: {name} was altered; delete the folder and run the stage again")
+        self._expected.pop(name, None)
+
+    def _verified_bytes(self, name: str) -> bytes | None:
+        """Verify a file that has not been verified yet; return its content unless it is large."""
+        if name not in self._expected:
+            return None
+        with in_one_line(f"{self.uri}/{name}"):
+            size = self.filesystem.get_file_info(self.join(name)).size or 0
+        if size <= _READ_AT_ONCE:
+            return self.read_bytes(name)
+        self.verify(name, self._expected[name])
+        return None
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:

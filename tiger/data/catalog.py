@@ -38,10 +38,14 @@ from tiger.core.storage import Folder
 from tiger.data.histories import Histories, Split, history_table, read_histories
 from tiger.data.profile import build_profile
 from tiger.data.readers.merge import PIECE, clean_batches, deduplicate_items, take_rows, texts_array
-from tiger.data.readers.row_counts import listed
+from tiger.data.readers.row_counts import RowCounts, listed
 from tiger.data.sources.base import field_name
 
 log = logging.getLogger(__name__)
+
+_UNKNOWN, _EQUAL, _REPEATED = "interactions with unknown items", "equal interactions", "repeated interactions"
+_OUTSIDE = "interactions outside the k-core"
+_DROPPED_INTERACTIONS = (_UNKNOWN, _EQUAL, _REPEATED, _OUTSIDE)
 
 ITEM_ROW_GROUP = 1024
 """Items per row group of items.parquet: the unit in which the embedding stage reads, encodes and resumes."""
@@ -114,6 +118,22 @@ class Catalog:
         return read_histories(self.artifact.folder)
 
 
+def check_limits(artifact: Artifact, max_bad_row_fraction: float, max_unknown_item_fraction: float) -> None:
+    """Compare the counts of a finished catalog with the limits, which may be stricter than when it was made.
+
+    The limits are not part of its fingerprint, because they do not change its content.
+
+    Raises:
+        DataError: more rows were skipped, or more interactions dropped because their items are unknown, than allowed.
+    """
+    for table, record in artifact.metrics["rows"].items():
+        RowCounts.from_record(table, record).check(max_bad_row_fraction)
+    profile = artifact.folder.read_json("profile.json")
+    dropped = profile["dropped"]
+    read = profile["interactions"] + sum(dropped.get(what, 0) for what in _DROPPED_INTERACTIONS)
+    _check_unknown(dropped[_UNKNOWN], read, max_unknown_item_fraction)
+
+
 def make(
     config: CatalogConfig, items: Iterable[pa.RecordBatch], interactions: Iterable[pa.RecordBatch], folder: Folder
 ) -> dict[str, Any]:
@@ -127,14 +147,14 @@ def make(
     fields = _fields(config.text_fields, kept_items.column_names)
     dropped: dict[str, int] = {"duplicate items": duplicate_items}
     user_names, user, item, time = _index_interactions(config, interactions, kept_items["source_id"], dropped)
-    read = len(user) + dropped["interactions with unknown items"]
+    read = len(user) + dropped[_UNKNOWN]
     size = f"{len(user):,} interactions"
     with timed(f"find repeats among {size}"):
         user, item, time = _deduplicate_interactions(config, user, item, time, dropped)
     if config.k_core > 1:
         with timed(f"{config.k_core}-core of {size}"):
             kept = _k_core(user, item, config.k_core)
-        dropped["interactions outside the k-core"] = int(len(user) - kept.sum())
+        dropped[_OUTSIDE] = int(len(user) - kept.sum())
         user, item, time = user[kept], item[kept], time[kept]
     if not len(user):
         raise DataError(
@@ -258,16 +278,20 @@ def _index_interactions(
         items.append(item)
         times.append(np.asarray(batch["time"])[known])
         read += batch.num_rows
-    dropped["interactions with unknown items"] = unknown
-    if unknown > config.max_unknown_item_fraction * max(read, 1):
-        raise DataError(
-            f"{unknown:,} of {read:,} interactions are with items that have no row among the items, such as "
-            f"{unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}: do the files belong "
-            f"together? This exceeds catalog.max_unknown_item_fraction = {config.max_unknown_item_fraction}"
-        )
+    dropped[_UNKNOWN] = unknown
+    examples = f", such as {unknown_example!r}, while the items have ids such as {next(iter(item_of))!r}"
+    _check_unknown(unknown, read, config.max_unknown_item_fraction, examples)
     del item_of
     user, item = (np.concatenate([np.empty(0, np.int32), *each]) for each in (users, items))
     return list(user_of), user, item, np.concatenate([np.empty(0, np.int64), *times])
+
+
+def _check_unknown(unknown: int, read: int, max_fraction: float, examples: str = "") -> None:
+    if unknown > max_fraction * max(read, 1):
+        raise DataError(
+            f"{unknown:,} of {read:,} interactions are with items that have no row among the items{examples}: do the "
+            f"files belong together? This exceeds catalog.max_unknown_item_fraction = {max_fraction}"
+        )
 
 
 def _dense(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
@@ -302,8 +326,8 @@ def _deduplicate_interactions(
         same &= ordered[1:] == ordered[:-1]
     ordered_time = time[order]
     equal = same & (ordered_time[1:] == ordered_time[:-1])
-    dropped["equal interactions"] = int(equal.sum())
-    dropped["repeated interactions"] = int((same & ~equal).sum()) if config.duplicates == "first" else 0
+    dropped[_EQUAL] = int(equal.sum())
+    dropped[_REPEATED] = int((same & ~equal).sum()) if config.duplicates == "first" else 0
     drop = order[1:][same if config.duplicates == "first" else equal]
     if not len(drop):
         return user, item, time

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tiger.core.errors import DataError, HealthError
+from tiger.data.readers.lines import foreign_format
 from tiger.data.readers.row_counts import listed
 from tiger.data.readers.table import Wanted
 from tiger.data.readers.values import has_id_type, id_texts
@@ -62,8 +63,21 @@ def _own_batches(
                 for batch in parquet.iter_batches(_JOINED_ROWS, columns=columns):
                     yield file, batch
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise DataError(f"{file}: not a readable Parquet file ({reason}); correct embedding.import_path") from None
+            raise _not_parquet(file, config, error) from None
+
+
+def _not_parquet(file: RawFile, config: EmbeddingConfig, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of Parquet have none
+        return file.unreadable(error)
+    with file.open() as stream:
+        what = foreign_format(stream.read(16))
+    if what:
+        return DataError(
+            f"{file}: {what}; own vectors are a Parquet file with the columns {config.vectors_id} and "
+            f"{config.vectors_column}, one row per item: write one, and set embedding.import_path to it"
+        )
+    reason = str(error).partition("\n")[0][:200]
+    return DataError(f"{file}: not a readable Parquet file ({reason}); correct embedding.import_path")
 
 
 def _check_columns(file: RawFile, schema: pa.Schema, config: EmbeddingConfig) -> None:

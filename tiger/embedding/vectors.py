@@ -54,17 +54,39 @@ def load_embeddings(folder: Folder) -> Tensor:
     """Read embeddings float32 [N, d], row = item_id; one file at a time, to bound memory to about one copy.
 
     Raises:
-        ArtifactError: a column is missing, or the item ids are not 0 .. N-1, each once.
+        ArtifactError: a column is missing, the item ids are not 0 .. N-1, each once, or a file is not what its
+            artifact has recorded.
     """
-    count, vectors = count_embeddings(folder), None
+    vectors, found = None, None
     for name in _files(folder):
         part = _columns(folder, name, "item_id", "vector")
-        rows = matrix(part)
-        if vectors is None:
-            vectors = torch.empty(count, rows.shape[1])
-        vectors[torch.from_numpy(np.asarray(part["item_id"]).astype(np.int64))] = rows
-    assert vectors is not None, "count_embeddings has read a file"
+        rows, ids = matrix(part), np.asarray(part["item_id"]).astype(np.int64)
+        if vectors is None or found is None:
+            count = _rows(folder)
+            vectors, found = torch.empty(count, rows.shape[1]), np.zeros(count, bool)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(found)):
+            raise _ids_missing(folder)
+        found[ids] = True
+        vectors[torch.from_numpy(ids)] = rows
+    assert vectors is not None and found is not None, "_files has found a file"
+    if not found.all():
+        raise _ids_missing(folder)
     return vectors
+
+
+def _rows(folder: Folder) -> int:
+    """Return the number of rows of all shards, from their footers."""
+    rows = 0
+    for name in _files(folder):
+        try:
+            rows += pq.read_metadata(folder.join(name), filesystem=folder.filesystem).num_rows
+        except (pa.ArrowException, OSError):
+            rows += len(_columns(folder, name, "item_id"))  # its error names the file and the reason
+    return rows
+
+
+def _ids_missing(folder: Folder) -> ArtifactError:
+    return ArtifactError(f"{folder.uri}/vectors: item ids are missing or duplicated; delete the folder")
 
 
 def vector_column(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
@@ -93,7 +115,7 @@ def count_embeddings(folder: Folder) -> int:
         np.concatenate([np.asarray(_columns(folder, name, "item_id")["item_id"]) for name in _files(folder)])
     )
     if not np.array_equal(items, np.arange(len(items))):
-        raise ArtifactError(f"{folder.uri}/vectors: item ids are missing or duplicated; delete the folder")
+        raise _ids_missing(folder)
     return len(items)
 
 

@@ -101,8 +101,8 @@ def map_shards(
         ResourceError: the pool never fits the cluster, nodes for it are not added in time, or a shard killed its actor
             `MAX_ATTEMPTS` times; names the shard and its rows.
     """
-    with source.filesystem.open_input_file(source.join(name)) as file:
-        metadata = pq.ParquetFile(file).metadata
+    with source.open_input(name) as file:
+        metadata = pq.read_metadata(file)
         sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     have = {file.rpartition("/")[2] for file in target.files()}
     missing = [shard for shard in range(len(sizes)) if _shard_name(shard) not in have]
@@ -134,7 +134,7 @@ def map_shards(
 
     try:
         with watching(what, "ray-data/ray-data.log", details=in_progress, storage=target) as watch:
-            stream = _stream(source, name, columns, target, worker, arguments, missing, plan, attempts)
+            stream = _stream(source, name, columns, metadata, target, worker, arguments, missing, plan, attempts)
             for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in written.to_pylist():
                     _raise_error(row, describe)
@@ -157,6 +157,7 @@ def _stream(
     source: Folder,
     name: str,
     columns: list[str],
+    metadata: pq.FileMetaData,
     target: Folder,
     worker: Callable[..., Worker],
     arguments: dict[str, Any],
@@ -169,9 +170,9 @@ def _stream(
     shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     resources = {"num_gpus": plan.bundle.gpus} if plan.bundle.gpus else {"num_cpus": plan.bundle.cpus}
-    read = shards.map_batches(
-        _read, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": source.uri, "name": name, "columns": columns}, **one
-    )
+    # A footer has about 1 kB per shard, so that reading it for every shard takes time quadratic in their number.
+    given = {"uri": source.uri, "name": name, "columns": columns, "footer": [ray.put(metadata)]}
+    read = shards.map_batches(_read, num_cpus=placement.TASK_CPUS, fn_kwargs=given, **one)
     with warnings.catch_warnings():  # Ray 2.60 has no named parameter that limits retries
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         computed = read.map_batches(
@@ -211,10 +212,16 @@ def _table(row: pa.Table) -> pa.Table:
     return pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
 
 
-def _read(row: pa.Table, uri: str, name: str, columns: list[str]) -> pa.Table:
+def _read(row: pa.Table, uri: str, name: str, columns: list[str], footer: list[ray.ObjectRef]) -> pa.Table:
     shard, folder = row["shard"][0].as_py(), Folder(uri)
     with folder.filesystem.open_input_file(folder.join(name)) as file:
-        return _row(shard, pq.ParquetFile(file).read_row_group(shard, columns=columns))
+        return _row(shard, pq.ParquetFile(file, metadata=_metadata(*footer)).read_row_group(shard, columns=columns))
+
+
+@functools.lru_cache(maxsize=1)
+def _metadata(footer: ray.ObjectRef) -> pq.FileMetaData:
+    """Return the metadata of the source that the driver has read; once per process, regardless of its shards."""
+    return ray.get(footer)
 
 
 class _Compute:

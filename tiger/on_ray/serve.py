@@ -1,15 +1,14 @@
 """HTTP serving of a trained model: a Ray Serve deployment around `Recommender` with dynamic batching.
 
 Ray's token does not protect Serve's port, and Serve accepts requests of any size. So a bearer token is required unless
-the port is bound to loopback, the size of request bodies and the time to read them are limited, and so is `k`. These
-limits apply in the replicas. Serve's proxy, in front of them, buffers bodies while all replicas are busy: an open port
-needs a reverse proxy with its own limit.
+the port is bound to loopback, the size of request bodies and the time to read them are limited, and so is `k`. Bodies
+are limited in the replicas and, if this process starts Ray, in Serve's proxy in front of them, which buffers bodies
+while all replicas are busy; for other clusters see `tiger.on_ray.body_limit`.
 """
 
 # `serve.ingress` pickles the class when it is decorated: everything its methods use must be defined above it, and its
 # annotations must not be strings, which rules out `from __future__ import annotations`.
 
-import asyncio
 import hmac
 import ipaddress
 import logging
@@ -29,7 +28,7 @@ from ray import serve
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import MAX_LISTED, build
@@ -39,15 +38,16 @@ from tiger.core.storage import Folder
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
 from tiger.on_ray import cluster, placement
+from tiger.on_ray.body_limit import BODY_SECONDS, MAX_BODY, PROXY_CALLBACK, PROXY_MIDDLEWARES, limit_body, refuse
 from tiger.run import ResourcesConfig, ServeConfig
 
 log = logging.getLogger(__name__)
 
+os.environ.setdefault(PROXY_CALLBACK, PROXY_MIDDLEWARES)  # for the proxy of a Ray that this process starts later
+
 TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
 """Environment variable of the replicas: a file with the bearer token."""
 
-MAX_BODY = 64 * 1024  # bytes
-BODY_SECONDS = 5.0  # to receive a body
 REQUEST_SECONDS = 30.0  # from the proxy's first byte to the response, including the wait for a replica
 _MAX_HISTORY, _MAX_NAME = 200, 256
 _BATCH, _BATCH_SECONDS = 64, 0.005
@@ -60,7 +60,10 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    history: list[Name] = Field(min_length=1, max_length=_MAX_HISTORY, description="catalog item ids, oldest first")
+    history: list[Name] = Field(
+        max_length=_MAX_HISTORY,
+        description="catalog item ids, oldest first; without a known one: the most popular items",
+    )
     k: int = Field(10, ge=1, le=2**31 - 1, description="number of items to return, at most the server's beam")
     exclude_seen: bool | None = Field(
         None, description="exclude the items of the history; none: as the server is configured"
@@ -77,9 +80,14 @@ class Recommendation(BaseModel):
 
 
 class Answer(BaseModel):
-    """The top items, best first; unknown ids in the history (`ignored`); the model artifact."""
+    """The top items, best first; unknown ids in the history (`ignored`); the model artifact.
+
+    `by_popularity` marks the most popular items, with the logarithms of their frequencies as scores: what a history
+    without a known item gets.
+    """
 
     items: list[Recommendation]
+    by_popularity: bool
     ignored: list[str]
     model: str
 
@@ -121,49 +129,12 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif scope["path"] == "/healthz" or self._knows(dict(scope["headers"]).get(b"authorization", b"")):
-            await self._limited(scope, receive, send)
+            await limit_body(self.app, scope, receive, send, MAX_BODY, BODY_SECONDS)
         else:
-            await _refuse(send, 401, b"bearer token required", (b"www-authenticate", b"Bearer"))
+            await refuse(send, 401, b"bearer token required", (b"www-authenticate", b"Bearer"))
 
     def _knows(self, authorization: bytes) -> bool:
         return self.token is None or hmac.compare_digest(authorization, f"Bearer {self.token}".encode())
-
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        read, refused, complete = 0, False, False
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
-
-        async def limited() -> Message:
-            nonlocal read, refused, complete
-            if refused:
-                return {"type": "http.disconnect"}
-            if complete:
-                return await receive()  # until the client disconnects
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                refused = True
-                await _refuse(send, 408, b"the request body did not arrive in time", (b"connection", b"close"))
-                return {"type": "http.disconnect"}
-            read += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if read > MAX_BODY:
-                refused = True
-                await _refuse(send, 413, b"request body exceeds 64 KiB", (b"connection", b"close"))
-                return {"type": "http.disconnect"}
-            return message
-
-        async def unless_refused(message: Message) -> None:
-            if not refused:
-                await send(message)
-
-        await self.app(scope, limited, unless_refused)
-
-
-async def _refuse(send: Send, status: int, why: bytes, header: tuple[bytes, bytes]) -> None:
-    headers = [(b"content-type", b"application/json"), header]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b'{"detail": "%s"}' % why})
 
 
 api = FastAPI(title="TIGER on Ray", description="The next items after a history.", docs_url=None, redoc_url=None)
@@ -196,7 +167,7 @@ def _names_and_titles(folder: Folder) -> tuple[list[str], list[str]]:
     """Return the source id and the display title of every item, streaming the texts to save memory."""
     names: list[str] = []
     titles: list[str] = []
-    with folder.filesystem.open_input_file(folder.join("items.parquet")) as source:
+    with folder.open_input("items.parquet") as source:
         file = pq.ParquetFile(source)
         wanted = [name for name in ("source_id", "title", "text") if name in file.schema_arrow.names]
         for batch in file.iter_batches(columns=wanted):
@@ -239,22 +210,22 @@ class Server:
         if self.recommender.needs_users and request.user is None:
             raise HTTPException(422, "user: required, because this model has user tokens")
         history = [self.item_of[name] for name in request.history if name in self.item_of]
-        if not history:
-            raise HTTPException(422, f"history: none of its {len(request.history)} ids is in the catalog")
-        best = await self._decode((request, history))
+        best, by_popularity = await self._decode((request, history))
         items = [Recommendation(item=self.names[item], title=self.titles[item], score=score) for item, score in best]
         ignored = [name for name in request.history if name not in self.item_of]
-        return Answer(items=items, ignored=ignored, model=self.model)
+        return Answer(items=items, by_popularity=by_popularity, ignored=ignored, model=self.model)
 
     @serve.batch(max_batch_size=_BATCH, batch_wait_timeout_s=_BATCH_SECONDS)
-    async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[list[tuple[int, float]]]:
-        """Return the top items with their scores for every request; the histories are item ids.
+    async def _decode(self, asked: list[tuple[Request, list[int]]]) -> list[tuple[list[tuple[int, float]], bool]]:
+        """Return the top items with their scores, and whether they are the most popular ones, for every request.
+
+        The histories are item ids.
 
         It does not run in a separate thread: the search consists of about 1,000 small operations, each of which would
         contend for the GIL with the request thread, which halves the throughput of a replica (LOG.md). Health checks
         are not delayed much: a batch takes at most a second.
         """
-        best: list[list[tuple[int, float]]] = [[] for _ in asked]
+        best: list[tuple[list[tuple[int, float]], bool]] = [([], False)] * len(asked)
         for exclude in (False, True):
             rows = [row for row, (request, _) in enumerate(asked) if self._excludes(request) == exclude]
             if not rows:
@@ -266,9 +237,10 @@ class Server:
                 ),
                 users=[asked[row][0].user or "" for row in rows],
             )
-            for row, items, scores in zip(rows, found.items.tolist(), found.scores.tolist(), strict=True):
+            columns = (found.items.tolist(), found.scores.tolist(), found.by_popularity.tolist())
+            for row, items, scores, by_popularity in zip(rows, *columns, strict=True):
                 real = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
-                best[row] = real[: asked[row][0].k]
+                best[row] = real[: asked[row][0].k], by_popularity
         return best
 
     def _excludes(self, request: Request) -> bool:

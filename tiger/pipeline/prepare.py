@@ -60,7 +60,9 @@ def prepare(run: RunConfig) -> Artifact:
         draft.health = require(check_catalog(profile))
 
     config = PrepareConfig(data=run.data, catalog=run.catalog)
-    return artifacts.build(run.root, "catalog", config, {}, make, source=identify(raw), record={"raw_files": raw})
+    artifact = artifacts.build(run.root, "catalog", config, {}, make, source=identify(raw), record={"raw_files": raw})
+    catalog.check_limits(artifact, run.data.max_bad_row_fraction, run.catalog.max_unknown_item_fraction)
+    return artifact
 
 
 def describe_files(files: Files) -> list[dict[str, Any]]:

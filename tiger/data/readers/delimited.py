@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from tiger.core.errors import DataError
+from tiger.data.readers.grammar import Grammar
 from tiger.data.readers.lines import text_blocks
 from tiger.data.readers.raw_files import RawFile
 from tiger.data.readers.row_counts import RowCounts, listed
@@ -35,60 +36,6 @@ _NUMERIC = re.compile(rb"[+-]?[0-9][0-9.:/ T-]*")
 _OPEN, _ADJACENT = "a quote opens here and is not closed", "text next to a quoted field"
 _SWALLOWED = "a quote opens here and closes in a later row"
 _QUOTE_HINT = 'data.quote = "" reads quotes as text'
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """Patterns of fields and records for one separator and quote."""
-
-    separator: bytes
-    quote: bytes
-    field: re.Pattern[bytes]
-    run: re.Pattern[bytes]
-    record: re.Pattern[bytes]
-    open: re.Pattern[bytes]
-
-    @classmethod
-    def of(cls, separator: str, quote: str) -> Grammar:
-        """Compile the patterns; an empty `quote` means that fields are not quoted."""
-        s, q = re.escape(separator.encode()), re.escape(quote.encode())
-        if not quote:
-            field, record = rb"[^%b\n]*+" % s, rb"[^\n]*+\n"
-            never = re.compile(rb"(?!)")
-            return cls(separator.encode(), b"", re.compile(field), re.compile(rb"(?:%b)++" % record), never, never)
-        plain = rb"[^%b%b\n][^%b\n]*+" % (q, s, s)
-        one_line = rb"(?:%b[^%b\n]*+(?:%b%b[^%b\n]*+)*+%b|%b|)" % (q, q, q, q, q, q, plain)
-        many = rb"(?:%b[^%b]*+(?:%b%b[^%b]*+)*+%b|%b|)" % (q, q, q, q, q, q, plain)
-        return cls(
-            separator.encode(),
-            quote.encode(),
-            re.compile(many),
-            re.compile(rb"(?:[^%b\n]*+\n|%b(?:%b%b)*+\n)++" % (q, one_line, s, one_line)),
-            re.compile(rb"%b(?:%b%b)*+\n" % (many, s, many)),
-            re.compile(rb"(?:%b%b)*+%b[^%b]*+(?:%b%b[^%b]*+)*+%b?\Z" % (many, s, q, q, q, q, q, q)),
-        )
-
-    def split(self, record: bytes) -> list[bytes]:
-        """Return the fields of one well-formed record, without its line end."""
-        fields, at = [], 0
-        while True:
-            match = self.field.match(record, at)
-            value = match.group() if match else b""
-            at += len(value)
-            if self.quote and value[:1] == self.quote:
-                value = value[1:-1].replace(self.quote * 2, self.quote)
-            fields.append(value)
-            if record[at : at + len(self.separator)] != self.separator:
-                return fields
-            at += len(self.separator)
-
-    def first_record(self, text: bytes) -> bytes | None:
-        """Return the first record that is not blank, None if the text has none."""
-        text = text.lstrip(b"\n")
-        if not text:
-            return None
-        match = self.record.match(text + b"\n")
-        return (match.group() if match else text.partition(b"\n")[0]).rstrip(b"\n")
 
 
 class DelimitedTable:
@@ -166,7 +113,7 @@ class DelimitedTable:
         if not fits:
             raise DataError(
                 f"{self.file}: the first line has {len(found[best])} fields separated by {best!r}, data.columns has "
-                f"{len(wanted.columns)}: {listed(wanted.columns)}; correct data.columns or data.separator"
+                f"{len(wanted.columns)}: {listed(wanted.columns)}; correct {self._fixes(head)}"
             )
         wanted.check(self.file, list(wanted.columns), " in data.columns")
         self._settle(fits[0], list(wanted.columns))
@@ -179,15 +126,31 @@ class DelimitedTable:
 
     def _no_columns(self, head: bytes, found: dict[str, list[str]], best: str) -> DataError:
         used = self.wanted.separator or ","
-        first = head.lstrip(b"\n").partition(b"\n")[0].decode("utf-8", "replace")
-        other = next((s for s in _SEPARATORS if s != used and s in first), None) if used not in first else None
-        more = f'; the first line contains {other!r} and no {used!r}: set data.separator = "{other}"' if other else ""
-        more += f"; if the first line ({short(first)}) is not a header, list the names in data.columns"
+        first, other = self._first_line(head)
+        hidden = self.wanted.separator is None and self.wanted.other_separator is not None
+        more = ""
+        if used not in first and (other or self.wanted.separator) and not hidden:
+            contains = f"contains {other!r} and no {used!r}" if other else f"does not contain {used!r}"
+            more = f"; the first line {contains}: set {self.wanted.set_separator(other)}"
+        more += f"; if the first line ({short(first)}) is not a header, list the names in {self.wanted.set_columns()}"
         try:
             self.wanted.check(self.file, found[best], more)
         except DataError as error:
             return error
         return DataError(f"{self.file}: the columns cannot be found{more}")
+
+    def _fixes(self, head: bytes) -> str:
+        """Return the settings to correct if the first line does not have the number of fields of `data.columns`."""
+        first, other = self._first_line(head)
+        if self.wanted.separator is not None and self.wanted.separator not in first:
+            return f"{self.wanted.set_columns()} or set {self.wanted.set_separator(other)}"
+        return f"{self.wanted.set_columns()} or data.separator"
+
+    def _first_line(self, head: bytes) -> tuple[str, str | None]:
+        """Return the first line, and a usual separator in it, other than the one of the configuration."""
+        first = head.lstrip(b"\n").partition(b"\n")[0].decode("utf-8", "replace")
+        used = self.wanted.separator or ","
+        return first, next((each for each in _SEPARATORS if each != used and each in first), None)
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -372,6 +335,9 @@ class DelimitedTable:
                 f"{self.file}: lines {numbers[0]:,} to {numbers[-1]:,} contain {len(numbers):,} rows, but "
                 f"{table.num_rows:,} were parsed: this is a bug in the reader; please report it"
             )
+        if len(self.separator.encode()) > 1:  # in a quoted field
+            columns = [pc.replace_substring(column, _INNER, self.separator) for column in table.columns]
+            table = pa.table(columns, schema=table.schema)
         for batch in table.to_batches():
             yield Block(numbers, batch)
 
@@ -379,12 +345,17 @@ class DelimitedTable:
         """Parse lines whose last column is the remainder of the line: `user item item ...`."""
         width = len(self.names)
         rows, kept = [], []
-        separator = self.grammar.separator.decode()
-        for line, number in zip(text.decode().split("\n"), numbers.tolist(), strict=False):
-            fields = line.strip().split(separator, width - 1)
+        is_blank = self.grammar.separator == b" "
+        for record, number in zip(self.grammar.records(text), numbers.tolist(), strict=True):
+            fields = [
+                field.decode() for field in self.grammar.split_open(record.strip() if is_blank else record, width)
+            ]
             if len(fields) < width - 1:
                 self._skip(ledger, number, f"{len(fields)} columns instead of {width}")
                 continue
+            if len(self.separator.encode()) > 1:  # white space between items, unless they have a separator
+                whole = width if self.wanted.history_separator else width - 1
+                fields = [each.replace(_INNER, self.separator) for each in fields[:whole]] + fields[whole:]
             rows.append([field or None for field in fields] + [None] * (width - len(fields)))
             kept.append(number)
         self.rows += len(rows)

@@ -24,7 +24,7 @@ def find_format(file: RawFile, encoding: str) -> str:
         with file.open() as stream:
             begin = stream.read(4)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        raise file.unreadable(error) from None
     if begin == b"PAR1":
         return "parquet"
     name = file.name.lower().removesuffix(".gz")

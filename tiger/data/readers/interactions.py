@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tiger.core.errors import DataError
 from tiger.data.readers.filters import Filter
 from tiger.data.readers.raw_files import RawFile
-from tiger.data.readers.row_counts import RowCounts
+from tiger.data.readers.row_counts import InvalidRow, RowCounts
 from tiger.data.readers.table import Block, Wanted
 from tiger.data.readers.times import TimeRule, column_micros, explain, why_not
 from tiger.data.readers.values import has_id_type, id_text, id_texts, plain, split_history
@@ -158,9 +158,17 @@ class EventReader:
 
     def _from_histories(self, file: RawFile, block: Block, users: pa.Array, wanted: Wanted) -> pa.RecordBatch:
         """Return one event per item of each row's list, ordered by the position in the list."""
-        named = np.asarray(users.is_valid())
+        named = np.array(users.is_valid())
         skip_rows(self.ledger, file, block.numbers, ~named, f"no {self.user_id}")
-        lists = _joined([self._ids_in(file, block.rows.column(name), name, wanted) for name in wanted.history])
+        columns = [_lists(file, block.rows.column(name), name, wanted) for name in wanted.history]
+        for row, reason in sorted({row: reason for _, bad in columns for row, reason in bad.items()}.items()):
+            if named[row]:
+                self.ledger.skip(file, int(block.numbers[row]), str(reason), reason.detail)
+                named[row] = False
+        mask = pa.array(named)
+        block, users, named = Block(block.numbers[named], block.rows.filter(mask)), users.filter(mask), named[named]
+        entries = [(lists.filter(mask), name) for (lists, _), name in zip(columns, wanted.history, strict=True)]
+        lists = _joined([self._ids_in(lists, name, wanted) for lists, name in entries])
         lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
         good = named & (lengths > 0)
         self.ledger.leave_out(int((named & ~good).sum()), f"empty {' and '.join(wanted.history)}")
@@ -179,9 +187,8 @@ class EventReader:
         columns = [users.filter(mask).take(pa.array(rows)), items, pa.array(times)]
         return pa.RecordBatch.from_arrays(columns, schema=INTERACTIONS)
 
-    def _ids_in(self, file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.ListArray:
+    def _ids_in(self, lists: pa.ListArray, name: str, wanted: Wanted) -> pa.ListArray:
         """Return lists of ids; count entries without an id, and those that do not match the pattern."""
-        lists = _lists(file, column, name, wanted)
         ids, pattern = lists.flatten(), wanted.history_pattern
         empty = ids.null_count
         if pattern is not None:
@@ -210,12 +217,18 @@ def _joined(columns: list[pa.ListArray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), items.take(pa.array(np.argsort(rows, kind="stable"))))
 
 
-def _lists(file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.ListArray:
-    """Return a column of histories as lists of ids."""
+def _lists(file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> tuple[pa.ListArray, dict[int, InvalidRow]]:
+    """Return a column of histories as lists of ids, and the rows whose text cannot be read, with the reasons."""
     column = plain(column)
+    bad: dict[int, InvalidRow] = {}
     if pa.types.is_string(column.type):
-        texts = column.to_pylist()
-        rows = [None if text is None else split_history(text, wanted.history_separator) for text in texts]
+        rows: list[list[str | None] | None] = []
+        for row, text in enumerate(column.to_pylist()):
+            try:
+                rows.append(None if text is None else split_history(text, wanted.history_separator))
+            except InvalidRow as reason:
+                bad[row] = InvalidRow(f"{name}: {reason}", reason.detail)
+                rows.append(None)
         column = pa.array(rows, pa.list_(pa.string()))
     elif pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         column = pc.cast(column, pa.list_(column.type.value_type))
@@ -223,4 +236,4 @@ def _lists(file: RawFile, column: pa.Array, name: str, wanted: Wanted) -> pa.Lis
         raise DataError(f"{file}: column {name} has type {column.type}; data.history must be lists of ids, or text")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), id_texts(column.flatten()))
+    return pa.ListArray.from_arrays(pa.array(offsets), id_texts(column.flatten())), bad

@@ -26,6 +26,7 @@ DOCUMENT_CAP = 1 << 30
 
 BATCH_ROWS = 8192
 RECORD_CAP = 8 << 20
+_UNDECODABLE = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded by surrogateescape
 _SPACE = re.compile(r"[\s,]*")
 _ID_KEYS = ("data.item", "data.user", "data.property")
 _LEVELS = (pa.string(), pa.list_(pa.string()), pa.list_(pa.list_(pa.string())))
@@ -124,9 +125,11 @@ class JsonTable:
             size += len(block)
             if size > DOCUMENT_CAP:
                 raise DataError(
-                    f"{self.file}: one JSON document of more than {DOCUMENT_CAP >> 30} GiB; write one object per line"
+                    f"{self.file}: one JSON document of more than {DOCUMENT_CAP:,} bytes; write one object per line, "
+                    "which has no limit"
                 )
-        text = b"".join(pieces).decode("utf-8", "replace")
+        text = b"".join(pieces).decode("utf-8", "surrogateescape")
+        del pieces
         yield from _Document(self.file, text, self.keyed).records()
 
     # --- rows ---------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def _single(value: Any, name: str) -> str | None:
     return None if value is None else readable(value)
 
 
-def _ids(value: Any, name: str, separator: str | None) -> list[str] | None:
+def _ids(value: Any, name: str, separator: str | None) -> list[str | None] | None:
     if isinstance(value, str):
         return split_history(value, separator)
     if value is None:
@@ -222,7 +225,7 @@ def _ids(value: Any, name: str, separator: str | None) -> list[str] | None:
     found = [id_text(each, name) for each in value]
     if None in found:
         raise InvalidRow(f"{name} contains an empty id")
-    return [each for each in found if each is not None]
+    return found
 
 
 class _Document:
@@ -231,6 +234,7 @@ class _Document:
     def __init__(self, file: RawFile, text: str, keyed: tuple[str, str]) -> None:
         self.file, self.text, self.keyed = file, text, keyed
         self.at, self.line, self.counted = 0, 1, 0
+        self.undecodable = _UNDECODABLE.search(text) is not None
         self.decoder = json.JSONDecoder()
 
     def records(self) -> Iterator[tuple[int, dict[str, Any] | InvalidRow]]:
@@ -269,13 +273,13 @@ class _Document:
 
     def _elements(self, closing: str) -> Iterator[tuple[int, dict[str, Any] | InvalidRow]]:
         while not self._ends(closing):
-            number = self._number()
-            yield number, self._checked(self._value())
+            number, begin = self._number(), self.at
+            yield number, self._checked(self._value(), begin)
 
     def _members(self) -> Iterator[tuple[int, dict[str, Any] | InvalidRow]]:
         key_name, value_name = self.keyed
         while not self._ends("}"):
-            number = self._number()
+            number, begin = self._number(), self.at
             key = self._value()
             self._space()
             if not isinstance(key, str) or self.text[self.at : self.at + 1] != ":":
@@ -284,7 +288,7 @@ class _Document:
             self._space()
             value = self._value()
             record = {key_name: key, **value} if isinstance(value, dict) else {key_name: key, value_name: value}
-            yield number, self._checked(record)
+            yield number, self._checked(record, begin)
 
     def _ends(self, closing: str) -> bool:
         self._space()
@@ -316,8 +320,10 @@ class _Document:
             f"each line of at most {MAX_LINE_BYTES:,} bytes"
         )
 
-    @staticmethod
-    def _checked(value: Any) -> dict[str, Any] | InvalidRow:
+    def _checked(self, value: Any, begin: int) -> dict[str, Any] | InvalidRow:
+        """Return the record that was parsed from the text since `begin`, or the reason why it is none."""
+        if self.undecodable and (found := _UNDECODABLE.search(self.text, begin, self.at)):
+            return InvalidRow("not UTF-8", f"byte 0x{ord(found[0]) - 0xDC00:02x}; set data.encoding")
         if not isinstance(value, dict):
             return InvalidRow(f"a {type(value).__name__}, not an object")
         try:

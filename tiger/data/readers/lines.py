@@ -21,7 +21,17 @@ BLOCK = 1 << 20
 _EXPANDED_RATIO, _EXPANDED_FLOOR = 900, 1 << 24  # constant JSON fields compress to 1/250; a file of zeros to 1/1030
 _UNDECODABLE = "\udcff"  # becomes the byte 0xff, which is invalid in UTF-8, so that the line is a bad row
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-_ARCHIVES = {b"PK\x03\x04": "a zip archive or an Excel file", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+}
+"""Formats that are not read, by their first bytes."""
 
 codecs.register_error("tiger-undecodable", lambda error: (_UNDECODABLE, error.end))  # type: ignore[attr-defined]
 
@@ -47,14 +57,18 @@ def text_blocks(file: Path | RawFile, encoding: str = "utf-8") -> Iterator[bytes
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: the gzip file is damaged ({error}); download or copy it again") from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        raise file.unreadable(error) from None
+
+
+def foreign_format(begin: bytes) -> str | None:
+    """Return the name of a format that is not read, given the first bytes of a file; None for all others."""
+    return next((what for magic, what in _FOREIGN.items() if begin.startswith(magic)), None)
 
 
 def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterator[bytes]:
     block = stream.read(BLOCK)
-    for magic, what in _ARCHIVES.items():
-        if block.startswith(magic):
-            raise DataError(f"{file}: {what}, not a text table; unpack or export it as CSV, JSON lines or Parquet")
+    if what := foreign_format(block):
+        raise DataError(f"{file}: {what}, not a text table; unpack or export it as CSV, JSON lines or Parquet")
     for bom, name in _BOMS:
         if block.startswith(bom):
             block, encoding = block[len(bom) :], name
@@ -62,7 +76,7 @@ def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterato
     utf8 = codecs.lookup(encoding).name == "utf-8"
     decoder = None if utf8 else codecs.getincrementaldecoder(encoding)("tiger-undecodable")
     carry = b""  # a carriage return at the end of a block may be half of a line end
-    while block or carry:
+    while True:  # once more after the last block: half a character at the end is an undecodable byte
         report(file, raw.tell())
         final = not block
         if decoder is not None:

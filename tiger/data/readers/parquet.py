@@ -58,5 +58,7 @@ class ParquetTable:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> DataError:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of Parquet have none
+            return self.file.unreadable(error)
         reason = str(error).partition("\n")[0].partition(". Detail")[0]
         return DataError(f"{self.file}: not a readable Parquet file ({reason[:200]}); copy or export it again")

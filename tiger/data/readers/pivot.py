@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from tiger.core.errors import DataError
 from tiger.data.readers.raw_files import RawFile
 from tiger.data.readers.row_counts import RowCounts, listed
 from tiger.data.readers.table import Block
-from tiger.data.readers.times import TimeRule, column_micros
+from tiger.data.readers.times import TimeRule, column_micros, explain, why_not
 from tiger.data.readers.values import as_field, id_texts, plain
 from tiger.data.sources.base import field_name
 
@@ -30,7 +32,8 @@ def pivot(
 ) -> Iterator[pa.RecordBatch]:
     """Yield one row per item and one column per property, both in order of first appearance.
 
-    Of several values of one property, the latest is kept if the table has the column of times, else the last one.
+    Of several values of one property, the latest is kept if the table has the column of times, else the last one. A
+    missing time is older than any other; a row whose time cannot be read is skipped.
 
     Args:
         source: blocks of rows with their files.
@@ -51,13 +54,14 @@ def pivot(
         ids = id_texts(block.rows.column(item_id)).to_pylist()
         names = id_texts(block.rows.column(name)).to_pylist()
         values = as_field(block.rows.column(value), pa.string()).to_pylist()
-        times = np.zeros(len(ids), np.int64)
-        if rule.name in block.rows.schema.names:
-            micros, good = column_micros(plain(block.rows.column(rule.name)), rule)
-            times = np.where(good, micros, -(1 << 62))
-        for number, item, key, text, time in zip(
-            block.numbers.tolist(), ids, names, values, times.tolist(), strict=True
+        times, invalid = _times(block, rule)
+        for index, (number, item, key, text, time) in enumerate(
+            zip(block.numbers.tolist(), ids, names, values, times.tolist(), strict=True)
         ):
+            if index in invalid:
+                reason = why_not(invalid[index], rule)
+                ledger.skip(file, number, reason, "" if ledger.skipped[reason] else explain(invalid[index], rule))
+                continue
             if item is None or key is None:
                 ledger.skip(file, number, f"no {item_id if item is None else name}")
                 continue
@@ -78,6 +82,17 @@ def pivot(
     if missing:
         raise DataError(f"data.properties contains {listed(missing)}; column {name} has no such value")
     yield from _batches(items, list(found))
+
+
+def _times(block: Block, rule: TimeRule) -> tuple[npt.NDArray[np.int64], dict[int, Any]]:
+    """Return the time of every row (0 without a column of times, a missing one is the oldest), and invalid values."""
+    if rule.name not in block.rows.schema.names:
+        return np.zeros(block.rows.num_rows, np.int64), {}
+    column = plain(block.rows.column(rule.name))
+    micros, good = column_micros(column, rule)
+    missing = np.asarray(column.is_null())
+    invalid = {row: column[row].as_py() for row in np.flatnonzero(~good & ~missing).tolist()}
+    return np.where(good, micros, -(1 << 62)), invalid
 
 
 def _batches(items: dict[str, dict[str, tuple[int, str]]], found: list[str]) -> Iterator[pa.RecordBatch]:

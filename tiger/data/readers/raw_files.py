@@ -66,7 +66,7 @@ class RawFile:
         try:
             return self.filesystem.get_file_info(self.path).size or 0
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise self.unreadable(error) from None
 
     def open(self) -> BinaryIO:
         """Open the file as a seekable binary stream.
@@ -79,7 +79,7 @@ class RawFile:
                 return Path(self.path).open("rb")
             return io.BufferedReader(self.filesystem.open_input_file(self.path), 1 << 20)
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise self.unreadable(error) from None
 
     def digest(self) -> str:
         """Return the sha256 of the content in hexadecimal, computed in chunks.
@@ -93,10 +93,11 @@ class RawFile:
                 while chunk := stream.read(1 << 22):
                     sha.update(chunk)
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise self.unreadable(error) from None
         return sha.hexdigest()
 
-    def _unreadable(self, error: OSError) -> DataError:
+    def unreadable(self, error: OSError) -> DataError:
+        """Return the error for a failed operation of the file system on this file: the reason and how to fix it."""
         correct = f"; or correct {self.key}" if self.key else ""
         return DataError(f"{self.label}: cannot be read: {explain(error, '://' in self.label)}{correct}")
 

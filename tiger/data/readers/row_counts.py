@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +77,8 @@ class RowCounts:
         """Number of rows read."""
         return self.kept + self.skipped.total() + self.left_out.total()
 
-    def close(self, max_bad_row_fraction: float) -> None:
-        """Log the counts.
+    def check(self, max_bad_row_fraction: float) -> None:
+        """Compare the counts with the limit.
 
         Args:
             max_bad_row_fraction: maximum fraction of skipped rows.
@@ -86,24 +87,55 @@ class RowCounts:
             DataError: no row was kept, or more than `max_bad_row_fraction` of the rows were skipped.
         """
         bad = self.skipped.total()
-        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in self.skipped.most_common(EXAMPLES))
-        shown = "; first: " + " | ".join(self.examples) if self.examples else ""
-        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in self.left_out.most_common(EXAMPLES))
         if not self.kept:
-            causes = "; ".join(filter(None, (reasons, left_out and f"left out: {left_out}")))
-            raise DataError(f"{self.table}: no row could be used of {self.read:,} read ({causes or 'empty'}){shown}")
+            left_out = self._most_common(self.left_out)
+            causes = "; ".join(filter(None, (self._most_common(self.skipped), left_out and f"left out: {left_out}")))
+            raise DataError(
+                f"{self.table}: no row could be used of {self.read:,} read ({causes or 'empty'}){self._first()}"
+            )
         if bad > max_bad_row_fraction * self.read:
             raise DataError(
                 f"{self.table}: {bad:,} of {self.read:,} rows cannot be read ({bad / self.read:.2%}, allowed: "
-                f"{max_bad_row_fraction:.2%}, data.max_bad_row_fraction): {reasons}{shown}"
+                f"{max_bad_row_fraction:.2%}, data.max_bad_row_fraction): {self._most_common(self.skipped)}"
+                f"{self._first()}"
             )
+
+    def close(self, max_bad_row_fraction: float) -> None:
+        """Log the counts.
+
+        Args:
+            max_bad_row_fraction: maximum fraction of skipped rows.
+
+        Raises:
+            DataError: see `check`.
+        """
+        self.check(max_bad_row_fraction)
+        bad = self.skipped.total()
         log.info("%s: %s rows read, %s kept, %s skipped", self.table, f"{self.read:,}", f"{self.kept:,}", f"{bad:,}")
-        if left_out:
-            log.info("%s: left out %s", self.table, left_out)
+        if self.left_out:
+            log.info("%s: left out %s", self.table, self._most_common(self.left_out))
         for reason, count in self.entries_left_out.items():
             log.info("%s: left out %s %s", self.table, f"{count:,}", reason)
         if bad:
-            log.warning("%s: skipped %s%s", self.table, reasons, shown)
+            log.warning("%s: skipped %s%s", self.table, self._most_common(self.skipped), self._first())
+
+    def _first(self) -> str:
+        return "; first: " + " | ".join(self.examples) if self.examples else ""
+
+    @staticmethod
+    def _most_common(counts: Counter[str]) -> str:
+        return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common(EXAMPLES))
+
+    @classmethod
+    def from_record(cls, table: str, record: Mapping[str, Any]) -> RowCounts:
+        """Return the counts that `record` has written to a manifest."""
+        return cls(
+            table,
+            kept=record["kept"],
+            skipped=Counter(record["skipped"]),
+            left_out=Counter(record.get("left_out", {})),
+            examples=list(record["examples"]),
+        )
 
     def record(self) -> dict[str, Any]:
         """Return the counts as a record for the manifest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -33,6 +34,9 @@ class Wanted:
         history_separator: separator of the items in a list as text; None: white space.
         history_pattern: pattern of an entry of a list; its first group is the item's id.
         separator, quote, encoding, columns: layout of text tables; None and () mean: detected from the first line.
+        role: the table, "items" or "interactions"; "" if there is only one.
+        other_separator: separator of the other table; None: detected.
+        shared: the options of `separator` and `columns` that are one value for both tables.
         everything: whether to read all columns, not only the needed ones.
         optional: columns that are read if they exist.
     """
@@ -46,6 +50,9 @@ class Wanted:
     quote: str = '"'
     encoding: str = "utf-8"
     columns: tuple[str, ...] = ()
+    role: str = ""
+    other_separator: str | None = None
+    shared: frozenset[str] = frozenset()
     everything: bool = False
     optional: tuple[str, ...] = field(default=())
 
@@ -71,6 +78,25 @@ class Wanted:
         twice = sorted({name for name in found if found.count(name) > 1})
         if twice:
             raise DataError(f"{file}: the header contains {listed(twice)} more than once; rename one of them")
+
+    def set_separator(self, found: str | None) -> str:
+        """Return the setting for a table that `separator` does not fit; it leaves the other table's separator as it is.
+
+        Args:
+            found: a separator that the first line contains, if any.
+        """
+        if self.separator is None or not self.role:
+            return f"data.separator = {json.dumps(found)}" if found else "data.separator"
+        other = "items" if self.role == "interactions" else "interactions"
+        if "separator" in self.shared:  # this table's separator is detected then
+            return f"data.separator={{{other}={json.dumps(self.separator)}}}"
+        values = {self.role: found} if found else {}
+        values |= {other: self.other_separator} if self.other_separator else {}
+        return "data.separator={" + ", ".join(f"{role}={json.dumps(value)}" for role, value in values.items()) + "}"
+
+    def set_columns(self) -> str:
+        """Return the setting that lists the column names of this table, but not of the other one."""
+        return f"data.columns={{{self.role}=[...]}}" if self.role and "columns" in self.shared else "data.columns"
 
     def selected(self, found: list[str]) -> list[str]:
         """Return the columns to read, out of those that were found."""

@@ -297,13 +297,19 @@ def _pairs_as_objects(kind: pa.DataType, values: list[Any]) -> list[Any]:
     return values
 
 
-def split_history(text: str, separator: str | None) -> list[str]:
-    """Split a text into ids: a JSON or Python list, or ids with separators (None: white space)."""
+def split_history(text: str, separator: str | None) -> list[str | None]:
+    """Split a text into ids: a JSON or Python list, or ids with separators (None: white space).
+
+    An empty entry is None.
+
+    Raises:
+        InvalidRow: an entry is a list, an object, or a Boolean.
+    """
     text = text.strip()
     values: list[Any] | None = _list_in(text) if text[:1] in ("[", "(") else None
     if values is None:
         values = text.split(separator)
-    return [each for each in (id_text(value, "") for value in values) if each is not None]
+    return [id_text(value, "an entry") for value in values]
 
 
 def _list_in(text: str) -> list[Any] | None:

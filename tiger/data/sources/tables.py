@@ -2,8 +2,8 @@
 
 All columns of the item files are kept as fields, so that `catalog.text_fields` can list any of them by its name in the
 file. Files of one table are concatenated by column name: order may differ, missing columns are null, types are widened.
-Ids and times are read by the same rules in all formats (`readers/values.py`, `readers/times.py`). Text tables contain
-text: only an empty field is missing. Lists become lists of text, nested objects lists of `key: value`.
+Ids and times are read by the same rules in all formats (`values.py`, `times.py` in `tiger/data/readers`). Text tables
+contain text: only an empty field is missing. Lists become lists of text, nested objects lists of `key: value`.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class Config(DatasetConfig):
             needed |= {self.time: "data.time"} if timed else {}
             optional = tuple(Filter.parse(text).column for text in self.filters)
             needed |= {name: "data.filters" for name in optional if name not in needed}
+        other: Role = "interactions" if role == "items" else "items"
         return Wanted(
             needed=needed,
             keys=tuple(name for name in needed if name not in (*self.histories(), self.value)),
@@ -182,6 +183,9 @@ class Config(DatasetConfig):
             quote=self.of(role, "quote", '"'),
             encoding=self.of(role, "encoding", "utf-8"),
             columns=tuple(self.of(role, "columns", [])),
+            role=role,
+            other_separator=self.of(other, "separator", None),
+            shared=frozenset(name for name in ("separator", "columns") if not isinstance(getattr(self, name), dict)),
             everything=role == "items" and self.property is None,
             optional=optional,
         )
