@@ -14,6 +14,8 @@ import tiger.on_ray  # noqa: F401  settles Ray's environment, which Ray reads wh
 from tests.fault_catalog import FAULTS
 from tests.paths import BEAUTY, ROOT
 
+pytest_plugins = ["tests.object_stores"]  # its fixtures: proxy, root, google
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Faults are marked; tests of the real data are skipped, with the reason, where the files are not."""
@@ -84,3 +86,14 @@ def local_ray() -> Iterator[None]:
     else:
         os.environ["PYTHONPATH"] = before
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy sizes gain nothing from a second thread, and lose much to it on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tiger.core import tracking
 from tiger.core.config import build
 from tiger.data.histories import Histories
 from tiger.models.tiger.config import ModelConfig
@@ -82,3 +83,13 @@ def losses(model: TigerModel, history: torch.Tensor, targets: torch.Tensor) -> t
     sequence = torch.cat([history, targets[:, None]], dim=1)
     positions = torch.arange(1, len(targets) + 1) * history.shape[1] - 1
     return model(sequence, torch.ones_like(targets), positions, *siblings)
+
+
+def clusters() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(20, 8)).repeat(20, axis=0) + 0.2 * rng.normal(size=(400, 8))).astype(np.float32)
+
+
+def record() -> None:
+    tracking.record("tokenizer", 47, {"loss": 1.5, "usage@1": 1.0, "said": "no number"})
+    tracking.record("tokenizer", 94, {"loss": 1.25, "usage@1": 0.75})

@@ -82,7 +82,7 @@ FAULTS: dict[str, Fault] = {
         "train", "an error on one rank", "ends within 10 s, as it was"
     ),
     "test_training::test_going_on_from_a_snapshot_changes_nothing": Fault("train", "stopped at a snapshot", _SAME),
-    "test_training::test_workers_that_come_apart_are_stopped": Fault("train", "1e-6 on one worker", "an error, by tensor"),
+    "test_process_groups::test_workers_that_come_apart_are_stopped": Fault("train", "1e-6 on one worker", "an error, by tensor"),
     "test_publish::test_a_snapshot_that_ends_anywhere_leaves_the_one_before_or_itself": Fault(
         "train", "killed, disk full, I/O error at every write of a snapshot", _WHOLE
     ),
@@ -107,7 +107,7 @@ FAULTS: dict[str, Fault] = {
     "test_diagnostics::test_a_collapse_stops_the_stage": Fault("all", "collapses", "an error with the likely cause"),
     "test_jobs::test_a_collapsed_stage_stops_the_pipeline_there": Fault("all", "identical texts", "stops at the stage"),
     # --- search for a tokenizer
-    "test_search::test_a_sweep_that_was_killed_goes_on": Fault("sweep", "driver killed", "no finished trial runs again"),
+    "test_sweeps::test_a_sweep_that_was_killed_goes_on": Fault("sweep", "driver killed", "no finished trial runs again"),
     # --- artifacts and storage
     "test_publish::test_a_publish_that_ends_anywhere_is_there_or_not": Fault(
         "storage", "killed, disk full, I/O error at every write of a publish", _WHOLE
@@ -126,35 +126,35 @@ FAULTS: dict[str, Fault] = {
         "storage", "killed right after the manifest", "the next run tidies up"
     ),
     "test_publish::test_a_disk_without_locks_is_refused": Fault("storage", "a disk without locks", "refused"),
-    "test_publish::test_two_writers_on_a_store_never_touch_each_others_files": Fault(
+    "test_publish_store::test_two_writers_on_a_store_never_touch_each_others_files": Fault(
         "storage", "two writers, at every request", "both get an artifact that verifies"
     ),
-    "test_publish::test_two_writers_that_are_both_interrupted_on_a_store": Fault(
+    "test_publish_store::test_two_writers_that_are_both_interrupted_on_a_store": Fault(
         "storage", "two writers, both interrupted", "both get an artifact that verifies"
     ),
-    "test_publish::test_a_run_that_is_killed_at_any_request_is_continued_by_the_next": Fault(
+    "test_publish_store::test_a_run_that_is_killed_at_any_request_is_continued_by_the_next": Fault(
         "storage", "killed at every request of a publish", _WHOLE
     ),
-    "test_publish::test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued": Fault(
+    "test_publish_store::test_a_run_that_was_killed_a_moment_ago_is_watched_and_continued": Fault(
         "storage", "killed, started again at once", _WHOLE
     ),
-    "test_publish::test_a_run_that_is_alive_is_seen_and_not_removed": Fault(
+    "test_publish_store::test_a_run_that_is_alive_is_seen_and_not_removed": Fault(
         "storage", "a second run within the first", "the faster one is used"
     ),
-    "test_publish::test_an_attempt_that_is_not_one_is_refused": Fault("security", "paths in a manifest", "refused"),
+    "test_publish_store::test_an_attempt_that_is_not_one_is_refused": Fault("security", "paths in a manifest", "refused"),
     "test_artifacts::test_what_is_read_by_content_is_verified_first": Fault("storage", "altered input", "refused"),
     "test_artifacts::test_a_folder_without_parts_is_an_error_with_its_name": Fault("storage", "no parts", _NAMED),
     "test_artifacts::test_a_root_with_a_query_is_refused": Fault("storage", "a root with a query", "refused"),
-    "test_identity::test_shards_of_another_encoder_are_never_mixed_in": Fault(
+    "test_identity_encoders::test_shards_of_another_encoder_are_never_mixed_in": Fault(
         "embed", "killed, then another encoder", "vectors of one encoder"
     ),
-    "test_identity::test_what_a_killed_driver_left_among_the_vectors_is_not_read": Fault(
+    "test_identity_encoders::test_what_a_killed_driver_left_among_the_vectors_is_not_read": Fault(
         "embed", "foreign files among the vectors", "passed over"
     ),
-    "test_identity::test_embeddings_outlive_the_catalog_that_they_were_made_from": Fault(
+    "test_identity_encoders::test_embeddings_outlive_the_catalog_that_they_were_made_from": Fault(
         "embed", "an older catalog removed", "read without it"
     ),
-    "test_identity::test_a_model_that_nobody_has_is_one_error": Fault("embed", "no such model on the hub", "one error"),
+    "test_identity_encoders::test_a_model_that_nobody_has_is_one_error": Fault("embed", "no such model on the hub", "one error"),
     "test_storage::test_two_writers_never_touch_each_others_objects": Fault(
         "storage", "two writers, at every request to a server", "both get an artifact that verifies"
     ),

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
+from tests.workers import Double, source
 from tiger.core.errors import HealthError, ResourceError
 from tiger.core.storage import Folder
 from tiger.on_ray.map import MAX_ATTEMPTS, ActorPool, map_shards
@@ -20,42 +20,6 @@ from tiger.run import ResourcesConfig
 from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-class Double:
-    """Doubles x; notes every shard that it computes; dies once, always, or fails on request."""
-
-    def __init__(
-        self,
-        notes: str,
-        die_at: int | None = None,
-        fail_at: int | None = None,
-        poison: int | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        assert device == torch.device("cpu")  # this Ray has no GPU
-        self.notes, self.die_at, self.fail_at, self.poison = Path(notes), die_at, fail_at, poison
-
-    def __call__(self, part: pa.Table) -> pa.Table:
-        first = part["x"][0].as_py()
-        if first == self.fail_at:
-            raise HealthError(f"planted at {first}")
-        if first == self.die_at and not (self.notes / "died").exists():
-            (self.notes / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        (self.notes / f"{first}-{os.urandom(4).hex()}").touch()
-        if first == self.poison:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return pa.table({"x": part["x"], "y": [2 * x for x in part["x"].to_pylist()]})
-
-
-def source(folder: Path) -> Folder:
-    folder.mkdir()
-    (folder / "notes").mkdir()
-    Folder(str(folder)).write_table(
-        "source.parquet", pa.table({"x": list(range(95)), "z": [0] * 95}), row_group_size=10
-    )
-    return Folder(str(folder))
 
 
 def run(folder: Folder, maximum: int = 2, **worker: Any) -> int:

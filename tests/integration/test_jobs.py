@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.paths import ROOT
+from tests.pipelines import TINY, digests, run_pipeline
 from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.core.config import load
 from tiger.core.errors import DataError, HealthError
@@ -20,40 +21,6 @@ from tiger.data.catalog import Catalog
 from tiger.evaluation import health as diagnostics
 from tiger.models.recommender import Recommender
 from tiger.run import RunConfig
-
-TINY = [
-    "data.items=300",
-    "data.users=600",
-    "data.noise=0.0",
-    "embedding.max_tokens=24",
-    "embedding.max_actors=1",
-    "tokenizer.codebook_size=16",
-    "tokenizer.training.epochs=20",
-    "model.d_model=32",
-    "model.training.epochs=12",
-    "model.training.batch_size=64",
-    "model.training.learning_rate=3e-3",
-    "model.training.warmup_steps=50",
-    "model.training.validate_every_epochs=4",
-    "model.training.validation_users=100",
-    "evaluation.max_actors=1",
-    "recommend.users=20",
-    "recommend.max_actors=1",
-]
-
-
-def run_pipeline(root: Path, *overrides: str) -> Artifact:
-    from tiger.pipeline.pipeline import pipeline
-
-    return pipeline(load(RunConfig, None, [*TINY, f"root={root}", *overrides], ROOT / "tiger/configs"))
-
-
-def digests(artifact: Artifact) -> dict[str, dict[str, str]]:
-    """sha256 of every file of every artifact, the logs of trainings left out: they hold no times, but say so."""
-    return {
-        part.kind: {name: file["sha256"] for name, file in part.manifest["files"].items()}
-        for part in artifact.lineage()
-    }
 
 
 @pytest.fixture(scope="module")

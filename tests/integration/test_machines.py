@@ -18,16 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 
-from tests.integration.test_jobs import ROOT, TINY
-from tests.integration.test_submit import RAY, free_ports
+from tests.paths import ROOT
+from tests.pipelines import TINY
+from tests.processes import RAY, free_ports
 from tiger.core.artifacts import newest
-from tiger.training.loop import Callbacks
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +42,8 @@ def ray_folder() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_script(script: str, folder: str, seconds: int = 600, **environment: str) -> str:
-    """Run a script in a process of its own, in `folder`; return what it printed on both streams."""
+def run_script(name: str, *arguments: str, folder: str, seconds: int = 600, **environment: str) -> str:
+    """Run a script of tests/scripts in a process of its own, in `folder`; return what it printed on both streams."""
     settings = os.environ | {
         "PYTHONPATH": str(ROOT),
         "RAY_TMPDIR": folder,
@@ -53,19 +51,12 @@ def run_script(script: str, folder: str, seconds: int = 600, **environment: str)
     }
     settings.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT, env=settings | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds,
+        [sys.executable, "-m", f"tests.scripts.{name}", *arguments],
+        cwd=ROOT, env=settings | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=seconds,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
-
-
-PIPELINE = """
-import tiger.on_ray, ray
-ray.init(num_cpus=6, num_gpus={gpus}, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-from tiger.cli import main
-main(["pipeline", *{arguments!r}])
-"""
 
 
 def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path) -> None:
@@ -76,8 +67,8 @@ def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path
         "evaluation.max_actors=4",
         "scale.train_workers=2",
     ]
-    script = PIPELINE.format(arguments=overrides, gpus=2)
-    printed = run_script(script, ray_folder, TIGER_PRETEND_GPUS="2", TIGER_CACHE=str(tmp_path / "cache"))
+    settings = {"TIGER_PRETEND_GPUS": "2", "TIGER_CACHE": str(tmp_path / "cache")}
+    printed = run_script("pipeline_on_gpus", "2", *overrides, folder=ray_folder, **settings)
     assert re.search(r"embed: \d+ shards?, (1 to )?\d actors? with 1 CPU and 0.5 GPUs", printed), printed[-6000:]
     for what in ("tokenizer", "model"):
         assert re.search(rf"{what}: 2 workers with \d CPUs? and 1 GPU each", printed), printed[-6000:]
@@ -90,76 +81,16 @@ def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path
 
 def test_pipeline_computes_on_cpus_where_cuda_sees_no_gpu(ray_folder: str, tmp_path: Path) -> None:
     """As on a Mac: Ray counts one GPU, CUDA does not see it."""
-    script = PIPELINE.format(arguments=[*TINY, f"root={tmp_path}"], gpus=1)
-    printed = run_script(script, ray_folder, TIGER_CACHE=str(tmp_path / "cache"))
+    overrides = [*TINY, f"root={tmp_path}"]
+    printed = run_script("pipeline_on_gpus", "1", *overrides, folder=ray_folder, TIGER_CACHE=str(tmp_path / "cache"))
     assert "Ray counts 1 GPUs, CUDA sees 0; the others (Apple, Intel, or without a driver) are not used" in printed
     assert re.search(r"embed: \d+ shards?, 1 actor with 2 CPUs", printed), printed[-6000:]
     assert re.search(r"model: 1 worker with 4 CPUs", printed)
     newest(str(tmp_path), "recommendations").verify()
 
 
-class NotesGpu:
-    """A worker that returns the GPUs that Ray assigned to its actor."""
-
-    def __init__(self, device: torch.device, slow: float = 0.0) -> None:
-        assert device == torch.device("cpu")
-        self.slow = slow
-
-    def __call__(self, shard: pa.Table) -> pa.Table:
-        import ray
-
-        time.sleep(self.slow)
-        gpus = [",".join(map(str, ray.get_gpu_ids()))] * len(shard)
-        return pa.table({"x": shard["x"], "gpus": gpus, "node": [ray.get_runtime_context().get_node_id()] * len(shard)})
-
-
-def notes_gpu(arguments: dict[str, Any], device: torch.device, hooks: Callbacks) -> dict[str, Any]:
-    """A training that notes the GPUs of every rank; all ranks meet in a collective of the process group."""
-    import ray
-
-    from tiger.training.loop import all_reduce_sum, rank, world_size
-
-    Path(arguments["folder"], f"rank-{rank()}").write_text(
-        json.dumps(
-            [list(map(str, ray.get_gpu_ids())), ray.get_runtime_context().get_node_id(), torch.get_num_threads()]
-        )
-    )
-    assert device == torch.device("cpu")
-    return {"sum": float(all_reduce_sum(torch.ones(1))), "world": world_size()}
-
-
-GPUS = """
-import tiger.on_ray, ray, json
-ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
-import pyarrow as pa
-from pathlib import Path
-from tests.integration.test_machines import NotesGpu, notes_gpu
-from tiger.core.storage import Folder
-from tiger.core.errors import ConfigError
-from tiger.run import ResourcesConfig
-from tiger.on_ray.map import ActorPool, map_shards
-from tiger.on_ray.train import train
-folder = Folder({folder!r})
-import pyarrow.parquet as pq
-sizes, rows = (10, 5, 10, 10, 3, 10, 10, 10), 0  # shards of unequal lengths are neither joined nor split
-schema = pa.schema([("x", pa.int64())])
-with pq.ParquetWriter({folder!r} + "/source.parquet", schema) as writer:
-    for size in sizes:
-        writer.write_table(pa.table({{"x": list(range(rows, rows + size))}}), row_group_size=size)
-        rows += size
-for name, actors in {{"halves": ActorPool(minimum=4), "whole": ActorPool(minimum=2, gpus=1.0), "none": ActorPool(gpus=0.0)}}.items():
-    map_shards(folder, "source.parquet", ["x"], folder.child(name), NotesGpu, {{"slow": 0.5}}, actors=actors, what=name)
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(), "two")
-assert found == {{"sum": 2.0, "world": 2}}, found
-try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("three"), ResourcesConfig(train_workers=3), "three")
-except ConfigError as error:
-    print(error)
-"""
-
-
 def test_gpus_are_assigned_to_actors_and_workers(ray_folder: str, tmp_path: Path) -> None:
-    printed = run_script(GPUS.format(folder=str(tmp_path)), ray_folder, TIGER_PRETEND_GPUS="2")
+    printed = run_script("assign_gpus", str(tmp_path), folder=ray_folder, TIGER_PRETEND_GPUS="2")
     assert "scale.train_workers = 3 is more than the 2 GPUs of this run" in printed
     tables = {name: pa.parquet.read_table(tmp_path / name) for name in ("halves", "whole", "none")}
     for table in tables.values():
@@ -173,76 +104,13 @@ def test_gpus_are_assigned_to_actors_and_workers(ray_folder: str, tmp_path: Path
     assert sorted(ranks) == [["0"], ["1"]]
 
 
-NODES = """
-import json, os, tiger.on_ray, ray
-from ray.cluster_utils import Cluster
-small = dict(object_store_memory=100_000_000)
-cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
-ray.init(address=cluster.address, log_to_driver=False)
-from tiger.core import logs
-logs.configure_console()
-from tests.integration.test_machines import notes_gpu
-from tiger.core.storage import Folder
-from tiger.core.errors import ResourceError
-from tiger.run import ResourcesConfig
-from tiger.on_ray import placement, cluster as ours
-from tiger.on_ray.train import train
-folder = Folder({folder!r})
-try:
-    train(notes_gpu, {{"folder": {folder!r}}}, folder.child("none"), ResourcesConfig(), "none")
-except ResourceError as error:
-    print(error)
-for _ in range(2):
-    cluster.add_node(num_cpus=4, **small)
-cluster.wait_for_nodes()
-assert not ours.shape().autoscaling
-assert train(notes_gpu, {{"folder": {folder!r}}}, folder.child("one"), ResourcesConfig(), "one") == {{"sum": 1.0, "world": 1}}
-one = json.loads(open({folder!r} + "/rank-0").read())
-found = train(notes_gpu, {{"folder": {folder!r}}}, folder.child("two"), ResourcesConfig(train_workers=2), "two")
-assert found == {{"sum": 2.0, "world": 2}}
-ranks = [json.loads(open({folder!r} + f"/rank-{{rank}}").read()) for rank in range(2)]
-print(json.dumps([one, ranks]))
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
 def test_training_on_a_head_without_cpus_and_two_nodes(ray_folder: str, tmp_path: Path) -> None:
-    printed = run_script(NODES.format(folder=str(tmp_path)), ray_folder)
+    printed = run_script("head_without_cpus", str(tmp_path), folder=ray_folder)
     assert "none needs 1 x 1 CPU, each on one node; the cluster has no node for work yet" in printed
     assert "one: 1 worker with 4 CPUs" in printed  # what one node has, not the 6 of their sum
     one, ranks = json.loads(next(line for line in printed.splitlines() if line.startswith("[[")))
     assert one[2] == 4
     assert len({node for _, node, _ in ranks}) == 2
-
-
-GROWS = """
-import json, os, threading, time, tiger.on_ray, ray
-ray.init(log_to_driver=False)
-from tiger.core import logs
-logs.configure_console()
-import pyarrow as pa
-from tests.integration.test_machines import NotesGpu
-from tiger.core.storage import Folder
-from tiger.on_ray import cluster
-from tiger.on_ray.map import ActorPool, map_shards
-folder = Folder({folder!r})
-folder.write_table("source.parquet", pa.table({{"x": list(range(40))}}), row_group_size=1)
-before = cluster.shape()
-assert before.autoscaling and not before.nodes, before
-most = 0
-def watch():
-    global most
-    while True:
-        most = max(most, len(cluster.shape().nodes))
-        time.sleep(1)
-threading.Thread(target=watch, daemon=True).start()
-map_shards(folder, "source.parquet", ["x"], folder.child("out"), NotesGpu, {{"slow": 3.0}}, actors=ActorPool(), what="embed")
-deadline = time.monotonic() + 180
-while cluster.shape().nodes and time.monotonic() < deadline:
-    time.sleep(1)
-print(json.dumps({{"most": most, "left": len(cluster.shape().nodes)}}))
-"""
 
 
 def test_pool_grows_with_an_autoscaling_cluster_and_lets_it_shrink(ray_folder: str, tmp_path: Path) -> None:
@@ -279,26 +147,12 @@ def test_pool_grows_with_an_autoscaling_cluster_and_lets_it_shrink(ray_folder: s
     command += [f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"]
     subprocess.run(command, env=settings, check=True, capture_output=True, timeout=120)
     printed = run_script(
-        GROWS.format(folder=str(tmp_path)), ray_folder, RAY_ADDRESS="127.0.0.1:6379", RAY_FAKE_CLUSTER="1"
+        "grow_and_shrink", str(tmp_path), folder=ray_folder, RAY_ADDRESS="127.0.0.1:6379", RAY_FAKE_CLUSTER="1"
     )
     assert "embed: waiting for 1 x 1 CPU; pending: " in printed
     found = json.loads(next(line for line in printed.splitlines() if line.startswith('{"most"')))
     assert found == {"most": 3, "left": 0}, printed
     assert pa.parquet.read_table(tmp_path / "out")["x"].to_pylist() == list(range(40))
-
-
-JOIN = """
-import tiger.on_ray
-from tiger.core import logs
-from tiger.core.errors import ResourceError
-from tiger.on_ray import cluster
-logs.configure_console()
-try:
-    cluster.connect()
-    print(cluster.shape())
-except ResourceError as error:
-    print("error:", error)
-"""
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])
@@ -318,7 +172,7 @@ def test_process_joins_a_head_that_was_started_on_this_machine(ray_folder: str, 
 
     def join(**environment: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", JOIN],
+            [sys.executable, "-m", "tests.scripts.join_head"],
             cwd=ROOT,
             env=settings | environment,
             capture_output=True,

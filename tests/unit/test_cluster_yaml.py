@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 from packaging.requirements import Requirement
 
-from tests.unit.test_deploy import ROOT, variants
+from tests.manifests import variants
+from tests.paths import ROOT
 
 PATH = ROOT / "cluster.yaml"
 

@@ -10,35 +10,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.corpus import OVERRIDES, Knobs, _fill, joined
 from tests.factories import model_of_random_ids
 from tests.paths import CONFIGS
-from tiger.core.artifacts import Draft, build, open_artifact
-from tiger.core.config import Config, load
+from tiger.core.artifacts import build, open_artifact
+from tiger.core.config import load
 from tiger.core.errors import ArtifactError, ConfigError, DataError, HealthError, TigerError
 from tiger.data.sources.amazon import ITEMS, _interaction, _item
 from tiger.data.sources.base import (
     MAX_LINE_BYTES,
     DatasetConfig,
     InvalidRow,
-    RawFile,
     RowCounts,
-    identifier,
     lines,
     parse_record,
-    unix_micros,
 )
-from tiger.embedding.encoder import EmbeddingConfig
-from tiger.embedding.external import VectorJoin, own_item_ids
 from tiger.models.recommender import Recommender
 from tiger.run import RunConfig
 
 NEITHER, NOT_UTF8, SURROGATE = "neither JSON nor a Python literal", "not UTF-8", "lone surrogate in a string"
 NO_ID, BAD_ID = "no asin or parent_asin", "asin or parent_asin is too long or unprintable"
+
 
 # --- lines of items -----------------------------------------------------------------------------------------------
 
@@ -163,29 +157,6 @@ def test_an_empty_file_has_no_lines_and_closes_with_an_error(content: bytes, tmp
 
 # --- configurations -----------------------------------------------------------------------------------------------
 
-OVERRIDES: list[tuple[str, str]] = [
-    ("", "an override is written"), ("x", "an override is written"), ("=1", "an override is written"),
-    ("rot=1", "unknown key rot; did you mean root"), ("root=", "root = ''"), ("root=[1]", "root = [1]"),
-    ("root.a=1", "root"), ("model=1", "model = 1"), ("model.num_layers=0", "greater than or equal to 1"),
-    ("model.num_layers=1.5", "model.num_layers = 1.5"), ("model.num_layers=many", "model.num_layers = 'many'"),
-("model.dropout=1", "less than 1"), ("model.dropout=-0.1", "greater than"),
-    ("model.dropout=nan", "model.dropout"), ("model.preset=huge", "model.preset = 'huge'"),
-    ("model.training.learning_rate=0", "greater than 0"), ("model.training.learning_rate=-1", "greater than 0"),
-    ("model.training.learning_rate=inf", "learning_rate"), ("model.training.batch_size=0", "batch_size = 0"),
-    ("model.training.epochs=-1", "epochs = -1"), ("model.training.precision=fp8", "precision = 'fp8'"),
-    ("model.num_user_tokens=5", "encoder = causal has no user token"), ("model.item_dropout=1", "less than 1"),
-    ("model.softmax=best", "softmax = 'best'"), ("collaborative.weight=1", "less than 1"),
-    ("tokenizer.kind=rqave", "there is no module tiger.tokenizers.rqave; shipped: opq, rkmeans, rqvae"),
-    ("tokenizer.num_levels=0", "num_levels = 0"), ("tokenizer.num_levels=9", "num_levels = 9"), ("tokenizer.codebook_size=1", "codebook_size = 1"),
-    ("tokenizer.codebook_size=40000", "codebook_size = 40000"), ("tokenizer.distance=manhattan", "distance = 'manhattan'"),
-    ("tokenizer.num_levls=3", "unknown key tokenizer.num_levls; did you mean tokenizer.num_levels"), ("tokenizer.gradient_estimator=gumbel", "gradient_estimator = 'gumbel'"),
-    ("data.kind=movielens", "there is no module"), ("data.kind=os.path", "Config"), ("data=1", "data"),
-    ("evaluation.beam=10", "evaluation.beam = 10"), ("recommend.k=0", "recommend.k = 0"), ("recommend.temperature=-1", "temperature = -1"),
-    ("recommend.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
-    ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collision_policy=ignore", "collision_policy = 'ignore'"),
-    ("embedding.storage_dtype=int8", "storage_dtype = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
-]  # fmt: skip
-
 
 @pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[override or "empty" for override, _ in OVERRIDES])
 def test_a_bad_override_is_named(override: str, message: str) -> None:
@@ -237,22 +208,7 @@ def test_bad_vectors_are_named(columns: dict[str, Any], kind: type[TigerError], 
         joined(pa.table(columns), tmp_path)
 
 
-def joined(table: pa.Table, folder: Path) -> pa.Table:
-    pq.write_table(table, folder / "mine.parquet")
-    files = [RawFile.local(folder / "mine.parquet")]
-    return pa.concat_tables(VectorJoin(own_item_ids(files, EmbeddingConfig()), EmbeddingConfig()).tables(files))
-
-
 # --- artifacts ----------------------------------------------------------------------------------------------------
-
-
-class Knobs(Config):
-    size: int = 1
-
-
-def _fill(draft: Draft) -> None:
-    draft.folder.write_table("table.parquet", pa.table({"x": [1, 2]}))
-
 
 MANIFESTS: list[Any] = [
     b"", b"{", b"null", b"[]", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 3_000, b"\x00" * 100,
@@ -315,96 +271,6 @@ def test_the_corpus_is_as_large_as_promised() -> None:
 
 
 # --- generated input ----------------------------------------------------------------------------------------------
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
-    max_leaves=12,
-)
-FIELDS = st.sampled_from(
-    [
-        "asin",
-        "parent_asin",
-        "title",
-        "brand",
-        "store",
-        "categories",
-        "category",
-        "price",
-        "description",
-        "features",
-        "x",
-    ]
-)
-
-
-@settings(max_examples=2_000, deadline=None)
-@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_bytes_are_a_record_or_a_bad_row(line: bytes) -> None:
-    try:
-        assert isinstance(parse_record(line), dict)
-    except InvalidRow as error:
-        assert str(error)
-
-
-@settings(max_examples=1_000, deadline=None)
-@given(st.dictionaries(FIELDS, PLAIN, max_size=8), st.booleans())
-def test_any_record_is_an_item_that_arrow_takes_or_a_bad_row(record: dict[str, Any], literal: bool) -> None:
-    line = (repr(record) if literal else json.dumps(record)).encode("utf-8", "surrogatepass")
-    try:
-        row = _item(parse_record(line))
-    except InvalidRow:
-        return
-    (back,) = pa.Table.from_pylist([row], schema=ITEMS).to_pylist()
-    assert back["source_id"].strip()
-    assert back["price"] is None or np.isfinite(back["price"])
-
-
-@settings(max_examples=1_000, deadline=None)
-@given(PLAIN, st.sampled_from(["s", "ms", "us", "ns"]))
-def test_any_value_is_a_time_and_a_name_or_a_bad_row(value: Any, unit: str) -> None:
-    for parser in (lambda: unix_micros(value, unit), lambda: identifier(value, "user")):
-        try:
-            assert parser() is not None
-        except InvalidRow:
-            continue
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.text(max_size=60) | st.tuples(st.sampled_from([o for o, _ in OVERRIDES]), st.text(max_size=10)).map("".join))
-def test_any_override_is_a_configuration_or_an_error_of_ours(override: str) -> None:
-    try:
-        load(RunConfig, "sample", [override], CONFIGS)
-    except ConfigError as error:
-        assert str(error)
-
-
-@settings(max_examples=200, deadline=None)
-@given(content=st.binary(max_size=300) | PLAIN.map(lambda value: json.dumps(value).encode()))
-def test_any_manifest_is_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("artifact")
-    (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(ArtifactError):
-        open_artifact(str(folder))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.text(max_size=5) | st.none(), max_size=4),
-    st.lists(st.lists(st.floats(width=32) | st.none(), max_size=3) | st.none(), max_size=4),
-)
-def test_any_vectors_are_embeddings_or_an_error_of_ours(
-    tmp_path_factory: pytest.TempPathFactory, names: list[Any], vectors: list[Any]
-) -> None:
-    size = min(len(names), len(vectors))
-    table = pa.table(
-        {"item_id": pa.array(names[:size], pa.string()), "vector": pa.array(vectors[:size], pa.list_(pa.float32()))}
-    )
-    try:
-        found = joined(table, tmp_path_factory.mktemp("vectors"))
-    except (DataError, HealthError):
-        return
-    assert sorted(found["item_id"].to_pylist()) == list(range(size))
 
 
 def test_every_kind_of_data_has_its_configuration_checked() -> None:

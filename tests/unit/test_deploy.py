@@ -24,6 +24,7 @@ import pytest
 import ray
 import yaml
 
+from tests.manifests import variants, with_options
 from tests.paths import ROOT
 from tiger.cli import CONFIGS
 from tiger.core.config import dump_toml, load
@@ -37,16 +38,6 @@ DOCUMENTED = [ROOT / "README.md", ROOT / "cluster.yaml", *MANIFESTS, *sorted(CON
 GPU_PRESETS = {"beauty"}
 OBJECT_STORE = 0.3 / 0.95
 """Fraction of a pod's memory that Ray's object store takes, over the fraction of /dev/shm that it fills at most."""
-
-
-def with_options(text: str) -> str:
-    """Return a YAML file with its options taken: indented lines with # and no space, or more than one, after it."""
-    return re.sub(r"(?m)^( +)#(?=\S|  )", r"\1", text)
-
-
-def variants(path: Path) -> list[Any]:
-    """Return a YAML file as it is, and with its options taken."""
-    return [yaml.safe_load(path.read_text()), yaml.safe_load(with_options(path.read_text()))]
 
 
 def _strict(schema: Any) -> Any:

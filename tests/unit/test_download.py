@@ -245,14 +245,8 @@ def test_a_kill_between_a_file_and_its_version_costs_a_transfer_and_no_more(
 def test_processes_download_one_url_at_once(server: str, tmp_path: Path) -> None:
     """One transfers, the others wait and use what it left; all end with the whole file."""
     Handler.etag, Handler.seconds = '"1"', 0.5
-    code = (
-        "import sys, pathlib; from tiger.data.download import download;"
-        f"data = download({server!r}, pathlib.Path({str(tmp_path)!r}), pause=0.01).read_bytes(); print(len(data))"
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-        for _ in range(3)
-    ]
+    command = [sys.executable, "-m", "tests.scripts.download", server, str(tmp_path)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) for _ in range(3)]
     outputs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], outputs
     assert {int(out) for out, _ in outputs} == {len(CONTENT)}

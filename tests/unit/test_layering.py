@@ -83,6 +83,21 @@ def test_jobs_hold_no_logic() -> None:
         assert f'main(["{name}", *sys.argv[1:]])' in text
 
 
+def test_no_module_imports_a_test_module() -> None:
+    for path in ROOT.glob("tests/**/*.py"):
+        for name in imports(path):
+            assert not re.match(r"(tests\.)?(\w+\.)?test_", name), (
+                f"{path.relative_to(ROOT)} imports {name}; move what both need to a helper module in tests/"
+            )
+
+
+def test_scripts_of_tests_are_files() -> None:
+    for path in ROOT.glob("tests/**/*.py"):
+        lists = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.List)]
+        strings = {each.value for node in lists for each in node.elts if isinstance(each, ast.Constant)}
+        assert "-c" not in strings, f"{path.relative_to(ROOT)} runs a script in a string; move it to tests/scripts/"
+
+
 def test_every_fault_of_the_catalogue_has_its_test() -> None:
     found = {
         f"{path.stem}::{node.name}"

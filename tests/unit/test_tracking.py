@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import struct
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from tests.factories import record
 from tiger.core import tracking
 from tiger.core.config import flat
 from tiger.core.errors import ResourceError
 from tiger.run import RunConfig
-
-
-def record() -> None:
-    tracking.record("tokenizer", 47, {"loss": 1.5, "usage@1": 1.0, "said": "no number"})
-    tracking.record("tokenizer", 94, {"loss": 1.25, "usage@1": 0.75})
 
 
 def events(file: Path) -> list[tuple[int, str, float]]:
@@ -103,24 +97,3 @@ def test_a_sink_that_fails_is_switched_off_aloud(caplog: pytest.LogCaptureFixtur
         record()
     assert seen == [47, 94]
     assert caplog.text.count("no longer tracked by") == 1 and "the server is gone" in caplog.text
-
-
-def test_prometheus_reads_figures_from_the_node(local_ray: None) -> None:
-    import ray
-
-    from tiger.on_ray.metrics import Gauges
-
-    with tracking.recording(Gauges("pipeline")):
-        record()
-        (node,) = ray.nodes()
-        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        deadline, expected = time.monotonic() + 60, "ray_tiger_usage{"
-        while True:
-            with urllib.request.urlopen(address, timeout=10) as response:
-                lines = [line for line in response.read().decode().splitlines() if line.startswith(expected)]
-            if lines or time.monotonic() > deadline:
-                break
-            time.sleep(1)
-    (line,) = lines
-    assert line.endswith(" 0.75")
-    assert all(label in line for label in ('job="pipeline"', 'stage="tokenizer"', 'at="1"'))
