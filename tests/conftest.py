@@ -1,4 +1,4 @@
-"""What tests share: a toy run in one process, and one local Ray for the whole session."""
+"""Fixtures of all tests, and the catalog of faults: `-m fault` prints what was injected, promised and seen."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from faults import FAULTS
 
 import tiger.on_ray  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
-from tiger.data.histories import Histories
-from tiger.semantic_ids.assignment import SemanticIds
+from tests.fault_catalog import FAULTS
+from tests.paths import BEAUTY, ROOT
 
-BEAUTY = Path(os.environ.get("TIGER_BEAUTY", Path(__file__).parents[2] / "shared/data/amazon-beauty"))
+pytest_plugins = ["tests.object_stores"]  # its fixtures: proxy, root, google
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +75,7 @@ def local_ray() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: socket paths have at most 107 bytes
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # workers import what test modules define
+    os.environ["PYTHONPATH"] = str(ROOT)  # workers import what test modules define, as tests.*
     ray.init(
         num_cpus=4, include_dashboard=False, _temp_dir=folder, object_store_memory=200_000_000, log_to_driver=False
     )
@@ -91,20 +88,12 @@ def local_ray() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def random_ids(rng: np.random.Generator, items: int, sizes: tuple[int, ...]) -> SemanticIds:
-    """Distinct random semantic IDs."""
-    flat = rng.choice(int(np.prod(sizes)), size=items, replace=False)
-    return SemanticIds(np.stack(np.unravel_index(flat, sizes), axis=1).astype(np.int16), sizes)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy sizes gain nothing from a second thread, and lose much to it on a busy machine."""
+    import torch
 
-
-def toy_histories(rng: np.random.Generator, users: int, items: int, longest: int = 12) -> Histories:
-    """Random histories of 3 to `longest` items, split leave-one-out."""
-    lengths = rng.integers(3, longest + 1, users)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Histories(
-        [f"user{u}" for u in range(users)],
-        offsets,
-        rng.integers(0, items, offsets[-1]).astype(np.int32),
-        offsets[1:] - 2,
-        offsets[1:] - 1,
-    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,12 +1,13 @@
-"""What tests of models build: small untrained models, and random histories for them."""
+"""Build what tests of models need: random semantic IDs and histories, and small untrained models."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from conftest import random_ids
 
+from tiger.core import tracking
 from tiger.core.config import build
+from tiger.data.histories import Histories
 from tiger.models.padding import PAD
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
@@ -28,6 +29,25 @@ KINDS: list[dict[str, object]] = [
     PAPER | {"encoder": "causal"},
     PAPER | {"softmax_support": "children", "encoder_input": "items"},
 ]
+
+
+def random_ids(rng: np.random.Generator, items: int, sizes: tuple[int, ...]) -> SemanticIds:
+    """Distinct random semantic IDs."""
+    flat = rng.choice(int(np.prod(sizes)), size=items, replace=False)
+    return SemanticIds(np.stack(np.unravel_index(flat, sizes), axis=1).astype(np.int16), sizes)
+
+
+def toy_histories(rng: np.random.Generator, users: int, items: int, longest: int = 12) -> Histories:
+    """Random histories of 3 to `longest` items, split leave-one-out."""
+    lengths = rng.integers(3, longest + 1, users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Histories(
+        [f"user{u}" for u in range(users)],
+        offsets,
+        rng.integers(0, items, offsets[-1]).astype(np.int32),
+        offsets[1:] - 2,
+        offsets[1:] - 1,
+    )
 
 
 def small_model(ids: SemanticIds, seed: int = 0, **changes: object) -> TigerModel:
@@ -63,3 +83,13 @@ def losses(model: TigerModel, history: torch.Tensor, targets: torch.Tensor) -> t
     sequence = torch.cat([history, targets[:, None]], dim=1)
     positions = torch.arange(1, len(targets) + 1) * history.shape[1] - 1
     return model(sequence, torch.ones_like(targets), positions, *siblings)
+
+
+def clusters() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(20, 8)).repeat(20, axis=0) + 0.2 * rng.normal(size=(400, 8))).astype(np.float32)
+
+
+def record() -> None:
+    tracking.record("tokenizer", 47, {"loss": 1.5, "usage@1": 1.0, "said": "no number"})
+    tracking.record("tokenizer", 94, {"loss": 1.25, "usage@1": 0.75})

@@ -78,9 +78,9 @@ class Folder:
         """Whether this is a local or mounted disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
-    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
-        """Pickle the URI only: the receiving process connects with its own credentials, and none is sent."""
-        return Folder, (self.uri,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the URI and checksums: the receiving process connects with its own credentials, and none is sent."""
+        return _unpickled, (self.uri, dict(self._expected))
 
     def __copy__(self) -> Folder:
         other = object.__new__(type(self))
@@ -152,7 +152,7 @@ class Folder:
         with in_one_line(f"{self.uri}/{name}"), self.filesystem.open_input_stream(path, compression=None) as stream:
             content: bytes = stream.read()
         if name in self._expected:
-            self._require(name, sha256([content]), self._expected[name])
+            self._require(name, sha256(content), self._expected[name])
         return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -347,6 +347,10 @@ class Folder:
             return self.read_bytes(name)
         self.verify(name, self._expected[name])
         return None
+
+
+def _unpickled(uri: str, expected: dict[str, str]) -> Folder:
+    return Folder(uri).expecting(expected)
 
 
 def _connect(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -1,0 +1,120 @@
+"""The loop: the same in one process and in two, and the same with and without an interruption."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainings import AUTO, KINDS, Killed, kept_in, learn, losses
+from tiger.core.errors import ConfigError
+from tiger.core.precision import Choice
+from tiger.core.storage import Folder
+from tiger.training import loop as training
+from tiger.training.checkpoints import CheckpointStore
+from tiger.training.loop import Callbacks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("which", ["tokenizer", *KINDS, "sasrec"])
+def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
+    """With dropout on: everything random is a function of the step."""
+
+    kept: list[bytes] = []
+
+    def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        kept.append(buffer.getvalue())
+        if len(kept) == 1:
+            raise Killed
+
+    def load() -> dict[str, Any] | None:
+        return torch.load(io.BytesIO(kept[-1]), weights_only=True) if kept else None
+
+    undisturbed, expected = learn(which, dropout=0.2)
+    with pytest.raises(Killed):
+        learn(which, Callbacks(save=save, load=load), dropout=0.2)
+    module, result = learn(which, Callbacks(save=save, load=load), dropout=0.2)
+    assert losses(result) == losses(expected)
+    assert result.best == expected.best
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name
+
+
+def test_what_else_differs_is_refused_still(tmp_path: Path) -> None:
+    given = {"lr": 0.1, "scale": {"train_workers": 2}}
+    CheckpointStore(Folder(str(tmp_path)), given).save({"state": {"step": 1}}, {"step": 1})
+    changed = CheckpointStore(
+        Folder(str(tmp_path)), {"lr": 0.2, "scale": {"train_workers": 1}}, may_differ=["scale.train_workers"]
+    )
+    with pytest.raises(ConfigError, match=r"different configuration: lr was 0.1, is 0.2; restore"):
+        changed.load()
+
+
+# --- precision --------------------------------------------------------------------------------------------------
+
+
+def prefer(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "choose", lambda precision, device, shapes: choice)
+
+
+def test_a_resumed_training_continues_in_the_precision_of_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefer(Choice("bfloat16", 1.83), monkeypatch)
+    _, undisturbed = learn("trie", **AUTO)
+    with pytest.raises(Killed):
+        learn("trie", kept_in(str(tmp_path), 1, saves=1), **AUTO)
+    prefer(Choice("float32", 0.5), monkeypatch)
+    with caplog.at_level(logging.INFO):
+        _, result = learn("trie", kept_in(str(tmp_path), 1, saves=0), **AUTO)
+    assert any("continuing in bfloat16, the precision of its checkpoint" in line for line in caplog.messages)
+    assert losses(result) == losses(undisturbed)
+    assert result.precision == undisturbed.precision == Choice("bfloat16", 1.83)
+    _, other = learn("trie", **AUTO)
+    assert losses(other) != losses(undisturbed)  # it does matter
+
+
+def test_a_snapshot_from_before_precisions_were_kept_takes_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        learn("trie", kept_in(str(tmp_path), 1, saves=1))
+    hooks = kept_in(str(tmp_path), 1, saves=0)
+    load = hooks.load
+
+    def load_old() -> dict[str, Any] | None:
+        state = load()
+        assert state is not None
+        del state["state"]["precision"], state["state"]["precision_speedup"]
+        return state
+
+    hooks.load = load_old
+    prefer(Choice("bfloat16", 1.5), monkeypatch)
+    _, result = learn("trie", hooks, **AUTO)
+    assert result.precision == Choice("bfloat16", 1.5)
+
+
+def test_a_training_of_no_steps_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "choose", lambda *arguments: pytest.fail("measured"))
+    _, result = learn("trie", training=AUTO["training"] | {"epochs": 0})
+    assert result.precision == Choice("float32")
+
+
+# --- prefetching ------------------------------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
+    """A learning rate of almost nothing cannot improve on the first look for long."""
+    _, result = learn(
+        "tokenizer", codebook_update="gradient", training={"epochs": 50, "patience": 2, "learning_rate": 1e-12}
+    )
+    assert result.stopped_early
+    assert result.steps < 50 * 3
+    assert result.best["objective"] == max(look["objective"] for look in result.log)
