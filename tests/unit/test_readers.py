@@ -35,7 +35,7 @@ from tiger.data.readers.table import Wanted
 from tiger.data.readers.values import id_texts
 from tiger.data.sources.base import INTERACTIONS
 from tiger.embedding.encoder import EmbeddingConfig
-from tiger.embedding.external import own_item_ids
+from tiger.embedding.external import VectorJoin, own_item_ids
 
 # --- settings of one table ----------------------------------------------------------------------------------------
 
@@ -220,6 +220,26 @@ def test_a_gzip_file_that_expands_to_many_times_its_size_takes_little_memory(is_
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_own_vectors_of_more_than_2_to_the_31_numbers_are_joined(tmp_path: Path) -> None:
+    """600,000 lists of 3,600 numbers in one row group, as pandas and polars write them: list<int8>, 2.16e9 values."""
+    rows, width, repeats = 6_000, 3_600, 100
+    values = pa.array(np.ones(rows * width, np.int8))
+    lists = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * width), values)
+    assert rows * width * repeats > 1 << 31
+    path = tmp_path / "v.parquet"
+    table = pa.table({"item_id": np.arange(rows * repeats), "vector": pa.chunked_array([lists] * repeats)})
+    pq.write_table(table, path, row_group_size=rows * repeats)
+    assert pq.read_metadata(path).num_row_groups == 1
+    found = 0
+    for joined in VectorJoin([str(n) for n in range(rows * repeats)], EmbeddingConfig()).tables([RawFile.local(path)]):
+        items = np.asarray(joined["item_id"])
+        np.testing.assert_array_equal(items, np.arange(found, found + len(items)))
+        found += len(items)
+        assert joined["vector"][-1].as_py() == [1.0] * width
+    assert found == rows * repeats
 
 
 @pytest.mark.slow
