@@ -1,4 +1,4 @@
-"""The search: its space, its objective, and a real sweep on a local Ray that is killed and goes on."""
+"""The search: its space, its objective, and a real sweep on a local Ray that is killed and resumes."""
 
 from __future__ import annotations
 
