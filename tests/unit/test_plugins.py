@@ -26,6 +26,8 @@ from tiger.run import RunConfig
 from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
 from tiger.tokenizers.train import encode_dataset, fit_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PLUGINS = "tests.plugins"
 
