@@ -22,9 +22,10 @@ import torch
 from tiger.cli import CONFIGS
 from tiger.core import tracking
 from tiger.core.config import load
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.embedding.encoder import BUNDLED, EmbedShard, TextEncoder, model_path
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
@@ -60,7 +61,7 @@ def ray_data(texts: list[str], actors: int) -> tuple[float, float]:
         source = Folder(folder)
         table = pa.table({"item_id": np.arange(len(texts), dtype=np.int32), "text": texts})
         source.write_table("items.parquet", table, row_group_size=PART)
-        pool = ActorPool(minimum=actors, maximum=actors, cpus=1, gpus=0)
+        pool = Resources(min_workers=actors, max_workers=actors, cpus=1, gpus=0)
         settings = {"storage_dtype": "float32"}
         begin = time.perf_counter()
         map_shards(source, "items.parquet", ["item_id", "text"], source.child("out"), EmbedShard, settings,

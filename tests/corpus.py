@@ -32,7 +32,7 @@ OVERRIDES: list[tuple[str, str]] = [
     ("data.kind=movielens", "there is no module"), ("data.kind=os.path", "Config"), ("data=1", "data"),
     ("decoding.beam=0", "decoding.beam = 0"), ("decoding.k=0", "decoding.k = 0"), ("decoding.temperature=-1", "temperature = -1"),
     ("decoding.beam=5", "less than decoding.k = 10"),
-    ("decoding.max_per_first_code=0", "per_first_code = 0"), ("scale.train_workers=0", "train_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
+    ("decoding.max_per_first_code=0", "per_first_code = 0"), ("scale.training.max_workers=0", "max_workers = 0"), ("scale.gpus=-1", "scale.gpus = -1"),
     ("scale.max_failures=-1", "max_failures = -1"), ("semantic_ids.collision_policy=ignore", "collision_policy = 'ignore'"),
     ("embedding.storage_dtype=int8", "storage_dtype = 'int8'"), ("catalog.k_core=-1", "k_core = -1"),
 ]  # fmt: skip

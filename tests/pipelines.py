@@ -15,7 +15,7 @@ TINY = [
     "data.users=600",
     "data.noise=0.0",
     "embedding.max_tokens=24",
-    "embedding.max_actors=1",
+    "embedding.resources.max_workers=1",
     "tokenizer.codebook_size=16",
     "tokenizer.training.epochs=20",
     "model.d_model=32",
@@ -25,9 +25,8 @@ TINY = [
     "model.training.warmup_steps=50",
     "model.training.validate_every_epochs=4",
     "model.training.validation_users=100",
-    "evaluation.max_actors=1",
+    "decoding.resources.max_workers=1",
     "recommend.users=20",
-    "recommend.max_actors=1",
 ]
 
 

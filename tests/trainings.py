@@ -112,7 +112,7 @@ class Killed(Exception):
 def kept_in(folder: str, workers: int, saves: int) -> Callbacks:
     """Checkpoints of a training whose workers are lost after `saves` of them."""
     snapshots = CheckpointStore(
-        Folder(folder), {"scale": {"train_workers": workers}}, may_differ={"scale.train_workers"}
+        Folder(folder), {"scale": {"training": {"max_workers": workers}}}, may_differ={"scale.training.max_workers"}
     )
     made = 0
 

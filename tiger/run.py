@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from tiger.core.config import Config, load
+from tiger.core.resources import FixedResources, Resources, TrainingResources
 from tiger.core.tracking import TrackingConfig
 from tiger.data.catalog import CatalogConfig
 from tiger.data.sources import synthetic
@@ -34,14 +35,11 @@ CONFIGS = Path(__file__).parent / "configs"
 class RecommendConfig(Config):
     """To whom and what is recommended, given whole histories; `decoding` has the options of the lists."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file", "max_actors"})  # the file's content is
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file"})  # the file's content is
 
     users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
     allowed_items_file: str | None = Field(
         None, description="file of allowed item ids (source ids), one per line, UTF-8; none: all items are allowed"
-    )
-    max_actors: int | None = Field(
-        None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
     )
 
 
@@ -55,11 +53,7 @@ class ServeConfig(Config):
     token_file: str | None = Field(
         None, description="file with the bearer token of requests; must not be readable by others"
     )
-    replicas: int = Field(1, ge=1, description="number of replicas")
-    cpus: int = Field(1, ge=1, description="CPUs, and PyTorch threads, per replica")
-    gpus: float | None = Field(
-        None, ge=0, le=1, description="GPU, or a fraction of one, per replica; none: 1 if the run uses GPUs, else 0"
-    )
+    resources: FixedResources = Resources()  # of the replicas
 
 
 class ResourcesConfig(Config):
@@ -72,12 +66,7 @@ class ResourcesConfig(Config):
         "those available when a stage begins",
     )
     wait_minutes: float = Field(15, gt=0, description="minutes to wait for nodes, or for room on busy ones")
-    train_workers: int | None = Field(
-        None, ge=1, description="DDP workers; none: one, or with GPUs one per 1,024 rows of a batch, up to one per GPU"
-    )
-    cpus_per_worker: int | None = Field(
-        None, ge=1, description="CPUs per worker; none: as many as one node can provide, or 4 with a GPU"
-    )
+    training: TrainingResources = Resources()  # of the DDP groups that train tokenizer and model
     collective_seconds: int = Field(1800, ge=1, description="timeout of collective operations, in seconds")
     dollars_per_hour: float | None = Field(
         None, ge=0, description="price of the cluster, to report the cost of each stage"

@@ -14,6 +14,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from tiger.core.config import MAX_LISTED, Config, build, fingerprint, overridden, with_override
 from tiger.core.errors import ConfigError
+from tiger.core.resources import FixedResources, Resources
 from tiger.core.tables import format_table
 from tiger.metrics.codes import neighbor_prefix_agreement
 from tiger.run import RunConfig
@@ -60,18 +61,14 @@ class TuningConfig(Config):
     A sweep can be resumed with other resources, because they are not in its fingerprint.
     """
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"max_concurrent_trials", "workers_per_trial", "cpus_per_trial", "gpus_per_trial"}
-    )
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_concurrent_trials"})
 
     num_trials: int = Field(24, ge=1, description="number of trials; the first one is the base configuration")
     sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna's TPE, or random sampling")
     max_concurrent_trials: int | None = Field(
         None, ge=1, description="concurrent trials; none: as many as resources allow"
     )
-    workers_per_trial: int = Field(1, ge=1, description="processes per trial; more than one form a DDP group")
-    cpus_per_trial: float = Field(1, gt=0, description="CPUs per process of a trial")
-    gpus_per_trial: float = Field(0, ge=0, le=1, description="fraction of a GPU per process of a trial")
+    resources: FixedResources = Resources()  # of one trial; several workers form a DDP group
     num_evaluations: int = Field(
         10, ge=2, description="evaluations per full trial, after each of which it may be stopped early"
     )

@@ -17,9 +17,10 @@ import torch
 
 from tests.workers import Double, source
 from tiger.core.errors import HealthError, ResourceError
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.on_ray import map as map_module
-from tiger.on_ray.map import MAX_ATTEMPTS, ActorPool, map_shards
+from tiger.on_ray.map import MAX_ATTEMPTS, map_shards
 from tiger.on_ray.train import train
 from tiger.run import ResourcesConfig
 from tiger.training.job import TrainingJob
@@ -32,7 +33,7 @@ def run(folder: Folder, maximum: int = 2, **worker: Any) -> int:
     arguments = {"notes": f"{folder.path}/notes", **worker}
     target = folder.child("out")
     return map_shards(
-        folder, "source.parquet", ["x"], target, Double, arguments, actors=ActorPool(maximum=maximum), what="test"
+        folder, "source.parquet", ["x"], target, Double, arguments, actors=Resources(max_workers=maximum), what="test"
     )
 
 
@@ -94,10 +95,17 @@ def test_work_that_never_fits_is_refused(tmp_path: Path) -> None:
     folder = source(tmp_path / "a")
     with pytest.raises(ResourceError, match=r"of 9 actors needs 9 x 1 CPU, .* the cluster has 1 node with 4 CPUs"):
         map_shards(
-            folder, "source.parquet", ["x"], folder.child("out"), Double, {}, actors=ActorPool(minimum=9), what="test"
+            folder,
+            "source.parquet",
+            ["x"],
+            folder.child("out"),
+            Double,
+            {},
+            actors=Resources(min_workers=9),
+            what="test",
         )
     with pytest.raises(ResourceError, match="training with 8 workers needs 8 x 2 CPUs"):
-        train(Count(), Folder(str(tmp_path)), ResourcesConfig(train_workers=8, cpus_per_worker=2), "test")
+        train(Count(), Folder(str(tmp_path)), ResourcesConfig(training=Resources(max_workers=8, cpus=2)), "test")
     with pytest.raises(ResourceError, match=r"requested 2 GPUs \(scale.gpus\), and CUDA sees 0"):
         train(Count(), Folder(str(tmp_path)), ResourcesConfig(gpus=2), "test")
 
@@ -126,7 +134,7 @@ class Count(TrainingJob):
 
 @pytest.mark.slow
 def test_training_resumes_after_a_worker_was_killed(tmp_path: Path) -> None:
-    scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
+    scale = ResourcesConfig(training=Resources(max_workers=2, cpus=1), max_failures=1)
     found = train(Count(str(tmp_path / "died")), Folder(str(tmp_path / "out")), scale, "test")
     assert (tmp_path / "died").exists()
     assert found == {"steps": 5, "starts": 2, "world": 2, "ranks": 3.0}
@@ -152,7 +160,7 @@ class FailOnOneRank(TrainingJob):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tiger_error_on_any_rank_stops_training_within_seconds(tmp_path: Path, rank: int) -> None:
-    scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=3)
+    scale = ResourcesConfig(training=Resources(max_workers=2, cpus=1), max_failures=3)
     with pytest.raises(HealthError, match="^planted$"):
         train(FailOnOneRank(str(tmp_path), rank), Folder(str(tmp_path / "out")), scale, "test")
     (failed,) = tmp_path.glob("failed-*")  # once: it was not tried again

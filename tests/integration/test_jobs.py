@@ -149,7 +149,7 @@ def test_a_finished_model_is_evaluated_by_its_folder_next_to_another_family(
             model,
             f'evaluation.compare_with=["{other.folder.uri}"]',
             "evaluation.max_users=100",
-            "evaluation.max_actors=1",
+            "decoding.resources.max_workers=1",
         ],
     )
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])

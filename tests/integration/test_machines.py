@@ -63,9 +63,9 @@ def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path
     overrides = [
         *TINY,
         f"root={tmp_path}",
-        "embedding.max_actors=4",
-        "evaluation.max_actors=4",
-        "scale.train_workers=2",
+        "embedding.resources.max_workers=4",
+        "decoding.resources.max_workers=4",
+        "scale.training.max_workers=2",
     ]
     settings = {"TIGER_PRETEND_GPUS": "2", "TIGER_CACHE": str(tmp_path / "cache")}
     printed = run_script("pipeline_on_gpus", "2", *overrides, folder=ray_folder, **settings)
@@ -91,7 +91,7 @@ def test_pipeline_computes_on_cpus_where_cuda_sees_no_gpu(ray_folder: str, tmp_p
 
 def test_gpus_are_assigned_to_actors_and_workers(ray_folder: str, tmp_path: Path) -> None:
     printed = run_script("assign_gpus", str(tmp_path), folder=ray_folder, TIGER_PRETEND_GPUS="2")
-    assert "scale.train_workers = 3 is more than the 2 GPUs of this run" in printed
+    assert "scale.training.max_workers = 3 is more than the 2 GPUs of this run" in printed
     tables = {name: pa.parquet.read_table(tmp_path / name) for name in ("halves", "whole", "none")}
     for table in tables.values():
         assert table["x"].to_pylist() == list(range(68))

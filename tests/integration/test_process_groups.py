@@ -52,11 +52,11 @@ def test_another_number_of_workers_resumes_with_a_warning(
     folder = str(tmp_path / "snapshots")
     _, undisturbed = learn(which)
     group(2, which, tmp_path, snapshots=folder, saves=1)
-    with pytest.raises(ConfigError, match="scale.train_workers was 2, is 1"):
-        CheckpointStore(Folder(folder), {"scale": {"train_workers": 1}}).load()
+    with pytest.raises(ConfigError, match="scale.training.max_workers was 2, is 1"):
+        CheckpointStore(Folder(folder), {"scale": {"training": {"max_workers": 1}}}).load()
     _, result = learn(which, kept_in(folder, 1, saves=0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning.startswith("scale.train_workers was 2, is 1 since the last checkpoint: ")
+    assert warning.startswith("scale.training.max_workers was 2, is 1 since the last checkpoint: ")
     assert len(losses(result)) == len(losses(undisturbed))
     np.testing.assert_allclose(losses(result), losses(undisturbed), atol=1e-3, rtol=1e-3)
 

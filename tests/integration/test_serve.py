@@ -101,7 +101,7 @@ class Running:
         (port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "jobs.serve", *TINY, f"root={root}/runs", f"serve.port={port}"]
-        command += [f"serve.token_file={self.token}", "decoding.beam=20", "serve.replicas=2"]
+        command += [f"serve.token_file={self.token}", "decoding.beam=20", "serve.resources.max_workers=2"]
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment["RAY_TMPDIR"] = ray_folder
         self.log = root / "serve.log"

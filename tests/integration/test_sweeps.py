@@ -87,7 +87,7 @@ def test_a_finished_sweep_is_continued_with_more_trials_and_other_resources(tmp_
     found: list[list[dict[str, Any]]] = []
     for changes, made in (
         (["tuning.max_concurrent_trials=1"], 2),
-        (["tuning.cpus_per_trial=2"], 0),
+        (["tuning.resources.cpus=2"], 0),
         (["tuning.num_trials=4"], 2),
     ):
         done = subprocess.run([*command, *changes], cwd=ROOT, capture_output=True, text=True)
@@ -111,7 +111,7 @@ def test_trials_as_process_groups_find_what_single_ones_find(tmp_path: Path) -> 
         folder = tmp_path / str(workers)
         folder.mkdir()
         command = toy_sweep(
-            folder, f"num_trials = 2\nmax_concurrent_trials = 1\nsampler = 'random'\nworkers_per_trial = {workers}"
+            folder, f"num_trials = 2\nmax_concurrent_trials = 1\nsampler = 'random'\nresources.max_workers = {workers}"
         )
         search = folder / "x.tune.toml"
         search.write_text(search.read_text().replace("[0.1, 0.0]", "[0.0]"))

@@ -11,8 +11,9 @@ import ray
 import tiger.on_ray  # noqa: F401  settles Ray's environment
 from tests.workers import GpuNotes, NotesGpu
 from tiger.core.errors import ConfigError
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 from tiger.on_ray.train import train
 from tiger.run import ResourcesConfig
 
@@ -20,9 +21,9 @@ SIZES = (10, 5, 10, 10, 3, 10, 10, 10)
 """Rows per shard: shards of unequal lengths are neither joined nor split."""
 
 POOLS = {
-    "halves": ActorPool(minimum=4),
-    "whole": ActorPool(minimum=2, gpus=1.0),
-    "none": ActorPool(gpus=0.0),
+    "halves": Resources(min_workers=4),
+    "whole": Resources(min_workers=2, gpus=1.0),
+    "none": Resources(gpus=0.0),
 }
 
 
@@ -39,7 +40,7 @@ def main(where: str) -> None:
     found = train(GpuNotes(where), folder.child("two"), ResourcesConfig(), "two")
     assert found == {"sum": 2.0, "world": 2}, found
     try:
-        train(GpuNotes(where), folder.child("three"), ResourcesConfig(train_workers=3), "three")
+        train(GpuNotes(where), folder.child("three"), ResourcesConfig(training=Resources(max_workers=3)), "three")
     except ConfigError as error:
         print(error)
 

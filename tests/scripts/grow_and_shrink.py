@@ -13,9 +13,10 @@ import ray
 import tiger.on_ray  # noqa: F401  settles Ray's environment
 from tests.workers import NotesGpu
 from tiger.core import logs
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.on_ray import cluster
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 
 
 def main(where: str) -> None:
@@ -34,7 +35,7 @@ def main(where: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     target, arguments = folder.child("out"), {"slow": 3.0}
-    map_shards(folder, "source.parquet", ["x"], target, NotesGpu, arguments, actors=ActorPool(), what="embed")
+    map_shards(folder, "source.parquet", ["x"], target, NotesGpu, arguments, actors=Resources(), what="embed")
     deadline = time.monotonic() + 180
     while cluster.shape().nodes and time.monotonic() < deadline:
         time.sleep(1)

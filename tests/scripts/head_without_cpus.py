@@ -13,6 +13,7 @@ import tiger.on_ray  # noqa: F401  settles Ray's environment
 from tests.workers import GpuNotes
 from tiger.core import logs
 from tiger.core.errors import ResourceError
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.on_ray.cluster import shape
 from tiger.on_ray.train import train
@@ -37,7 +38,7 @@ def main(where: str) -> None:
     found = train(job, folder.child("one"), ResourcesConfig(), "one")
     assert found == {"sum": 1.0, "world": 1}
     one = json.loads(Path(where, "rank-0").read_text())
-    found = train(job, folder.child("two"), ResourcesConfig(train_workers=2), "two")
+    found = train(job, folder.child("two"), ResourcesConfig(training=Resources(max_workers=2)), "two")
     assert found == {"sum": 2.0, "world": 2}
     ranks = [json.loads(Path(where, f"rank-{rank}").read_text()) for rank in range(2)]
     print(json.dumps([one, ranks]))

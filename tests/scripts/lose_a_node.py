@@ -22,8 +22,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.workers import Watched, slow_double, source
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 from tiger.on_ray.train import train as train_on_ray
 from tiger.run import ResourcesConfig
 
@@ -41,7 +42,7 @@ def embed(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
     folder = source(where / "table")
     watch(lambda: len(list((where / "table/out").glob("*.parquet"))) >= 2)
     arguments = {"notes": str(where / "table/notes")}
-    actors = ActorPool(minimum=2, maximum=2)
+    actors = Resources(min_workers=2, max_workers=2)
     map_shards(folder, "source.parquet", ["x"], folder.child("out"), slow_double, arguments, actors=actors, what="test")
     table = folder.read_table("out")
     deadline = time.monotonic() + 60  # the head notices by heartbeats that do not come
@@ -62,7 +63,7 @@ def train(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
         return True
 
     watch(ready)
-    resources = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=5)
+    resources = ResourcesConfig(training=Resources(max_workers=2, cpus=1), max_failures=5)
     return train_on_ray(Watched(str(where)), Folder(str(where / "artifact")), resources, "test")
 
 

@@ -207,9 +207,9 @@ def test_every_key_has_a_meaning() -> None:
 
 def test_what_changes_no_result_changes_no_fingerprint() -> None:
     base = load(RunConfig, None, [], CONFIGS)
-    other = load(RunConfig, None, ["embedding.max_actors=3", "evaluation.max_actors=1"], CONFIGS)
+    other = load(RunConfig, None, ["embedding.resources.max_workers=3", "decoding.resources.max_workers=1"], CONFIGS)
     assert base.embedding.identity() == other.embedding.identity()
-    assert base.evaluation.identity() == other.evaluation.identity()
+    assert base.decoding.identity() == other.decoding.identity()
     changed = load(RunConfig, None, ["embedding.max_tokens=64"], CONFIGS)
     assert base.embedding.identity() != changed.embedding.identity()
 

@@ -102,7 +102,7 @@ def test_training_fits_single_nodes(name: str, options: dict[str, int], expected
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("one big node, 1 GPU", {"workers": 2}, "scale.train_workers = 2 is more than the 1 GPUs"),
+        ("one big node, 1 GPU", {"workers": 2}, "scale.training.max_workers = 2 is more than the 1 GPUs"),
         ("one big node, 8 GPUs", {"workers": 9}, "more than the 8 GPUs"),
         ("one big node, 8 GPUs", {"workers": 4, "gpus": 2}, "more than the 2 GPUs"),
     ],

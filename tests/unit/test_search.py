@@ -132,9 +132,9 @@ def test_resources_do_not_make_another_sweep() -> None:
         search = build(TuningConfig, {"space": {"tokenizer.latent_dim": {"choices": [8, 16]}}} | changes)
         return TuningStageConfig(tokenizer=RunConfig().tokenizer, tuning=search)
 
-    for resource in ("max_concurrent_trials", "workers_per_trial", "cpus_per_trial"):
-        assert sweep(**{resource: 3}).identity() == sweep().identity()
-    assert sweep(gpus_per_trial=0.5).identity() == sweep().identity()
+    assert sweep(max_concurrent_trials=3).identity() == sweep().identity()
+    for resource in ("min_workers", "max_workers", "cpus", "gpus"):
+        assert sweep(resources={resource: 1}).identity() == sweep().identity()
     for key, value in {
         "num_trials": 99,
         "sampler": "random",

@@ -200,5 +200,10 @@ def test_a_beam_is_a_number(beam: Any) -> None:
 
 
 def test_the_configuration_knows_the_server() -> None:
-    run = load(RunConfig, None, ["serve.port=9000", "serve.replicas=2"], ROOT / "tiger/configs")
-    assert (run.serve.host, run.serve.port, run.serve.replicas, run.decoding.beam) == ("127.0.0.1", 9000, 2, 50)
+    run = load(RunConfig, None, ["serve.port=9000", "serve.resources.max_workers=2"], ROOT / "tiger/configs")
+    assert (run.serve.host, run.serve.port, run.serve.resources.max_workers, run.decoding.beam) == (
+        "127.0.0.1",
+        9000,
+        2,
+        50,
+    )

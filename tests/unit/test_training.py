@@ -48,10 +48,12 @@ def test_going_on_from_a_snapshot_changes_nothing(which: str) -> None:
 
 
 def test_what_else_differs_is_refused_still(tmp_path: Path) -> None:
-    given = {"lr": 0.1, "scale": {"train_workers": 2}}
+    given = {"lr": 0.1, "scale": {"training": {"max_workers": 2}}}
     CheckpointStore(Folder(str(tmp_path)), given).save({"state": {"step": 1}}, {"step": 1})
     changed = CheckpointStore(
-        Folder(str(tmp_path)), {"lr": 0.2, "scale": {"train_workers": 1}}, may_differ=["scale.train_workers"]
+        Folder(str(tmp_path)),
+        {"lr": 0.2, "scale": {"training": {"max_workers": 1}}},
+        may_differ=["scale.training.max_workers"],
     )
     with pytest.raises(ConfigError, match=r"different configuration: lr was 0.1, is 0.2; restore"):
         changed.load()

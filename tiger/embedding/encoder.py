@@ -26,6 +26,7 @@ from torch import Tensor
 from tiger.core.config import Config
 from tiger.core.errors import HealthError, ResourceError
 from tiger.core.precision import Shapes, allow_tf32, choose
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.embedding.vectors import unusable, vector_column
 
@@ -44,9 +45,8 @@ class EmbeddingConfig(Config):
     # `model` and `vectors` are locations; their contents are fingerprinted, see `encoder_identity`. The columns of
     # imported embeddings are fingerprinted for these alone, see `tiger.pipeline.embed.OwnVectorsConfig`.
     unfingerprinted: ClassVar[frozenset[str]] = frozenset(
-        {"model", "import_path", "vectors_id", "vectors_column", "batch_tokens", "min_actors", "max_actors",
-         "cpus_per_actor", "gpus_per_actor"}
-    )  # fmt: skip
+        {"model", "import_path", "vectors_id", "vectors_column", "batch_tokens"}
+    )
 
     import_path: str | None = Field(
         None,
@@ -67,14 +67,7 @@ class EmbeddingConfig(Config):
     )
     storage_dtype: Literal["float32", "float16"] = Field("float32", description="dtype of the stored embeddings")
     batch_tokens: int | None = Field(None, ge=16, description="tokens per batch; none: 2,048 on CPU, 65,536 on GPU")
-    min_actors: int = Field(1, ge=1, description="minimum number of encoder actors")
-    max_actors: int | None = Field(
-        None, ge=1, description="maximum number of encoder actors; none: one per GPU, or one per CPU core"
-    )
-    cpus_per_actor: float = Field(1, gt=0, description="CPUs per encoder actor without a GPU")
-    gpus_per_actor: float | None = Field(
-        None, ge=0, le=1, description="fraction of a GPU per encoder actor; none: 0.5 if the run uses GPUs, else 0"
-    )
+    resources: Resources = Resources()
 
 
 @dataclass(frozen=True)

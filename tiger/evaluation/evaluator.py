@@ -31,7 +31,7 @@ Lists = npt.NDArray[np.int64]
 class EvaluationConfig(Config):
     """What is evaluated, and on whom."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"max_actors", "compare_with"})  # artifacts count by content
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"compare_with"})  # artifacts count by content
 
     metrics: list[str] = Field(
         ["recall", "ndcg", "mrr"],
@@ -48,9 +48,6 @@ class EvaluationConfig(Config):
     max_users: int | None = Field(None, ge=1, description="users per split, sampled by seed; none: all")
     num_exact_users: int = Field(
         300, ge=0, description="test users for whom beam search is compared with scoring every item; 0: none"
-    )
-    max_actors: int | None = Field(
-        None, ge=1, description="maximum number of actors; none: two per GPU, or one per CPU core"
     )
     seed: int = Field(0, ge=0, description="seed of the sample of users and of the bootstrap")
 

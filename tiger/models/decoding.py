@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from tiger.core.config import Config
+from tiger.core.resources import Resources
 
 
 class DecodingConfig(Config):
@@ -31,6 +32,7 @@ class DecodingConfig(Config):
     )
     seed: int = Field(0, ge=0, description="seed of sampling; a user's sample is a function of it and the user's id")
     batch_size: int = Field(64, ge=1, description="histories that are decoded at once")
+    resources: Resources = Resources()  # of the actors that decode for evaluations and batch jobs
 
     def ranked(self, k: int) -> DecodingConfig:
         """Return these options for an evaluation: ranked lists of `k` items that may contain seen ones."""

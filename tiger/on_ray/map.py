@@ -16,7 +16,6 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -31,6 +30,7 @@ from tiger.core import tracking
 from tiger.core.device import assigned_device
 from tiger.core.errors import ResourceError, TigerError, last_line
 from tiger.core.progress import Progress
+from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.on_ray import cluster, placement
 from tiger.on_ray.watch import watching
@@ -50,23 +50,6 @@ class Worker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ActorPool:
-    """Size of a pool, and resources per actor.
-
-    Attributes:
-        minimum: number of actors that must be available before work begins.
-        maximum: maximum number of actors; None: as many as the cluster can hold.
-        cpus: CPUs per actor without a GPU.
-        gpus: fraction of a GPU per actor; 0: none; None: `placement.GPU_FRACTION` if the run uses GPUs.
-    """
-
-    minimum: int = 1
-    maximum: int | None = None
-    cpus: float = 1
-    gpus: float | None = None
-
-
 def map_shards(
     source: Folder,
     name: str,
@@ -75,7 +58,7 @@ def map_shards(
     worker: Callable[..., Worker],
     arguments: dict[str, Any],
     *,
-    actors: ActorPool,
+    actors: Resources,
     what: str,
     scale: ResourcesConfig | None = None,
 ) -> int:
@@ -89,7 +72,7 @@ def map_shards(
         worker: a plain class, constructed once per actor with `arguments` and the `device` that Ray assigned. A shard's
             result must have the same number of rows.
         arguments: keyword arguments of `worker`.
-        actors: size of the pool.
+        actors: size of the pool, and CPUs (without a GPU) and GPUs per actor.
         what: the stage, for the progress line.
         scale: GPUs of the run, and how long to wait for them.
 
@@ -115,8 +98,8 @@ def map_shards(
     if actors.gpus != 0:
         cluster.wait_for_gpus(scale.gpus, what, scale.wait_minutes)
     plan = placement.plan_pool(
-        cluster.shape(), len(missing), minimum=actors.minimum, maximum=actors.maximum, cpus=actors.cpus,
-        gpus_per_actor=actors.gpus, gpus=scale.gpus, what=f"{what}: a pool",
+        cluster.shape(), len(missing), minimum=actors.min_workers or 1, maximum=actors.max_workers,
+        cpus=actors.cpus or 1.0, gpus_per_actor=actors.gpus, gpus=scale.gpus, what=f"{what}: a pool",
     )  # fmt: skip
     cluster.wait_for(plan.at_once, what, scale.wait_minutes)
     ends = list(itertools.accumulate(sizes))

@@ -276,7 +276,7 @@ def plan_training(
     cluster: Cluster,
     *,
     workers: int | None = None,
-    cpus: int | None = None,
+    cpus: float | None = None,
     gpus: int | None = None,
     batch_size: int | None = None,
     what: str = "training",
@@ -302,8 +302,8 @@ def plan_training(
             workers = available if batch_size is None else max(1, min(available, batch_size // ROWS_PER_GPU))
         if workers > available:
             raise ConfigError(
-                f"scale.train_workers = {workers} is more than the {available} GPUs of this run, and a worker needs a "
-                "whole GPU; decrease it, increase scale.gpus, or set scale.gpus = 0 to train on CPUs"
+                f"scale.training.max_workers = {workers} is more than the {available} GPUs of this run, and a worker "
+                "needs a whole GPU; decrease it, increase scale.gpus, or set scale.gpus = 0 to train on CPUs"
             )
     workers = workers or 1
     if cpus is not None:
@@ -341,8 +341,8 @@ def plan_trials(
     """
     if workers > 1 and 0 < gpus < 1:
         raise ConfigError(
-            f"tuning.workers_per_trial = {workers} with tuning.gpus_per_trial = {gpus:g}: workers of one trial cannot "
-            "share a GPU; set gpus_per_trial = 1, or workers_per_trial = 1"
+            f"tuning.resources.max_workers = {workers} with tuning.resources.gpus = {gpus:g}: workers of one trial "
+            "cannot share a GPU; set tuning.resources.gpus = 1, or tuning.resources.max_workers = 1"
         )
     bundle = Bundle(cpus, gpus)
     require_fit([bundle] * workers, cluster, f"a trial with {counted(workers, 'worker')}")

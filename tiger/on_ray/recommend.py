@@ -14,7 +14,7 @@ from tiger.core.storage import SCRATCH
 from tiger.data.histories import Histories
 from tiger.models.decoding import DecodingConfig
 from tiger.models.shard import RecommendShard
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 from tiger.run import ResourcesConfig
 
 _PART_USERS = 1024
@@ -31,7 +31,6 @@ def recommend_users(
     options: DecodingConfig,
     allowed_items: list[int] | None = None,
     with_and_without_seen: bool = False,
-    max_actors: int | None = None,
     scale: ResourcesConfig | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """Return the top items int64 [U, k] of each user, padded with -1; if asked for, also those without seen items.
@@ -44,10 +43,9 @@ def recommend_users(
         draft: artifact that is being written.
         name: folder for the results in the draft: user_id int32, items [k], scores [k] (and unseen_items,
             unseen_scores) of every user in `name/part-00000.parquet` and so on.
-        options: how lists are made.
+        options: how lists are made, and the actors that make them.
         allowed_items: a filter for all users; None: all items.
         with_and_without_seen: make lists with all items, and lists without those of the history.
-        max_actors: maximum number of actors; None: as many as the cluster can hold.
         scale: GPUs of the run, and how long to wait for them.
     """
     table = pa.table(
@@ -72,7 +70,7 @@ def recommend_users(
         draft.folder.child(name),
         RecommendShard,
         arguments,
-        actors=ActorPool(maximum=max_actors),
+        actors=options.resources,
         what=f"decode {name}",
         scale=scale,
     )

@@ -291,13 +291,15 @@ def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig
     read_token(config.token_file)  # fail here and not in replicas, which would be restarted repeatedly
     cluster.connect(model.home.parent)
     cluster.wait_for_gpus(scale.gpus, "serve", scale.wait_minutes)
+    resources = config.resources
     plan = placement.plan_replicas(
-        cluster.shape(), replicas=config.replicas, cpus=config.cpus, gpus=config.gpus, scale_gpus=scale.gpus
-    )
+        cluster.shape(), replicas=resources.num_workers or 1, cpus=resources.cpus or 1.0, gpus=resources.gpus,
+        scale_gpus=scale.gpus,
+    )  # fmt: skip
     cluster.wait_for(plan.at_once, "serve", scale.wait_minutes)
     environment = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
     replica = {
-        "num_cpus": config.cpus,
+        "num_cpus": plan.bundle.cpus,
         "num_gpus": plan.bundle.gpus,
         "runtime_env": {"env_vars": _ENVIRONMENT | environment},
     }
@@ -313,7 +315,7 @@ def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig
         raise ResourceError(f"{config.host}:{config.port} cannot be served: {reason}; set serve.port") from error
     _require_no_other_address(config)  # if another server has started Serve meanwhile, our options were ignored
     try:
-        deployment = _deployment.options(num_replicas=config.replicas, ray_actor_options=replica)
+        deployment = _deployment.options(num_replicas=plan.minimum, ray_actor_options=replica)
         options = decoding.model_dump(mode="json")
         token_needed = config.token_file is not None
         serve.run(deployment.bind(model.folder.uri, options, token_needed=token_needed), name=_NAME)

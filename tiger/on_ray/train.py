@@ -61,10 +61,12 @@ def train(
             `resources.max_failures`.
     """
     cluster.connect(target)
-    cluster.wait_for_gpus(resources.gpus, what, resources.wait_minutes)
+    group = resources.training
+    gpus = resources.gpus if group.gpus is None else 0
+    cluster.wait_for_gpus(gpus, what, resources.wait_minutes)
     plan = placement.plan_training(
-        cluster.shape(), workers=resources.train_workers, cpus=resources.cpus_per_worker,
-        gpus=resources.gpus, batch_size=batch_size, what=f"{what}: training",
+        cluster.shape(), workers=group.num_workers, cpus=group.cpus, gpus=gpus, batch_size=batch_size,
+        what=f"{what}: training",
     )  # fmt: skip
     cluster.wait_for(plan.at_once, what, resources.wait_minutes)
     workers = plan.describe("worker")
@@ -75,7 +77,7 @@ def train(
         config = {
             # As bytes, so that the worker function opens its folders: it passes a TigerError of theirs on.
             "job": cloudpickle.dumps(job),
-            "threads": int(plan.bundle.cpus),
+            "threads": max(1, int(plan.bundle.cpus)),
             "logs": logs,
             "snapshots": target.child(f"{SCRATCH}/snapshots").uri,
         }
@@ -215,8 +217,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(config["threads"])
     snapshots = CheckpointStore(
         Folder(config["snapshots"]),
-        {"scale.train_workers": context.get_world_size(), **job.identity()},
-        may_differ={"scale.train_workers"},
+        {"scale.training.max_workers": context.get_world_size(), **job.identity()},
+        may_differ={"scale.training.max_workers"},
     )
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:

@@ -69,11 +69,11 @@ def tune_tokenizer(
     """
     require_possible(run, tuning)
     cluster.connect(target)
-    workers = tuning.workers_per_trial
-    if tuning.gpus_per_trial:
+    resources, workers = tuning.resources, tuning.resources.num_workers or 1
+    if resources.gpus:
         cluster.wait_for_gpus(run.scale.gpus, "tune", run.scale.wait_minutes)
     plan = placement.plan_trials(
-        cluster.shape(), workers=workers, cpus=tuning.cpus_per_trial, gpus=tuning.gpus_per_trial,
+        cluster.shape(), workers=workers, cpus=resources.cpus or 1.0, gpus=resources.gpus or 0.0,
         concurrent=tuning.max_concurrent_trials,
     )  # fmt: skip
     cluster.wait_for([plan.bundle] * workers, "tune", run.scale.wait_minutes)
@@ -102,6 +102,7 @@ def _run_trials(
     Raises:
         ResourceError: Ray Tune or the cluster fails.
     """
+    workers = tuning.resources.num_workers or 1
     trainable = tune.with_resources(
         tune.with_parameters(
             _trial,
@@ -110,7 +111,7 @@ def _run_trials(
             vectors=vectors.numpy(),
             neighbors=nearest_neighbors(vectors.numpy()),
         ),
-        tune.PlacementGroupFactory([plan.bundle.resources] * tuning.workers_per_trial),
+        tune.PlacementGroupFactory([plan.bundle.resources] * workers),
     )
     tuner = tune.Tuner(
         trainable,
@@ -118,7 +119,7 @@ def _run_trials(
             num_samples=tuning.num_trials - len(journal.trials),
             search_alg=ConcurrencyLimiter(searcher_of(run, tuning, journal), plan.maximum),
             scheduler=scheduler_of(tuning, journal),
-            reuse_actors=tuning.workers_per_trial == 1,  # the other processes of a group end with the trial's resources
+            reuse_actors=workers == 1,  # the other processes of a group end with the trial's resources
         ),
         run_config=tune.RunConfig(
             name=f"tune-{len(journal.trials)}",
@@ -144,7 +145,8 @@ def _trial(
     neighbors: tuple[np.ndarray, np.ndarray],
 ) -> None:
     """Train a tokenizer and report every evaluation; with several workers per trial, as rank 0 of a process group."""
-    workers = tuning["workers_per_trial"]
+    resources = TuningConfig.model_validate(tuning).resources
+    workers = resources.num_workers or 1
     if workers == 1:
         _learn(values, run, tuning, vectors, neighbors)
         return
@@ -152,8 +154,8 @@ def _trial(
         probe.bind(("", 0))
         address = f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
     others = ray.remote(_member).options(
-        num_cpus=tuning["cpus_per_trial"],
-        num_gpus=tuning["gpus_per_trial"],
+        num_cpus=resources.cpus or 1.0,
+        num_gpus=resources.gpus or 0.0,
         scheduling_strategy=PlacementGroupSchedulingStrategy(ray.util.get_current_placement_group()),
     )
     arguments = (address, workers, values, run, tuning, ray.put(vectors), ray.put(neighbors))
@@ -164,7 +166,7 @@ def _trial(
 
 def _member(rank: int, address: str, workers: int, *arguments: Any) -> None:
     """Run one process of a trial's process group."""
-    backend = "nccl" if arguments[2]["gpus_per_trial"] and not pretended_gpus() else "gloo"
+    backend = "nccl" if arguments[2]["resources"]["gpus"] and not pretended_gpus() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=workers)
     try:
         _learn(*arguments)
@@ -189,9 +191,9 @@ def _learn(
         ):  # the evaluation before the first step is not a result of training
             tune.report(metrics | {"epochs": metrics["step"] / steps_per_epoch})
 
-    device = assigned_device(ray.get_gpu_ids() if settings.gpus_per_trial else [])
+    device = assigned_device(ray.get_gpu_ids() if settings.resources.gpus else [])
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
+        torch.set_num_threads(max(1, int(settings.resources.cpus or 1)))
     try:
         fit_tokenizer(
             config,

@@ -20,7 +20,7 @@ from tiger.embedding.encoder import EmbedShard, encoder_identity
 from tiger.embedding.external import VectorJoin, own_item_ids
 from tiger.embedding.vectors import count_embeddings, precision_figures, sample_embeddings
 from tiger.evaluation.health import check_embeddings, require
-from tiger.on_ray.map import ActorPool, map_shards
+from tiger.on_ray.map import map_shards
 from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
@@ -77,7 +77,7 @@ def embed_texts(draft: Draft, run: RunConfig, catalog: Artifact, model: str) -> 
         draft.folder.child("vectors"),
         EmbedShard,
         {"model": model} | {name: getattr(config, name) for name in names},
-        actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
+        actors=config.resources,
         what="embed",
         scale=run.scale,
     )

@@ -109,7 +109,6 @@ def _decode(
         f"lists/{name}",
         options=options,
         with_and_without_seen=True,
-        max_actors=run.evaluation.max_actors,
         scale=run.scale,
     )
     assert unseen is not None

@@ -56,7 +56,6 @@ def write_recommendations(draft: Draft, run: RunConfig, model: Artifact, allowed
         _TABLE,
         options=run.decoding,
         allowed_items=_items_of(allowed, catalog),
-        max_actors=run.recommend.max_actors,
         scale=run.scale,
     )
     _write_readable(draft, catalog)

@@ -13,7 +13,8 @@ from tiger.core.config.annotations import as_text
 class Config(BaseModel):
     """Base of every configuration: immutable, and unknown keys are rejected.
 
-    Fields named in `unfingerprinted` affect resources, speed or limits of a stage, not its output.
+    Fields named in `unfingerprinted` affect resources, speed or limits of a stage, not its output. A section that has
+    only such fields is left out of fingerprints as a whole.
     """
 
     model_config = ConfigDict(
@@ -35,7 +36,10 @@ class Config(BaseModel):
         for name in type(self).model_fields:
             if name not in self.unfingerprinted:
                 value = getattr(self, name)
-                identity[name] = value.identity() if isinstance(value, Config) else _plain(value)
+                if not isinstance(value, Config):
+                    identity[name] = _plain(value)
+                elif own := value.identity():
+                    identity[name] = own
         return identity
 
 
