@@ -17,3 +17,8 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "ray.init", lambda *_, **__: pytest.fail("tests/unit starts no Ray; move this test to tests/integration")
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Train toy sizes on one thread: a second one gains nothing, and on a busy machine costs ten times the time."""

@@ -185,19 +185,33 @@ def invalid(items: npt.NDArray[Any], n_items: int) -> int:
     return int(((items >= n_items) | (items < -1)).sum())
 
 
-def check_recommendations(items: npt.NDArray[Any], n_items: int, cutoff: int = 10) -> list[Check]:
-    """Check that all recommendations are valid items without repetitions, and that users get different lists."""
+def check_recommendations(
+    items: npt.NDArray[Any], n_items: int, cutoff: int = 10, personalized: bool = True
+) -> list[Check]:
+    """Check that all recommendations are valid items without repetitions, and that users get different lists.
+
+    Args:
+        items: [U, K], padded with -1.
+        n_items: items of the catalog.
+        cutoff: items per user to consider.
+        personalized: whether lists depend on histories; see `ModelConfig.personalized`.
+    """
     top = items[:, :cutoff]
     wrong, ordered = invalid(top, n_items), np.sort(top, axis=1)
     repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
-    expected = min(cutoff, n_items) * len(items)
+    filled = float((top >= 0).sum()) / (min(cutoff, n_items) * len(items))
     distinct = len(np.unique(top[top >= 0]))
-    return [
+    checks = [
         Check("recommendations", "invalid items", wrong, 0, "trie and model belong to different IDs", upper=True),
         Check("recommendations", "repeated items", repeated, 0, "two items share a semantic ID", upper=True),
-        Check("recommendations", "filled places", float((top >= 0).sum()) / expected, 0.99, "the beam is too narrow"),
-        Check("recommendations", "distinct items", distinct, min(cutoff + 1, n_items), "all users get one list"),
+        Check(
+            "recommendations", "filled positions", float((top >= 0).sum()) / expected, 0.99, "the beam is too narrow"
+        ),
     ]
+    if personalized:
+        needed = min(cutoff + 1, n_items)
+        checks.append(Check("recommendations", "distinct items", distinct, needed, "all users get one list"))
+    return checks
 
 
 # --- report -----------------------------------------------------------------------------------------------------

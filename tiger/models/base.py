@@ -51,6 +51,8 @@ class ModelConfig(PluginConfig):
     default_kind: ClassVar[str] = "tiger"
     inputs: ClassVar[tuple[str, ...]] = ("catalog",)
     """Kinds of the artifacts that the family reads: catalog, and embeddings or semantic_ids."""
+    personalized: ClassVar[bool] = True
+    """Whether lists depend on histories; if not, equal lists for all users are no fault."""
 
     kind: str = Field(
         "tiger",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from tiger.models.scoring import ScoringRecommender
 
 class Config(ModelConfig):
     """Popularity has no options."""
+
+    personalized: ClassVar[bool] = False
 
     kind: Literal["popularity"] = Field("popularity", description="the items with most interactions in training")
 

@@ -58,7 +58,9 @@ def write_evaluation(draft: Draft, run: RunConfig, model: Artifact, others: list
     counts = data.histories.training_counts(data.num_items)
     users = {split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS}
     lists = {name: _decode(run, artifact, users, draft, name, options) for name, artifact in _named(model, others)}
-    lists |= {name: _rank(run, recommender, users, data) for name, recommender in _baselines(config, model)}
+    for name, recommender in _baselines(config, model):
+        lists.setdefault(name, _rank(run, recommender, users, data))
+    personalized = ModelConfig.resolve(model.manifest["config"]).personalized
     splits: dict[str, SplitResult] = {}
     for split in _SPLITS:
         found = {name: by_split[split] for name, by_split in lists.items()}
@@ -67,7 +69,7 @@ def write_evaluation(draft: Draft, run: RunConfig, model: Artifact, others: list
         log.info("%s", splits[split].table(split))
         invalid_items = {"invalid_beams": invalid(first, data.num_items)}
         tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | invalid_items)
-        draft.health += require(check_recommendations(first, data.num_items))
+        draft.health += require(check_recommendations(first, data.num_items, personalized=personalized))
     exact = _compare_with_exact(run, model, users["test"], data)
     result = EvaluationResult(splits=splits, exact_search=exact)
     draft.folder.write_json(RESULT, result.model_dump(mode="json"))

@@ -15,6 +15,7 @@ from tiger.core.config import Config, fingerprint
 from tiger.core.errors import DataError
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_recommendations, require
+from tiger.models.base import ModelConfig
 from tiger.models.decoding import DecodingConfig
 from tiger.on_ray.recommend import recommend_users
 from tiger.pipeline.train import ensure_model
@@ -60,7 +61,8 @@ def write_recommendations(draft: Draft, run: RunConfig, model: Artifact, allowed
     )
     _write_readable(draft, catalog)
     draft.metrics = {"users": len(users), "k": run.decoding.k}
-    draft.health = require(check_recommendations(items, catalog.n_items, cutoff=run.decoding.k))
+    personalized = ModelConfig.resolve(model.manifest["config"]).personalized
+    draft.health = require(check_recommendations(items, catalog.n_items, run.decoding.k, personalized))
 
 
 def _names(file: str | None) -> set[str] | None:

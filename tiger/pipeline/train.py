@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tiger.core.artifacts import Artifact, Draft, stage
+from tiger.core.errors import ConfigError
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
 from tiger.models.base import load_family
@@ -34,6 +35,10 @@ def fit_model(draft: Draft, run: RunConfig, inputs: dict[str, Artifact]) -> None
         return
     job = ModelJob(config, {kind: artifact.folder for kind, artifact in inputs.items()}, draft.folder)
     draft.metrics = train(job, draft.folder, run.scale, "model", batch_size=config.training.batch_size)
+    if "recall@10" not in draft.metrics:
+        raise ConfigError(
+            f"model.kind = {config.kind}: the result of its train has no recall@10; see tiger.models.base"
+        )
     guessing = min(1.0, 10 / inputs["catalog"].metrics["items"])
     popular = popularity_recall(Catalog(inputs["catalog"]).histories, config.training.validation_users, config.seed)
     draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
