@@ -28,6 +28,7 @@ from tiger.core.artifacts import Artifact, newest
 from tiger.core.errors import ResourceError, SecurityError
 from tiger.core.storage import Folder
 from tiger.data.catalog import Catalog
+from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
 from tiger.on_ray import serve as tiger_serve
 from tiger.on_ray.serve import serve_forever
@@ -61,9 +62,9 @@ def test_a_serve_that_runs_already_is_left_alone(
         serve.run(Other.bind(), name="other", route_prefix="/other")
         assert answers()
         with pytest.raises(SecurityError, match=rf"on 127.0.0.1:{port}, but .* are 127.0.0.1:{wanted}"):
-            serve_forever(model, ServeConfig(port=wanted), ResourcesConfig())
+            serve_forever(model, ServeConfig(port=wanted), DecodingConfig(), ResourcesConfig())
         with pytest.raises(SecurityError, match="Ray Serve runs other on this cluster already"):
-            serve_forever(model, ServeConfig(port=port), ResourcesConfig())
+            serve_forever(model, ServeConfig(port=port), DecodingConfig(), ResourcesConfig())
         assert answers()
         assert set(serve.status().applications) == {"other"}
 
@@ -79,7 +80,7 @@ def test_a_serve_that_runs_already_is_left_alone(
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is not None
         serve.run(Other.bind(), name="tiger", route_prefix="/tiger")
         with pytest.raises(SecurityError, match="Ray Serve runs tiger on this cluster already"):
-            serve_forever(model, ServeConfig(port=port), ResourcesConfig())
+            serve_forever(model, ServeConfig(port=port), DecodingConfig(), ResourcesConfig())
         assert answers("/tiger")
         tiger_serve._stop(was_running=False)
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
@@ -87,7 +88,7 @@ def test_a_serve_that_runs_already_is_left_alone(
         with socket.create_server(("127.0.0.1", 0)) as taken:
             number = taken.getsockname()[1]
             with pytest.raises(ResourceError, match=f"^127.0.0.1:{number} cannot be served: Failed to bind .*; set"):
-                serve_forever(model, ServeConfig(port=number), ResourcesConfig())
+                serve_forever(model, ServeConfig(port=number), DecodingConfig(), ResourcesConfig())
         assert serve.context._get_global_client(raise_if_no_controller_running=False) is None
     finally:
         serve.shutdown()
