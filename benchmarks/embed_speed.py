@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tiger.cli import CONFIGS
 from tiger.core import tracking
 from tiger.core.config import load
 from tiger.core.resources import Resources
@@ -27,7 +26,7 @@ from tiger.core.storage import Folder
 from tiger.embedding.encoder import BUNDLED, EmbedShard, TextEncoder, model_path
 from tiger.on_ray.map import map_shards
 from tiger.pipeline.prepare import prepare
-from tiger.run import RunConfig
+from tiger.run import CONFIGS, RunConfig
 
 PART = 512  # texts of a part
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiger.cli import CONFIGS
 from tiger.core.config import load
 from tiger.embedding.vectors import load_embeddings
 from tiger.metrics.codes import code_metrics, gini, nearest_neighbors, neighbor_prefix_agreement
-from tiger.pipeline.embed import ensure_embeddings
-from tiger.run import RunConfig
+from tiger.pipeline.embed import embed
+from tiger.pipeline.prepare import prepare
+from tiger.run import CONFIGS, RunConfig
 from tiger.semantic_ids.assignment import SemanticIdsConfig, assign, packed
 from tiger.tokenizers.base import TokenizerConfig
 from tiger.tokenizers.train import encode_dataset, fit_tokenizer
@@ -89,7 +89,7 @@ def main() -> None:
     first, threads = int(settings.pop("first_seed", "0")), int(settings.pop("threads", "2"))
     seeds, only = int(settings.pop("seeds", "3")), re.compile(settings.pop("only", ""))
     run = load(RunConfig, settings.pop("config", "beauty-cpu"), [f"{k}={v}" for k, v in settings.items()], CONFIGS)
-    vectors = load_embeddings(ensure_embeddings(run).folder)
+    vectors = load_embeddings(embed(run, prepare(run)).folder)
     neighbors = nearest_neighbors(vectors.numpy())
     torch.set_num_threads(threads)
     print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions, {seeds} seeds from {first}, {threads} threads\n")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tiger.cli import CONFIGS
 from tiger.core.config import build, load
 from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
@@ -28,7 +27,7 @@ from tiger.models.tiger.batches import make_examples
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.pipeline.prepare import prepare
-from tiger.run import RunConfig
+from tiger.run import CONFIGS, RunConfig
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 
