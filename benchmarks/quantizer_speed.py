@@ -1,12 +1,12 @@
-"""Training items a second of the RQ-VAE as it is trained here, beside a plain PyTorch loop with no monitoring.
+"""Training items per second of the RQ-VAE as it is trained here, and of a plain PyTorch loop without monitoring.
 
     uv run python benchmarks/quantizer_speed.py [dim=384] [batch=256]
 
 The plain loop is what one would write first: three codebooks of 256, distances as a matrix product, straight-through
-gradients, AdamW. Ours has the same dimensions and batch, and all that it does beside the step: the check that gradients
-are finite, the schedule, k-means refits every other epoch, looks at usage and error every ten. Once with the
+gradients, AdamW. Ours has the same dimensions and batch, and all that it does in addition to the step: the check that
+gradients are finite, the schedule, k-means refits every other epoch, usage and error every ten epochs. Once with the
 dimensions of our default, and once with those that public implementations have: a latent of 64, no linear path. Rounds
-of both take turns; the k-means start of ours is left out, the plain loop has none.
+of both alternate; the k-means start of ours is left out, the plain loop has none.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Plain(nn.Module):
         super().__init__()
         self.encoder, self.decoder = perceptron(dim, *hidden, latent), perceptron(latent, *hidden[::-1], dim)
         self.codebooks = nn.Parameter(torch.randn(3, 256, latent))
-        self.beside = nn.ModuleList([nn.Linear(dim, latent), nn.Linear(latent, dim)]) if linear_skip else None
+        self.linear_skip = nn.ModuleList([nn.Linear(dim, latent), nn.Linear(latent, dim)]) if linear_skip else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.encoder(x) + (self.beside[0](x) if self.beside else 0)
+        z = self.encoder(x) + (self.linear_skip[0](x) if self.linear_skip else 0)
         rest, total, loss = z, torch.zeros_like(z), torch.zeros(())
         for codebook in self.codebooks:
             code = (codebook.square().sum(1) - 2 * rest.detach() @ codebook.detach().T).argmin(1)
@@ -48,7 +48,7 @@ class Plain(nn.Module):
             loss = loss + F.mse_loss(chosen, rest.detach()) + 0.25 * F.mse_loss(rest, chosen.detach())
             total, rest = total + chosen, rest - chosen.detach()
         q = z + (total - z).detach()
-        return loss + F.mse_loss(self.decoder(q) + (self.beside[1](q) if self.beside else 0), x)
+        return loss + F.mse_loss(self.decoder(q) + (self.linear_skip[1](q) if self.linear_skip else 0), x)
 
 
 def plain(vectors: torch.Tensor, hidden: tuple[int, ...], latent: int, batch: int, linear_skip: bool) -> float:

@@ -23,7 +23,7 @@ class Fault:
 
 
 _ASIDE, _NAMED, _SAME = "set aside with file, line, reason", "one error that names the file", "same result, bit by bit"
-_WHOLE = "the old state or the new one, and the same command goes on"
+_WHOLE = "the old state or the new one, and the same command resumes"
 
 FAULTS: dict[str, Fault] = {
     # --- raw data
@@ -66,7 +66,7 @@ FAULTS: dict[str, Fault] = {
     "test_embedding::test_a_nan_stops_with_the_item_ids": Fault("embed", "NaN in a vector", "an error that names items"),
     "test_embedding::test_a_model_that_is_not_there_names_the_cure": Fault("embed", "no such encoder", "one error"),
     "test_scale::test_a_killed_actor_loses_and_doubles_nothing": Fault("embed", "actor killed", "nothing lost or doubled"),
-    "test_scale::test_a_table_through_actors_restarts_where_it_stopped": Fault("embed", "stage killed", "goes on"),
+    "test_scale::test_a_table_through_actors_restarts_where_it_stopped": Fault("embed", "stage killed", "resumes"),
     "test_scale::test_work_that_never_fits_is_refused": Fault("embed", "too few CPUs", "an error, no wait"),
     "test_scale::test_map_table_names_a_shard_that_kills_its_actor": Fault("embed", "a shard kills its actor", "named"),
     "test_nodes::test_a_node_lost_while_embedding_loses_and_doubles_nothing": Fault(
@@ -77,7 +77,7 @@ FAULTS: dict[str, Fault] = {
     "test_resume::test_three_worker_kills_and_a_driver_kill_change_nothing": Fault(
         "train", "3 workers and the driver killed", _SAME
     ),
-    "test_scale::test_training_goes_on_after_a_worker_was_killed": Fault("train", "worker killed", _SAME),
+    "test_scale::test_training_resumes_after_a_worker_was_killed": Fault("train", "worker killed", _SAME),
     "test_scale::test_tiger_error_on_any_rank_stops_training_within_seconds": Fault(
         "train", "an error on one rank", "ends within 10 s, as it was"
     ),
@@ -107,7 +107,7 @@ FAULTS: dict[str, Fault] = {
     "test_diagnostics::test_a_collapse_stops_the_stage": Fault("all", "collapses", "an error with the likely cause"),
     "test_jobs::test_a_collapsed_stage_stops_the_pipeline_there": Fault("all", "identical texts", "stops at the stage"),
     # --- search for a tokenizer
-    "test_sweeps::test_a_sweep_that_was_killed_goes_on": Fault("sweep", "driver killed", "no finished trial runs again"),
+    "test_sweeps::test_a_sweep_that_was_killed_resumes": Fault("sweep", "driver killed", "no finished trial runs again"),
     # --- artifacts and storage
     "test_publish::test_a_publish_that_ends_anywhere_is_there_or_not": Fault(
         "storage", "killed, disk full, I/O error at every write of a publish", _WHOLE
@@ -172,9 +172,9 @@ FAULTS: dict[str, Fault] = {
     "test_corpus::test_a_bad_request_is_refused": Fault("recommend", "malformed requests", "refused by history"),
     "test_recommender::test_more_than_the_catalog_holds": Fault("recommend", "k above the catalog", "what there is"),
     # --- jobs and clusters
-    "test_jobs::test_a_killed_driver_goes_on_with_the_same_command": Fault("job", "driver killed", "goes on, same hashes"),
+    "test_jobs::test_a_killed_driver_resumes_with_the_same_command": Fault("job", "driver killed", "resumes, same hashes"),
     "test_submit::test_a_failing_job_fails_with_its_error_in_the_last_lines": Fault("job", "job fails", "exit code, error"),
-    "test_submit::test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again": Fault("job", "ray job stop", "goes on"),
+    "test_submit::test_a_job_that_was_stopped_resumes_when_it_is_submitted_again": Fault("job", "ray job stop", "resumes"),
     "test_submit::test_without_the_token_nobody_gets_in": Fault("job", "no token", "401"),
     "test_cluster::test_what_a_node_lacks_is_said_with_the_cure": Fault("job", "a node lacks something", "an error, before"),
     "test_cluster::test_gpus_that_cannot_come_are_an_error": Fault("job", "no GPUs come", "an error"),
@@ -189,7 +189,7 @@ FAULTS: dict[str, Fault] = {
     # --- security
     "test_security::test_hostile_files_run_nothing": Fault("security", "pickles in artifacts", "nothing runs, refused"),
     "test_security::test_hostile_snapshots_run_nothing": Fault("security", "pickles in snapshots", "nothing runs, refused"),
-    "test_security::test_a_text_encoder_brings_no_code_along": Fault("security", "code beside an encoder", "nothing runs"),
+    "test_security::test_a_text_encoder_brings_no_code_along": Fault("security", "code next to an encoder", "nothing runs"),
     "test_security::test_inputs_stand_beside_their_artifact": Fault("security", "paths out of the folder", "refused"),
     "test_security::test_a_category_is_a_name_and_no_path": Fault("security", "paths in a name", "refused"),
     "test_security::test_switches_that_let_data_run_code_are_refused": Fault("security", "unsafe switches", "exit code 8"),

@@ -76,3 +76,21 @@ def read(values: dict[str, Any], cache: Path) -> tuple[pa.Table, pa.Table, RowCo
         items,
         events,
     )
+
+
+def playlists(folder: Path, users: int = 200) -> Path:
+    """Write songs.txt and plays.txt of `tests.plugins.toy_dataset`: 60 songs in six genres, played round and round."""
+    genres = ("jazz", "rock", "folk", "soul", "techno", "opera")
+    times = ("Morning", "Evening", "Winter", "Summer", "Sunday", "Midnight", "Harvest", "Holiday", "Autumn", "Spring")
+    songs = [
+        f"s{number:02d}\t{times[number % 10]} {genres[number // 10]}\t{genres[number // 10]}" for number in range(60)
+    ]
+    plays = []
+    for user in range(users):
+        genre, start, length = user % 6, user // 6 % 10, 6 + user % 3
+        for step in range(length):
+            song = genre * 10 + (start + step) % 10
+            plays.append(f"u{user:03d}\ts{song:02d}\t{1_400_000_000 + 60 * step}")
+    (folder / "songs.txt").write_text("\n".join(songs) + "\n")
+    (folder / "plays.txt").write_text("\n".join(plays) + "\n")
+    return folder

@@ -1,4 +1,4 @@
-"""The Ray layer on a real local Ray: parts through actors, and a process group that goes on after a loss."""
+"""The Ray layer on a real local Ray: parts through actors, and a process group that resumes after a loss."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Count(TrainingJob):
 
 
 @pytest.mark.slow
-def test_training_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
+def test_training_resumes_after_a_worker_was_killed(tmp_path: Path) -> None:
     scale = ResourcesConfig(train_workers=2, cpus_per_worker=1, max_failures=1)
     found = train(Count(str(tmp_path / "died")), Folder(str(tmp_path / "out")), scale, "test")
     assert (tmp_path / "died").exists()

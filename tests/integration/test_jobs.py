@@ -24,7 +24,7 @@ from tiger.data.catalog import Catalog
 from tiger.evaluation import health as diagnostics
 from tiger.evaluation.evaluator import EvaluationResult
 from tiger.models.recommender import Recommender
-from tiger.run import CONFIGS, RunConfig
+from tiger.run import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,8 @@ def test_a_finished_model_is_evaluated_by_its_folder_next_to_another_family(
 ) -> None:
     """Overrides of the training are refused: the model is trained."""
     root = str(Path(finished.folder.uri).parent)
-    run = load(RunConfig, None, [*TINY, f"root={root}", "model.kind=sasrec", "model.training.epochs=2"], CONFIGS)
+    others = [key for key in TINY if not key.startswith("model.")]
+    run = tiger.load_config("sample", [*others, f"root={root}", "model.kind=sasrec", "model.training.epochs=2"])
     other = tiger.pipeline.train.ensure_model(run)
     model = finished.inputs["model"].folder.uri
     with pytest.raises(SystemExit, match="2"):
@@ -230,7 +231,7 @@ def test_equal_seeds_give_equal_artifacts(finished: Artifact, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_with_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_driver_resumes_with_the_same_command(tmp_path: Path) -> None:
     """Killed once embeddings are being written; the same command ends with what a run alone leaves."""
     command = [sys.executable, "-m", "jobs.embed", *TINY, f"root={tmp_path}", "data.items=6000", "data.users=6000"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -98,7 +98,7 @@ def test_a_failing_job_fails_with_its_error_in_the_last_lines(head: dict[str, st
     )
 
 
-def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(head: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_was_stopped_resumes_when_it_is_submitted_again(head: dict[str, str], tmp_path: Path) -> None:
     training = [
         "tokenizer.training.epochs=2000",
         "tokenizer.training.patience=1000",

@@ -42,7 +42,7 @@ def journal(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_that_was_killed_resumes(tmp_path: Path) -> None:
     """The driver is killed after two trials; the same command runs the others, and none of the two again."""
     command = toy_sweep(tmp_path, "num_trials = 5\nmax_concurrent_trials = 1")
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

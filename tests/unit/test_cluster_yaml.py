@@ -61,7 +61,7 @@ def test_node_types_stay_within_the_cluster_s_limits(config: dict[str, Any]) -> 
     assert config["cluster_name"]
     assert set(types) == {"head", "cpu", "gpu"}
     assert all(kind["max_workers"] <= config["max_workers"] for kind in types.values())
-    assert sum(kind["max_workers"] for kind in types.values()) <= config["max_workers"]  # all GPUs beside all CPUs
+    assert sum(kind["max_workers"] for kind in types.values()) <= config["max_workers"]  # all GPUs and all CPUs
     assert types["gpu"]["min_workers"] == 0
     assert types["cpu"]["min_workers"] >= 1  # a submitted job's driver starts at once
     assert types["head"]["resources"] == {"CPU": 0}

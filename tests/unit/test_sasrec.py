@@ -32,8 +32,8 @@ def test_padding_changes_nothing() -> None:
     torch.manual_seed(0)
     model = SASRec(build(SASRecConfig, SMALL), 20).eval()
     alone = model(torch.tensor([[1, 2, 3]]))
-    beside = model(torch.tensor([[1, 2, 3, -1, -1], [5, 6, 7, 8, 9]]))
-    torch.testing.assert_close(alone[0], beside[0])
+    padded = model(torch.tensor([[1, 2, 3, -1, -1], [5, 6, 7, 8, 9]]))
+    torch.testing.assert_close(alone[0], padded[0])
     histories = [np.array([3, 4]), np.array([1, 2, 3, 4, 5, 6, 7, 8])]
     both = model.next_item_scores(histories)
     torch.testing.assert_close(both, torch.cat([model.next_item_scores([history]) for history in histories]))

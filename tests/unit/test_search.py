@@ -1,4 +1,4 @@
-"""The search: its space, its objective, and a real sweep on a local Ray that is killed and goes on."""
+"""The search: its space, its objective, and a real sweep on a local Ray that is killed and resumes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.factories import clusters
 from tests.paths import CONFIGS
+from tiger.core import artifacts
 from tiger.core.artifacts import Artifact
 from tiger.core.config import build, dump_toml, load, with_override
 from tiger.core.errors import ArtifactError, ConfigError, HealthError
@@ -218,7 +219,7 @@ def test_trials_that_train_nothing_end_the_sweep(tmp_path: Path, monkeypatch: py
     search = build(TuningConfig, {"num_trials": 2, "space": {"tokenizer.distance": {"choices": ["cosine", "mixed"]}}})
     embeddings = Artifact(Folder(str(tmp_path)), {"fingerprint": "00000000", "kind": "embeddings"})
     artifacts_read: list[Any] = []
-    monkeypatch.setattr(job.artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
+    monkeypatch.setattr(artifacts, "open_artifact", lambda home, **_: artifacts_read.append(home) or home)
     job.tune(run, search, embeddings)
     manifest = artifacts_read[-1].read_json("manifest.json")
     assert manifest["metrics"]["epochs_spent"] == 0

@@ -198,7 +198,7 @@ def test_every_option_trains_and_keeps_its_codes(variant: dict[str, object]) -> 
     assert torch.isfinite(tokenizer.last_level_costs(vectors[:9])).all()
 
 
-def test_training_goes_on_from_where_k_means_ends() -> None:
+def test_training_resumes_from_where_k_means_ends() -> None:
     vectors = clusters()
     plain = config("rqvae", hidden_dims=(), training={"epochs": 0})
     _, start = fit_tokenizer(plain, vectors, device=CPU)

@@ -11,25 +11,25 @@ Two runs of one stage never write to each other's files: see `tiger.core.publish
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import logging
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVarTuple
 
 import tiger
 from tiger.core.config import Config, fingerprint
 from tiger.core.errors import ArtifactError, SecurityError
+from tiger.core.hashing import sha256
 from tiger.core.publishing import ATTEMPT, publish, tidy
 from tiger.core.storage import MANIFEST, PARTIAL, SCRATCH, Folder, in_one_line
+from tiger.core.versions import installed_versions
 
 log = logging.getLogger(__name__)
+Arguments = TypeVarTuple("Arguments")
 
 __all__ = [  # Folder and its constants are in tiger.core.storage
     "MANIFEST",
@@ -38,14 +38,15 @@ __all__ = [  # Folder and its constants are in tiger.core.storage
     "Artifact",
     "Draft",
     "Folder",
+    "Stage",
     "build",
     "newest",
     "open_artifact",
+    "stage",
     "stage_fingerprint",
 ]
 
 SCHEMA_VERSION = 5  # part of every fingerprint
-_RECORDED_PACKAGES = ("torch", "ray", "sentence-transformers", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def build(
 ) -> Artifact:
     """Return the cached artifact for this configuration and these inputs, or run `make` and publish its output.
 
-    The fingerprint covers the arguments of `stage_fingerprint`. For concurrent runs see `tiger.core.publishing`.
+    Stages are built by `Stage.build`, which calls this. The fingerprint covers the arguments of `stage_fingerprint`.
+    For concurrent runs see `tiger.core.publishing`.
 
     Args:
         root: folder or URI that contains all artifacts.
@@ -220,30 +222,64 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
         "metrics": draft.metrics,
         "health": draft.health,
         "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
-        "versions": {"tiger": tiger.__version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        "versions": {"tiger": tiger.__version__} | installed_versions(),
         "seconds": round(time.monotonic() - begin, 1),
     }
     return manifest | {"digest": _digest(manifest)}
 
 
+@dataclass(frozen=True)
+class Stage(Generic[*Arguments]):
+    """A stage of the pipeline; declared by `stage`.
+
+    Attributes:
+        kind: kind of the artifact.
+        verb: the module of `tiger.pipeline` whose job makes it.
+        body: the work: writes the files of the draft, and fills its metrics and health records.
+    """
+
+    kind: str
+    verb: str
+    body: Callable[[Draft, *Arguments], None]
+
+    def build(
+        self,
+        root: str,
+        config: Config,
+        inputs: dict[str, Artifact],
+        *arguments: *Arguments,
+        source: dict[str, str] | None = None,
+        read_from: dict[str, Artifact] | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> Artifact:
+        """Return the cached artifact, or run the body with `arguments`, which are not fingerprinted; see `build`."""
+
+        def make(draft: Draft) -> None:
+            self.body(draft, *arguments)
+
+        return build(root, self.kind, config, inputs, make, source=source, read_from=read_from, record=record)
+
+
+def stage(kind: str, *, verb: str) -> Callable[[Callable[[Draft, *Arguments], None]], Stage[*Arguments]]:
+    """Declare the decorated function to be the work of a stage; see `Stage`."""
+    return lambda body: Stage(kind, verb, body)
+
+
 def _digest(manifest: dict[str, Any]) -> str:
     """Return the sha256 of a manifest's own content, to detect edits of the manifest."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(rest, sort_keys=True).encode())
 
 
-_MADE_BY = {
-    "raw": "prepare",
+_MADE_BY = {  # kind: verb, as the stages of tiger.pipeline declare them
     "catalog": "prepare",
     "embeddings": "embed",
-    "item_vectors": "semantic_ids",
+    "item_vectors": "item_vectors",
     "tokenizer": "semantic_ids",
     "semantic_ids": "semantic_ids",
     "model": "train",
     "evaluation": "evaluate",
     "recommendations": "recommend",
-    "sasrec": "sasrec",
     "tuning": "tune",
 }
 

@@ -6,7 +6,9 @@
 and, of a family with weights (the others are made from `data` whenever they are loaded):
 
     build(config, data) -> module                              before training; the caller has set the seed
-    train(module, config, data, *, device, callbacks) -> FitResult
+    train(module, config, data, *, device, callbacks) -> FitResult     `best` has recall@10, which the pipeline checks
+
+`tests/unit/test_model_contract.py` checks what every family promises; `tests/plugins/toy_model.py` is an example.
 """
 
 from __future__ import annotations

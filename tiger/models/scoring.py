@@ -29,7 +29,10 @@ class ScoringRecommender(Recommender):
 
     @abstractmethod
     def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
-        """Return the scores of all items after non-empty histories, floating-point [B, items]; -inf: never."""
+        """Return the scores of all items after non-empty histories, floating-point [B, items]; -inf: never.
+
+        The array is a new one: `search` overwrites the scores of excluded items in it.
+        """
 
     def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
         """Return the function that scores all items and takes the best ones, of equals the lower index first."""

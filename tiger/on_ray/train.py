@@ -53,7 +53,7 @@ def train(
         target: folder of the artifact that is being written.
         resources: resources of the run.
         what: the stage, for log lines.
-        batch_size: rows per step over all workers; determines how many GPUs are worth using.
+        batch_size: rows per step over all workers; determines how many GPUs to use.
 
     Raises:
         TigerError: raised by the job on any rank; passed on unchanged, within seconds.

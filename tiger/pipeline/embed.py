@@ -12,8 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.config import Config
 from tiger.core.progress import Progress
 from tiger.data.sources.base import RawFile, expand
@@ -41,50 +40,12 @@ class OwnVectorsConfig(Config):
 
 def embed(run: RunConfig, catalog: Artifact) -> Artifact:
     """Embed the catalog's texts, or import precomputed embeddings of its items if `embedding.import_path` is set."""
-    config = run.embedding
-    if config.import_path is not None:
+    if run.embedding.import_path is not None:
         return join(run, catalog)
-    identity = encoder_identity(config.model)
-    encoder = {
-        "model": identity["model"],
-        "prefix": config.prefix,
-        "max_tokens": config.max_tokens,
-        "precision": config.precision,
-        "batch_tokens": config.batch_tokens,
-    }
-
-    def make(draft: Draft) -> None:
-        map_shards(
-            catalog.folder,
-            "items.parquet",
-            ["item_id", "text"],
-            draft.folder.child("vectors"),
-            EmbedShard,
-            {"storage_dtype": config.storage_dtype, **encoder},
-            actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
-            what="embed",
-            scale=run.scale,
-        )
-        draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
-        vectors = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
-        tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
-        quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
-        draft.metrics = {
-            "items": count_embeddings(draft.folder),
-            "dimension": vectors.shape[1],
-            "tokens": quantiles,
-            **precision_figures(draft.folder),
-        }
-        draft.health = require(check_embeddings(vectors))
-
-    source = {
-        "items": catalog.manifest["files"]["items.parquet"][
-            "sha256"
-        ],  # not the histories and splits, which are not read
-        "encoder": identity.get("sha256") or identity["revision"],
-    }
-    return artifacts.build(
-        run.root, "embeddings", config, {}, make, source=source, read_from={"catalog": catalog},
+    identity = encoder_identity(run.embedding.model)
+    source = _items(catalog) | {"encoder": identity.get("sha256") or identity["revision"]}
+    return embed_texts.build(
+        run.root, run.embedding, {}, run, catalog, identity["model"], source=source, read_from={"catalog": catalog},
         record={"encoder": identity},
     )  # fmt: skip
 
@@ -92,31 +53,64 @@ def embed(run: RunConfig, catalog: Artifact) -> Artifact:
 def join(run: RunConfig, catalog: Artifact) -> Artifact:
     """Import precomputed embeddings and join them to the items of the catalog by source id."""
     files = own_vector_files(run)
-
-    def make(draft: Draft) -> None:
-        items = catalog.folder.read_table("items.parquet", ["source_id"])["source_id"].to_pylist()
-        vectors = VectorJoin(items, run.embedding)
-        _write_joined(draft, vectors, files)
-        draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
-        draft.metrics["vectors_without_item"] = vectors.unknown
-
-    source = {"items": catalog.manifest["files"]["items.parquet"]["sha256"]} | _identify(files)
-    return artifacts.build(
-        run.root, "embeddings", _own_config(run), {}, make, source=source, read_from={"catalog": catalog}
+    source = _items(catalog) | _identify(files)
+    return join_vectors.build(
+        run.root, _own_config(run), {}, run, catalog, files, source=source, read_from={"catalog": catalog}
     )
 
 
 def adopt(run: RunConfig) -> Artifact:
     """Import precomputed embeddings without a catalog: the items are those that have a vector."""
     files = own_vector_files(run)
+    return adopt_vectors.build(run.root, _own_config(run), {}, run, files, source=_identify(files))
 
-    def make(draft: Draft) -> None:
-        items = own_item_ids(files, run.embedding)
-        _write_joined(draft, VectorJoin(items, run.embedding), files)
-        numbers = pa.array(np.arange(len(items), dtype=np.int32))
-        draft.folder.write_table("items.parquet", pa.table({"item_id": numbers, "source_id": pa.array(items)}))
 
-    return artifacts.build(run.root, "embeddings", _own_config(run), {}, make, source=_identify(files))
+@stage("embeddings", verb="embed")
+def embed_texts(draft: Draft, run: RunConfig, catalog: Artifact, model: str) -> None:
+    """Embed the texts with a sentence-transformers model, given by its name or path."""
+    config = run.embedding
+    names = ("storage_dtype", "prefix", "max_tokens", "precision", "batch_tokens")
+    map_shards(
+        catalog.folder,
+        "items.parquet",
+        ["item_id", "text"],
+        draft.folder.child("vectors"),
+        EmbedShard,
+        {"model": model} | {name: getattr(config, name) for name in names},
+        actors=ActorPool(config.min_actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor),
+        what="embed",
+        scale=run.scale,
+    )
+    draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+    vectors = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
+    tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
+    quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
+    draft.metrics = {
+        "items": count_embeddings(draft.folder),
+        "dimension": vectors.shape[1],
+        "tokens": quantiles,
+        **precision_figures(draft.folder),
+    }
+    draft.health = require(check_embeddings(vectors))
+
+
+@stage("embeddings", verb="embed")
+def join_vectors(draft: Draft, run: RunConfig, catalog: Artifact, files: list[RawFile]) -> None:
+    """Import vectors of the catalog's items."""
+    items = catalog.folder.read_table("items.parquet", ["source_id"])["source_id"].to_pylist()
+    vectors = VectorJoin(items, run.embedding)
+    _write_joined(draft, vectors, files)
+    draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+    draft.metrics["vectors_without_item"] = vectors.unknown
+
+
+@stage("embeddings", verb="embed")
+def adopt_vectors(draft: Draft, run: RunConfig, files: list[RawFile]) -> None:
+    """Import vectors, and make their ids the items."""
+    items = own_item_ids(files, run.embedding)
+    _write_joined(draft, VectorJoin(items, run.embedding), files)
+    numbers = pa.array(np.arange(len(items), dtype=np.int32))
+    draft.folder.write_table("items.parquet", pa.table({"item_id": numbers, "source_id": pa.array(items)}))
 
 
 def own_vector_files(run: RunConfig) -> list[RawFile]:
@@ -133,6 +127,11 @@ def _own_config(run: RunConfig) -> OwnVectorsConfig:
     return OwnVectorsConfig(
         vectors_id=config.vectors_id, vectors_column=config.vectors_column, storage_dtype=config.storage_dtype
     )
+
+
+def _items(catalog: Artifact) -> dict[str, str]:
+    """Return the identity of the items alone: histories and splits are not read."""
+    return {"items": catalog.manifest["files"]["items.parquet"]["sha256"]}
 
 
 def _identify(files: list[RawFile]) -> dict[str, str]:

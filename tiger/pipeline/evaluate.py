@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from tiger.core import artifacts, tracking
-from tiger.core.artifacts import Artifact, Draft, open_artifact
+from tiger.core import tracking
+from tiger.core.artifacts import Artifact, Draft, open_artifact, stage
 from tiger.core.config import Config
 from tiger.core.errors import ConfigError
 from tiger.data.histories import EvalSplit, Split, sample_users
@@ -41,38 +41,40 @@ class EvaluationStageConfig(Config):
 
 def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     """Return the evaluation artifact of a model: evaluation.json, and the ranked lists."""
-    config, options = run.evaluation, run.decoding.ranked(LIST_LENGTH)
-    user_metrics(config.metrics)  # rejects unknown names before anything is decoded
-    others = [_comparable(open_artifact(folder, expected_kind="model"), model) for folder in config.compare_with]
-
-    def make(draft: Draft) -> None:
-        data = StoredData(model.inputs)
-        counts = data.histories.training_counts(data.num_items)
-        users = {
-            split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS
-        }
-        lists = {name: _decode(run, artifact, users, draft, name, options) for name, artifact in _named(model, others)}
-        lists |= {name: _rank(run, recommender, users, data) for name, recommender in _baselines(config, model)}
-        splits: dict[str, SplitResult] = {}
-        for split in _SPLITS:
-            found = {name: by_split[split] for name, by_split in lists.items()}
-            splits[split] = evaluator.evaluate(found, users[split], counts, config)
-            first = next(iter(found.values())).all_items
-            log.info("%s", splits[split].table(split))
-            invalid_items = {"invalid_beams": invalid(first, data.num_items)}
-            tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | invalid_items)
-            draft.health += require(check_recommendations(first, data.num_items))
-        exact = _compare_with_exact(run, model, users["test"], data)
-        result = EvaluationResult(splits=splits, exact_search=exact)
-        draft.folder.write_json(RESULT, result.model_dump(mode="json"))
-        draft.metrics = {
-            name: {metric: round(value, 5) for metric, value in method.metrics.items()}
-            for name, method in splits["test"].methods.items()
-        }
-
+    user_metrics(run.evaluation.metrics)  # rejects unknown names before anything is decoded
+    others = [
+        _comparable(open_artifact(folder, expected_kind="model"), model) for folder in run.evaluation.compare_with
+    ]
     source = {f"compare_with/{position}": other.fingerprint for position, other in enumerate(others)}
-    stage = EvaluationStageConfig(evaluation=config, decoding=options)
-    return artifacts.build(run.root, "evaluation", stage, {"model": model}, make, source=source)
+    config = EvaluationStageConfig(evaluation=run.evaluation, decoding=run.decoding.ranked(LIST_LENGTH))
+    return write_evaluation.build(run.root, config, {"model": model}, run, model, others, source=source)
+
+
+@stage("evaluation", verb="evaluate")
+def write_evaluation(draft: Draft, run: RunConfig, model: Artifact, others: list[Artifact]) -> None:
+    """Decode the users of both splits with every model, and compare the lists with those of the baselines."""
+    config, options = run.evaluation, run.decoding.ranked(LIST_LENGTH)
+    data = StoredData(model.inputs)
+    counts = data.histories.training_counts(data.num_items)
+    users = {split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS}
+    lists = {name: _decode(run, artifact, users, draft, name, options) for name, artifact in _named(model, others)}
+    lists |= {name: _rank(run, recommender, users, data) for name, recommender in _baselines(config, model)}
+    splits: dict[str, SplitResult] = {}
+    for split in _SPLITS:
+        found = {name: by_split[split] for name, by_split in lists.items()}
+        splits[split] = evaluator.evaluate(found, users[split], counts, config)
+        first = next(iter(found.values())).all_items
+        log.info("%s", splits[split].table(split))
+        invalid_items = {"invalid_beams": invalid(first, data.num_items)}
+        tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | invalid_items)
+        draft.health += require(check_recommendations(first, data.num_items))
+    exact = _compare_with_exact(run, model, users["test"], data)
+    result = EvaluationResult(splits=splits, exact_search=exact)
+    draft.folder.write_json(RESULT, result.model_dump(mode="json"))
+    draft.metrics = {
+        name: {metric: round(value, 5) for metric, value in method.metrics.items()}
+        for name, method in splits["test"].methods.items()
+    }
 
 
 def _comparable(other: Artifact, model: Artifact) -> Artifact:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.data.catalog import Catalog
 from tiger.data.sources import synthetic
 from tiger.embedding.collaborative import fit_fusion, write_fused
@@ -26,28 +25,29 @@ def build_item_vectors(run: RunConfig, catalog: Artifact, embeddings: Artifact) 
     The fused vectors depend on the training parts of the histories, the text embeddings on the items alone: another
     split embeds nothing again.
     """
-    config = run.collaborative
-    if not config.weight:
+    if not run.collaborative.weight:
         return embeddings
-
-    def make(draft: Draft) -> None:
-        fusion = fit_fusion(config, embeddings.folder, Catalog(catalog).histories)
-        write_fused(fusion, embeddings.folder, draft.folder)
-        draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
-        draft.folder.write_bytes("items.parquet", embeddings.folder.read_bytes("items.parquet"))
-        vectors = sample_embeddings(draft.folder, _CHECKED_VECTORS).numpy()
-        draft.metrics = {
-            "items": count_embeddings(draft.folder),
-            "dimension": vectors.shape[1],
-            "items_with_cooccurrence": int(fusion.cooccurrence.any(axis=1).sum()),
-        }
-        draft.health = require(check_embeddings(vectors))
-
     source = {"histories": catalog.manifest["files"]["histories.parquet"]["sha256"]}
-    return artifacts.build(
-        run.root, "item_vectors", config, {"embeddings": embeddings}, make, source=source,
+    return fuse_vectors.build(
+        run.root, run.collaborative, {"embeddings": embeddings}, run, catalog, embeddings, source=source,
         read_from={"catalog": catalog},
     )  # fmt: skip
+
+
+@stage("item_vectors", verb="item_vectors")
+def fuse_vectors(draft: Draft, run: RunConfig, catalog: Artifact, embeddings: Artifact) -> None:
+    """Fuse the text embeddings with the co-occurrence of items in the training parts of the histories."""
+    fusion = fit_fusion(run.collaborative, embeddings.folder, Catalog(catalog).histories)
+    write_fused(fusion, embeddings.folder, draft.folder)
+    draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
+    draft.folder.write_bytes("items.parquet", embeddings.folder.read_bytes("items.parquet"))
+    vectors = sample_embeddings(draft.folder, _CHECKED_VECTORS).numpy()
+    draft.metrics = {
+        "items": count_embeddings(draft.folder),
+        "dimension": vectors.shape[1],
+        "items_with_cooccurrence": int(fusion.cooccurrence.any(axis=1).sum()),
+    }
+    draft.health = require(check_embeddings(vectors))
 
 
 def ensure_item_vectors(run: RunConfig) -> Artifact:

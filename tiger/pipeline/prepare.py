@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.config import Config, load_plugin
 from tiger.core.progress import Progress, timed
 from tiger.data import catalog
@@ -36,33 +36,32 @@ def prepare(run: RunConfig) -> Artifact:
     source = load_plugin(DatasetConfig.plugin_package, run.data.kind)
     files = source.locate(run.data, cache_folder())
     raw = describe_files(files)
-
-    def make(draft: Draft) -> None:
-        items, interactions = RowCounts("items"), RowCounts("interactions")
-        sizes: dict[str, list[tuple[RawFile, int]]] = {"items": [], "interactions": []}
-        for (role, file), entry in zip(files.roles(), raw, strict=True):
-            sizes[role].append((file, entry["bytes"]))
-        profile = catalog.make(
-            run.catalog,
-            _read(source.read_items(run.data, files, items), sizes["items"], items, run.data.max_bad_row_fraction),
-            _read(
-                source.read_interactions(run.data, files, interactions),
-                sizes["interactions"],
-                interactions,
-                run.data.max_bad_row_fraction,
-            ),
-            draft.folder,
-        )
-        log.info("catalog: %s", format_profile(profile))
-        figures = ("items", "users", "interactions", "training_examples", "validation_users", "test_users")
-        draft.metrics = {name: profile[name] for name in figures}
-        draft.metrics["rows"] = {"items": items.record(), "interactions": interactions.record()}
-        draft.health = require(check_catalog(profile))
-
     config = PrepareConfig(data=run.data, catalog=run.catalog)
-    artifact = artifacts.build(run.root, "catalog", config, {}, make, source=identify(raw), record={"raw_files": raw})
+    artifact = write_catalog.build(
+        run.root, config, {}, run, source, files, raw, source=identify(raw), record={"raw_files": raw}
+    )
     catalog.check_limits(artifact, run.data.max_bad_row_fraction, run.catalog.max_unknown_item_fraction)
     return artifact
+
+
+@stage("catalog", verb="prepare")
+def write_catalog(draft: Draft, run: RunConfig, source: ModuleType, files: Files, raw: list[dict[str, Any]]) -> None:
+    """Read the raw files with the module of their source, and write items, histories and splits."""
+    items, interactions, max_bad = RowCounts("items"), RowCounts("interactions"), run.data.max_bad_row_fraction
+    sizes: dict[str, list[tuple[RawFile, int]]] = {"items": [], "interactions": []}
+    for (role, file), entry in zip(files.roles(), raw, strict=True):
+        sizes[role].append((file, entry["bytes"]))
+    profile = catalog.make(
+        run.catalog,
+        _read(source.read_items(run.data, files, items), sizes["items"], items, max_bad),
+        _read(source.read_interactions(run.data, files, interactions), sizes["interactions"], interactions, max_bad),
+        draft.folder,
+    )
+    log.info("catalog: %s", format_profile(profile))
+    figures = ("items", "users", "interactions", "training_examples", "validation_users", "test_users")
+    draft.metrics = {name: profile[name] for name in figures}
+    draft.metrics["rows"] = {"items": items.record(), "interactions": interactions.record()}
+    draft.health = require(check_catalog(profile))
 
 
 def describe_files(files: Files) -> list[dict[str, Any]]:

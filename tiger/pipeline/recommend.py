@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.config import Config, fingerprint
 from tiger.core.errors import DataError
 from tiger.data.catalog import Catalog
@@ -36,32 +35,33 @@ class RecommendStageConfig(Config):
 
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
     """Return the recommendations artifact of a model."""
-    config = run.recommend
+    allowed = _names(run.recommend.allowed_items_file)
+    config = RecommendStageConfig(recommend=run.recommend, decoding=run.decoding)
+    source = {"allowed": fingerprint(sorted(allowed))} if allowed is not None else None
+    return write_recommendations.build(run.root, config, {"model": model}, run, model, allowed, source=source)
+
+
+@stage("recommendations", verb="recommend")
+def write_recommendations(draft: Draft, run: RunConfig, model: Artifact, allowed: set[str] | None) -> None:
+    """Recommend to the first users, with `allowed` source ids only: as a table, and as readable lines."""
     catalog = Catalog(model.inputs["catalog"])
-
-    def make(draft: Draft) -> None:
-        histories = catalog.histories
-        users = range(min(len(histories), config.users or len(histories)))
-        items, _ = recommend_users(
-            model,
-            histories,
-            users,
-            [histories.of(user) for user in users],
-            draft,
-            _TABLE,
-            options=run.decoding,
-            allowed_items=_items_of(names, catalog),
-            max_actors=config.max_actors,
-            scale=run.scale,
-        )
-        _write_readable(draft, catalog)
-        draft.metrics = {"users": len(users), "k": run.decoding.k}
-        draft.health = require(check_recommendations(items, catalog.n_items, cutoff=run.decoding.k))
-
-    names = _names(config.allowed_items_file)
-    stage = RecommendStageConfig(recommend=config, decoding=run.decoding)
-    source = {"allowed": fingerprint(sorted(names))} if names is not None else None
-    return artifacts.build(run.root, "recommendations", stage, {"model": model}, make, source=source)
+    histories = catalog.histories
+    users = range(min(len(histories), run.recommend.users or len(histories)))
+    items, _ = recommend_users(
+        model,
+        histories,
+        users,
+        [histories.of(user) for user in users],
+        draft,
+        _TABLE,
+        options=run.decoding,
+        allowed_items=_items_of(allowed, catalog),
+        max_actors=run.recommend.max_actors,
+        scale=run.scale,
+    )
+    _write_readable(draft, catalog)
+    draft.metrics = {"users": len(users), "k": run.decoding.k}
+    draft.health = require(check_recommendations(items, catalog.n_items, cutoff=run.decoding.k))
 
 
 def _names(file: str | None) -> set[str] | None:

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.embedding.vectors import load_embeddings, sample_embeddings
 from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
 from tiger.metrics.codes import code_metrics
@@ -30,59 +29,61 @@ _HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
 
 def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
     """Return the tokenizer artifact trained on embeddings."""
+    return fit_tokenizer.build(run.root, run.tokenizer, {embeddings.kind: embeddings}, run, embeddings)
+
+
+@stage("tokenizer", verb="semantic_ids")
+def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact) -> None:
+    """Train the tokenizer, and measure its codes on all items."""
     config = run.tokenizer
-
-    def make(draft: Draft) -> None:
-        if _streamed(config):
-            assert isinstance(config, rkmeans.Config)
-            write_weights(quantize.fit(config, embeddings.folder), draft.folder)
-            draft.metrics = {"precision": "float32"}
-        else:
-            worker_job = TokenizerJob(config, embeddings.folder, draft.folder)
-            draft.metrics = train(
-                worker_job, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size
-            )
-        tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
-        codes, error, _ = _quantize(config, tokenizer, embeddings)
-        draft.metrics |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
-        with torch.no_grad():
-            latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
-        draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
-
-    return artifacts.build(run.root, "tokenizer", config, {embeddings.kind: embeddings}, make)
+    if _streamed(config):
+        assert isinstance(config, rkmeans.Config)
+        write_weights(quantize.fit(config, embeddings.folder), draft.folder)
+        draft.metrics = {"precision": "float32"}
+    else:
+        worker_job = TokenizerJob(config, embeddings.folder, draft.folder)
+        draft.metrics = train(worker_job, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size)
+    tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
+    codes, error, _ = _quantize(config, tokenizer, embeddings)
+    draft.metrics |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
+    with torch.no_grad():
+        latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
+    draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
 
 
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
     """Return the semantic_ids artifact of a tokenizer and the embeddings that it was trained on."""
-    config = run.tokenizer
-
-    def make(draft: Draft) -> None:
-        trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
-        codes, error, vectors = _quantize(config, trained, embeddings)
-        nearest = code_metrics(codes, config.codebook_size)
-
-        def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-            assert vectors is not None, "RunConfig rejects a streamed tokenizer with collision_policy = nearest_free"
-            return trained.last_level_costs(vectors[items]).numpy()
-
-        ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
-        ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
-        assigned = ids.codes[:, : ids.levels].astype(np.int64)
-        if vectors is not None:
-            error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
-        draft.metrics = {
-            "items": len(ids),
-            "codes_per_item": len(ids.level_sizes),
-            "moved_items": int((assigned != codes).any(axis=1).sum()),
-            "largest_group": int(ids.collisions.max()) + 1,
-            "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
-            "reconstruction_error": error,
-            **code_metrics(assigned, config.codebook_size),
-        }
-        draft.health = require(check_semantic_ids(ids.collisions))
-
     inputs = {"tokenizer": tokenizer, embeddings.kind: embeddings}
-    return artifacts.build(run.root, "semantic_ids", run.semantic_ids, inputs, make)
+    return write_ids.build(run.root, run.semantic_ids, inputs, run, tokenizer, embeddings)
+
+
+@stage("semantic_ids", verb="semantic_ids")
+def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> None:
+    """Encode all items, and make their codes unique."""
+    config = run.tokenizer
+    trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
+    codes, error, vectors = _quantize(config, trained, embeddings)
+    nearest = code_metrics(codes, config.codebook_size)
+
+    def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        assert vectors is not None, "RunConfig rejects a streamed tokenizer with collision_policy = nearest_free"
+        return trained.last_level_costs(vectors[items]).numpy()
+
+    ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
+    ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
+    assigned = ids.codes[:, : ids.levels].astype(np.int64)
+    if vectors is not None:
+        error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
+    draft.metrics = {
+        "items": len(ids),
+        "codes_per_item": len(ids.level_sizes),
+        "moved_items": int((assigned != codes).any(axis=1).sum()),
+        "largest_group": int(ids.collisions.max()) + 1,
+        "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
+        "reconstruction_error": error,
+        **code_metrics(assigned, config.codebook_size),
+    }
+    draft.health = require(check_semantic_ids(ids.collisions))
 
 
 def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tiger.core import artifacts
-from tiger.core.artifacts import Artifact, Draft
+from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
 from tiger.models.base import load_family
@@ -21,20 +20,23 @@ from tiger.training.weights import write_weights
 
 def train_model(run: RunConfig, *inputs: Artifact) -> Artifact:
     """Return the model artifact trained on the artifacts that its family reads; others are left out."""
-    config, given = run.model, {artifact.kind: artifact for artifact in inputs}
-    used = {kind: given[kind] for kind in config.inputs}
+    given = {artifact.kind: artifact for artifact in inputs}
+    used = {kind: given[kind] for kind in run.model.inputs}
+    return fit_model.build(run.root, run.model, used, run, used)
 
-    def make(draft: Draft) -> None:
-        if not hasattr(load_family(config), "train"):  # nothing but the configuration has to be kept
-            write_weights(nn.Module(), draft.folder)
-            return
-        job = ModelJob(config, {kind: artifact.folder for kind, artifact in used.items()}, draft.folder)
-        draft.metrics = train(job, draft.folder, run.scale, "model", batch_size=config.training.batch_size)
-        guessing = min(1.0, 10 / used["catalog"].metrics["items"])
-        popular = popularity_recall(Catalog(used["catalog"]).histories, config.training.validation_users, config.seed)
-        draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
-    return artifacts.build(run.root, "model", config, used, make)
+@stage("model", verb="train")
+def fit_model(draft: Draft, run: RunConfig, inputs: dict[str, Artifact]) -> None:
+    """Train the model on its inputs, by kind, and compare it with guessing and popularity."""
+    config = run.model
+    if not hasattr(load_family(config), "train"):  # nothing but the configuration has to be kept
+        write_weights(nn.Module(), draft.folder)
+        return
+    job = ModelJob(config, {kind: artifact.folder for kind, artifact in inputs.items()}, draft.folder)
+    draft.metrics = train(job, draft.folder, run.scale, "model", batch_size=config.training.batch_size)
+    guessing = min(1.0, 10 / inputs["catalog"].metrics["items"])
+    popular = popularity_recall(Catalog(inputs["catalog"]).histories, config.training.validation_users, config.seed)
+    draft.health = require(check_model(draft.metrics["recall@10"], guessing, *popular))
 
 
 def ensure_model(run: RunConfig) -> Artifact:

@@ -72,7 +72,7 @@ def beam_search(
             exists = exists & allowed_nodes[level][children]
         if excluded_items is not None and level == trie.depth - 1:
             items = trie.leaf_items[children]
-            exists = exists & ~(items[..., None] == excluded_items[:, None, None, :]).any(-1)
+            exists = exists & ~_are_among(items, excluded_items)
         # A beam may be empty (-inf) if there are too few items.
         candidates = (scores[..., None] + log_probs).masked_fill(~exists, -torch.inf).flatten(1)
         width = min(beam if level < trie.depth - 1 else num_results, candidates.shape[1])
@@ -82,6 +82,14 @@ def beam_search(
         if level + 1 < trie.depth:
             cache = reorder_cache(cache, chosen // children.shape[-1])
     return torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1), scores
+
+
+def _are_among(items: Tensor, others: Tensor) -> Tensor:
+    """Return which items [B, ...] are among the others [B, X] of their row, without a table of all pairs."""
+    ascending = others.sort(dim=1).values
+    flat = items.flatten(1)
+    position = torch.searchsorted(ascending, flat).clamp_max(ascending.shape[1] - 1)
+    return (ascending.gather(1, position) == flat).view_as(items)
 
 
 def new_item_bonus(model: TigerModel, boost: float) -> list[Tensor] | None:

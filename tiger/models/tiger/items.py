@@ -88,7 +88,7 @@ class ItemEmbedding(nn.Module):
         if self.learned is None:
             return text
         learned: Tensor = self.learned(items)
-        if self._step_seed is not None:
+        if self.training and self._step_seed is not None:  # the last step's seed outlives it, also in validation
             learned = learned * (_uniform(items, self._step_seed) >= self.dropout)[..., None]
         return text + learned
 

@@ -89,7 +89,7 @@ class TrieSoftmax(nn.Module):
     The vector of a node is that of its code plus, at a leaf, the learned vector and projected text of its item (those
     that the encoder reads), and at an inner node a learned vector plus the projected mean text of the items below. The
     query is the decoder's state plus a projection of the user's state, which starts as the identity. Items of the
-    history below a node add to its logit: what a repeat is worth is learned at every level.
+    history below a node add to its logit: the weight of repeats is learned at every level.
 
     Each softmax runs over the existing children of a node, so the log-probability of an item is the sum over its path,
     in training as in search; nothing is scored that no target and no beam reaches.
@@ -174,11 +174,11 @@ class TrieSoftmax(nn.Module):
             inner = float(level < trie.depth - 1)
             num_items = trie.num_items_below(level)
             nodes_TN = history_paths[..., level].long()
-            worth = repeat[:, :1] / num_items[nodes_TN] + inner * repeat[:, 1:]
+            repeat_logit = repeat[:, :1] / num_items[nodes_TN] + inner * repeat[:, 1:]
             if level == 0:
                 all_nodes = torch.arange(trie.num_nodes[0], device=query.device)
                 logits = (query @ self.vectors_of(items, trie, 0, all_nodes).T).float()
-                logits = logits.scatter_add(1, nodes_TN, worth * in_history)
+                logits = logits.scatter_add(1, nodes_TN, repeat_logit * in_history)
                 logits = logits.masked_fill(~self.known_root, -torch.inf)
                 losses.append(F.cross_entropy(logits, paths_TL[:, 0], reduction="none"))
                 continue
@@ -190,7 +190,7 @@ class TrieSoftmax(nn.Module):
             own = among.positions[among.labels]
             at = torch.searchsorted(among.nodes, nodes_TN) - own[:, None] + among.labels[:, None]
             at = torch.where(below, at, len(pairs))
-            pairs = F.pad(pairs, (0, 1)).index_add(0, at.flatten(), worth.flatten())[:-1]
+            pairs = F.pad(pairs, (0, 1)).index_add(0, at.flatten(), repeat_logit.flatten())[:-1]
             losses.append(_cross_entropy_of_pairs(pairs, among, len(target_T)))
         return torch.stack(losses, dim=1)
 
@@ -235,8 +235,8 @@ class TrieSoftmax(nn.Module):
         first_child = trie.first_child(level)[nodes][:, :, None]
         slot = torch.where(below, paths[:, None, :, level] - first_child, exists.shape[-1])
         num_items = trie.num_items_below(level)[paths[..., level]][:, None]
-        worth = repeat[..., :1] / num_items + float(level < trie.depth - 1) * repeat[..., 1:]
-        logits = F.pad(logits, (0, 1)).scatter_add(2, slot, worth)[..., :-1]
+        repeat_logit = repeat[..., :1] / num_items + float(level < trie.depth - 1) * repeat[..., 1:]
+        logits = F.pad(logits, (0, 1)).scatter_add(2, slot, repeat_logit)[..., :-1]
         if bonus is not None:
             logits = logits + bonus[children]
         return logits.masked_fill(~exists, -torch.inf).log_softmax(-1)
