@@ -8,7 +8,7 @@ of the items is removed from the training parts of all histories, as in Rajput e
 test keep them. Item vectors, semantic IDs and the model are made again from what is left: the artifacts' own semantic
 IDs know the co-occurrence of the removed items (`ids=artifact` uses them all the same, to see what that leaks). Texts
 of removed items are part of the catalog, and of the tokenizer's vectors. The model is trained in this process, on one
-thread, and kept in `work` for the next run with equal settings.
+thread; `work` keeps IDs and checkpoints, from which the same command goes on after an interruption.
 
 Measured are users whose target is a removed item, of validation (to choose from) and of test (to report), and a sample
 of `others` further users. Lists hold 10 items, seen items are not excluded, the beam is 50. `paper` is the protocol of
@@ -50,7 +50,8 @@ from tiger.models.train import fit_model
 from tiger.run import CONFIGS, RunConfig
 from tiger.semantic_ids.assignment import SemanticIds, assign, packed
 from tiger.tokenizers.train import encode_dataset, fit_tokenizer
-from tiger.training.weights import load_weights, write_weights
+from tiger.training.checkpoints import CheckpointStore
+from tiger.training.loop import Callbacks
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +166,25 @@ def rebuild_ids(run: RunConfig, embeddings: Folder, histories: Histories) -> tup
     return assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs), codes
 
 
+def make_ids(
+    run: RunConfig, source: Source, histories: Histories, settings: dict[str, Any], folder: Folder | None
+) -> tuple[SemanticIds, Items]:
+    """Return semantic IDs and the codes before they are unique: of the artifact, or rebuilt, from `folder` if there."""
+    if not settings["rebuild"]:
+        return source.ids, source.ids.codes[:, : source.ids.levels].astype(np.int64)
+    if folder is not None and folder.exists("ids.json") and folder.read_json("ids.json") == settings:
+        log.info("the semantic IDs are those of %s", folder.uri)
+        return SemanticIds.read(folder), folder.read_tensors("codes.safetensors")["codes"].numpy()
+    ids, codes = rebuild_ids(run, source.embeddings, histories)
+    if folder is not None:
+        ids.write(folder, source.catalog.artifact.folder.read_table("items.parquet", ["source_id"])["source_id"])
+        folder.write_tensors("codes.safetensors", {"codes": torch.from_numpy(codes)})
+        folder.write_json("ids.json", settings)
+    return ids, codes
+
+
 def train(run: RunConfig, source: Source, seed: int, fraction: float, rebuild: bool, work: Folder | None) -> Trained:
-    """Return a model trained without a fraction of the items, from `work` if it is there with equal settings."""
+    """Return a model trained without a fraction of the items; with `work`, go on from its IDs and checkpoints."""
     removed = choose_items(source.catalog.n_items, fraction, seed)
     histories = remove_from_training(source.catalog.histories, removed)
     if histories.training_counts(len(removed))[removed].any():
@@ -174,38 +192,22 @@ def train(run: RunConfig, source: Source, seed: int, fraction: float, rebuild: b
     config: ModelConfig = run.model.model_copy(update={"seed": seed})
     settings = {
         "seed": seed, "fraction": fraction, "rebuild": rebuild, "embeddings": source.embeddings.uri,
-        "model": config.model_dump(mode="json"), "tokenizer": run.tokenizer.model_dump(mode="json"),
+        "tokenizer": run.tokenizer.model_dump(mode="json"), "semantic_ids": run.semantic_ids.model_dump(mode="json"),
         "collaborative": run.collaborative.model_dump(mode="json"),
-        "semantic_ids": run.semantic_ids.model_dump(mode="json"),
     }  # fmt: skip
     folder = None if work is None else work.child(f"seed-{seed}")
-    text = load_embeddings(source.embeddings)
-    stored = folder is not None and folder.exists("settings.json") and folder.read_json("settings.json") == settings
     begin = time.perf_counter()
-    if stored:
-        assert folder is not None
-        ids, codes = SemanticIds.read(folder), folder.read_tensors("codes.safetensors")["codes"].numpy()
-    elif rebuild:
-        ids, codes = rebuild_ids(run, source.embeddings, histories)
-    else:
-        ids, codes = source.ids, source.ids.codes[:, : source.ids.levels].astype(np.int64)
+    ids, codes = make_ids(run, source, histories, settings, folder)
     log.info("seed %d: semantic IDs after %.0f s", seed, time.perf_counter() - begin)
-    data = InMemoryData(len(removed), histories, ids, text)
-    family = load_family(config)
-    if stored:
-        assert folder is not None
-        log.info("seed %d: the model is that of %s", seed, folder.uri)
-        module: nn.Module = family.build(config, data)
-        load_weights(module, folder)
-    else:
-        module, result = fit_model(config, data, device=CPU)
-        log.info("seed %d: trained after %.0f s, best %s", seed, time.perf_counter() - begin, result.best)
-        if folder is not None:
-            ids.write(folder, source.catalog.artifact.folder.read_table("items.parquet", ["source_id"])["source_id"])
-            folder.write_tensors("codes.safetensors", {"codes": torch.from_numpy(codes)})
-            write_weights(module, folder)
-            folder.write_json("settings.json", settings)
-    return Trained(removed, data, family.recommender(module, config, data, CPU), codes)
+    data = InMemoryData(len(removed), histories, ids, load_embeddings(source.embeddings))
+    callbacks = Callbacks()
+    if folder is not None:
+        given = settings | {"model": config.model_dump(mode="json")}
+        store = CheckpointStore(folder.child("checkpoints"), given)
+        callbacks = Callbacks(save=store.save, load=store.load)
+    module, result = fit_model(config, data, device=CPU, callbacks=callbacks)
+    log.info("seed %d: trained after %.0f s, best %s", seed, time.perf_counter() - begin, result.best)
+    return Trained(removed, data, load_family(config).recommender(module, config, data, CPU), codes)
 
 
 @dataclass(frozen=True)
