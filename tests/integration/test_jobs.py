@@ -135,7 +135,7 @@ def test_a_finished_model_is_evaluated_by_its_folder_next_to_another_family(
     """Overrides of the training are refused: the model is trained."""
     root = str(Path(finished.folder.uri).parent)
     others = [key for key in TINY if not key.startswith("model.")]
-    run = tiger.load_config("sample", [*others, f"root={root}", "model.kind=sasrec", "model.training.epochs=2"])
+    run = tiger.load_config("sample", [*others, f"root={root}", "model.kind=sasrec", "model.training.epochs=30"])
     other = tiger.pipeline.train.ensure_model(run)
     model = finished.inputs["model"].folder.uri
     with pytest.raises(SystemExit, match="2"):

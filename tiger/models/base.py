@@ -52,7 +52,7 @@ class ModelConfig(PluginConfig):
     inputs: ClassVar[tuple[str, ...]] = ("catalog",)
     """Kinds of the artifacts that the family reads: catalog, and embeddings or semantic_ids."""
     personalized: ClassVar[bool] = True
-    """Whether lists depend on histories; if not, equal lists for all users are no fault."""
+    """Whether lists depend on histories; if not, equal lists for all users are expected."""
 
     kind: str = Field(
         "tiger",

@@ -12,7 +12,7 @@ from tiger.core import tracking
 from tiger.core.artifacts import Artifact, Draft, open_artifact, stage
 from tiger.core.config import Config
 from tiger.core.errors import ConfigError
-from tiger.data.histories import EvalSplit, Split, sample_users
+from tiger.data.histories import EvalSplit, Histories, Split, sample_users
 from tiger.evaluation import evaluator
 from tiger.evaluation.evaluator import LIST_LENGTH, EvaluationConfig, EvaluationResult, RankedLists, SplitResult
 from tiger.evaluation.health import check_recommendations, invalid, require
@@ -57,9 +57,13 @@ def write_evaluation(draft: Draft, run: RunConfig, model: Artifact, others: list
     data = StoredData(model.inputs)
     counts = data.histories.training_counts(data.num_items)
     users = {split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS}
-    lists = {name: _decode(run, artifact, users, draft, name, options) for name, artifact in _named(model, others)}
+    lists = {
+        name: _decode(run, artifact, data.histories, users, draft, name, options)
+        for name, artifact in _named(model, others)
+    }
     for name, recommender in _baselines(config, model):
-        lists.setdefault(name, _rank(run, recommender, users, data))
+        if name not in lists:  # the evaluated model may be of that family
+            lists[name] = _rank(run, recommender, users, data)
     personalized = ModelConfig.resolve(model.manifest["config"]).personalized
     splits: dict[str, SplitResult] = {}
     for split in _SPLITS:
@@ -99,12 +103,18 @@ def _named(model: Artifact, others: list[Artifact]) -> Iterable[tuple[str, Artif
 
 
 def _decode(
-    run: RunConfig, model: Artifact, users: dict[Split, EvalSplit], draft: Draft, name: str, options: DecodingConfig
+    run: RunConfig,
+    model: Artifact,
+    histories: Histories,
+    users: dict[Split, EvalSplit],
+    draft: Draft,
+    name: str,
+    options: DecodingConfig,
 ) -> dict[Split, RankedLists]:
     """Return a model's lists by split; both splits go through one pool, because an actor takes long to start."""
     everything, unseen = recommend_users(
         model,
-        StoredData(model.inputs).histories,
+        histories,
         [user for split in users.values() for user in split.users.tolist()],
         [history for split in users.values() for history in split.histories()],
         draft,
@@ -126,7 +136,8 @@ def _baselines(config: EvaluationConfig, model: Artifact) -> Iterable[tuple[str,
     for kind in config.baselines:
         family = ModelConfig.of_kind(kind, "evaluation.baselines")(kind=kind)
         assert isinstance(family, ModelConfig)
-        if hasattr(load_family(family), "train"):
+        module = load_family(family)
+        if hasattr(module, "train"):
             raise ConfigError(
                 f"evaluation.baselines: {kind} needs training; train it (tiger train model.kind={kind}) and name its "
                 "folder in evaluation.compare_with"
@@ -137,7 +148,6 @@ def _baselines(config: EvaluationConfig, model: Artifact) -> Iterable[tuple[str,
                 log.info("evaluation: %s left out: the model has no text embeddings", kind)
                 continue
             inputs["embeddings"] = text_embeddings(inputs["semantic_ids"])
-        module = load_family(family)
         recommender = module.recommender(nn.Module(), family, StoredData(inputs), torch.device("cpu"))
         yield kind.rpartition(".")[2], recommender
 
@@ -152,8 +162,9 @@ def _rank(
 def _compare_with_exact(run: RunConfig, model: Artifact, users: EvalSplit, data: StoredData) -> dict[str, float]:
     """Compare beam search with scoring every item, for a sample of the test users of a generative model."""
     asked = sample_users(users, run.evaluation.num_exact_users, run.evaluation.seed)
-    recommender = Recommender.load(model)
-    if not len(asked) or data.num_items > _EXACT_ITEMS or recommender.groups is None:
+    is_feasible = len(asked) and data.num_items <= _EXACT_ITEMS
+    recommender = Recommender.load(model) if is_feasible else None
+    if recommender is None or recommender.groups is None:
         log.info("beam search is not compared with scoring all %s items", f"{data.num_items:,}")
         return {}
     results = evaluator.compare_with_exact(recommender, asked, data.histories.source_ids, run.decoding)
