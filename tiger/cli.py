@@ -128,6 +128,7 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         sys.exit(error.exit_code)
     finally:
         if log_file is not None:
+            logging.getLogger("tiger").removeHandler(log_file)  # a second job of this process has its own file
             log_file.flush()
     print(json.dumps({"artifact": artifact.folder.uri, **artifact.metrics}), flush=True)
 
