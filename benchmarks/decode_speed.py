@@ -1,13 +1,12 @@
-"""Constrained beam search: users per second next to Hugging Face's `generate`, and a step's cost by catalog size.
+"""Constrained beam search: users per second next to Hugging Face's `generate`.
 
     uv run python benchmarks/decode_speed.py [preset=tiger-paper] [users=64] [threads=2] [their_batch=16]
         [data.path=FOLDER]
 
 Test histories are those of Beauty if the files are given, else of the sample; weights are untrained, IDs are random
-tuples of 3 x 256. Measured are the preset, and for the cost by catalog size also the default with its softmax over
-the trie, whose work grows with the children of a node: random IDs of 10 million items have 256 at every level.
-Hugging Face gets a T5 of the same size, a Python trie by `prefix_allowed_tokens_fn`, and by default the batch size
-that suits it best, 16. Both take turns. Results are checked to be real items, and the search to give the same lists
+tuples of 3 x 256. preset=small measures the default, with its softmax over the trie. Hugging Face gets a T5 of the
+same size, a Python trie by `prefix_allowed_tokens_fn`, and by default the batch size that suits it best, 16. Both
+take turns. Results are checked to be real items, and the search to give the same lists
 twice.
 """
 
@@ -25,7 +24,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tiger.core.config import build
 from tiger.models.padding import PAD
 from tiger.models.tiger.batches import pad_histories
-from tiger.models.tiger.beam_search import beam_search
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
 from tiger.models.tiger.recommender import TigerRecommender
@@ -77,34 +75,6 @@ def padded(rows: list[np.ndarray]) -> torch.Tensor:
     return pad_histories(flat, ends - [len(row) for row in rows], ends)
 
 
-def searcher(config: TigerConfig, items: int) -> Callable[[], None]:
-    """One beam search of 32 users x 50 beams over that many items."""
-    ids = random_ids(items, SIZES[-1])
-    torch.manual_seed(0)
-    vectors = text_embeddings(items) if config.softmax == "trie" else None
-    model = TigerModel(config, Trie(ids), vectors).eval()
-    history = padded([np.random.default_rng(1).integers(0, items, 10) for _ in range(32)])
-    with torch.inference_mode():
-        node_vectors = model.node_vectors()
-
-    def search() -> None:
-        beam_search(model, history, beam=50, node_vectors=node_vectors)
-
-    return search
-
-
-def step_milliseconds(config: TigerConfig, catalogs: tuple[int, ...]) -> list[list[float]]:
-    """Times of a search divided by its steps, for each catalog size; the sizes take turns."""
-    searches = [searcher(config, items) for items in catalogs]
-    times: list[list[float]] = [[] for _ in catalogs]
-    for _ in range(14):
-        for search, own in zip(searches, times, strict=True):
-            begin = time.perf_counter()
-            search()
-            own.append((time.perf_counter() - begin) / (len(SIZES) - 1) * 1000)  # the last level has one code
-    return [own[2:] for own in times]
-
-
 def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     torch.set_num_threads(int(settings.pop("threads", "2")))
@@ -134,19 +104,6 @@ def main() -> None:
         ratio = np.median(rates["TIGER on Ray"]) / np.median(rates["Hugging Face"])
         said = ", ".join(f"{name} {np.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for name, v in rates.items())
         print(f"beam {beam}: users/s {said}; x {ratio:.1f}", flush=True)
-    text_only = build(TigerConfig, {"item_vectors": False})  # learned vectors add nothing to a search's work
-    for name, measured, sizes in (
-        ("preset", config, (12_000, 10_000_000)),
-        ("default", text_only, (12_000, 1_000_000)),
-    ):
-        small, large = step_milliseconds(measured, sizes)
-        ratios = np.array(large) / np.array(small)
-        print(
-            f"{name}: one step of 32 users x 50 beams: {sizes[0]:,} items {np.median(small):.1f} ms, "
-            f"{sizes[1]:,} items {np.median(large):.1f} ms; "
-            f"x {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

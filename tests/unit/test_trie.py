@@ -21,7 +21,8 @@ def test_children_are_exactly_the_codes_that_follow(seed: int, items: int) -> No
     for level in range(3):
         following: dict[int, tuple[int, ...]] = {}
         for node, prefix in frontier.items():
-            children, codes, exists = trie.expand(torch.tensor([node]), level)
+            children, exists = trie.expand(torch.tensor([node]), level)
+            codes = trie.node_codes(level)[children]
             found = {int(c): int(k) for c, k, e in zip(children[0], codes[0], exists[0], strict=True) if e}
             assert set(found.values()) == {row[level] for row in rows if row[:level] == prefix}
             following |= {child: (*prefix, code) for child, code in found.items()}

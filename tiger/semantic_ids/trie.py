@@ -101,7 +101,7 @@ class Trie(nn.Module):
         """Return how many items every node of a level holds, float32 [nodes]."""
         return self.get_buffer(f"num_items_{level}")
 
-    def expand(self, nodes: Tensor, level: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(self, nodes: Tensor, level: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the children of nodes of the level above `level`.
 
         Args:
@@ -110,8 +110,8 @@ class Trie(nn.Module):
             allowed: bool [nodes of `level`], those that count as existing; see `allowed_nodes`.
 
         Returns:
-            children int64 [..., W], their codes int64 [..., W], and which of them exist, bool [..., W]; W is the
-            largest number of children at this level. A child that does not exist has some valid node and code.
+            children int64 [..., W], and which of them exist, bool [..., W]; W is the largest number of children at this
+            level. A child that does not exist is some valid node.
         """
         first_child = self.first_child(level)
         begin, end = first_child[nodes], first_child[nodes + 1]
@@ -120,7 +120,7 @@ class Trie(nn.Module):
         children = torch.where(exists, children, begin[..., None])
         if allowed is not None:
             exists = exists & allowed[children]
-        return children, self.node_codes(level)[children], exists
+        return children, exists
 
     def allowed_nodes(self, allowed_items: Tensor) -> list[Tensor]:
         """Return which nodes lead to an allowed item: per level bool [nodes], for `expand`.

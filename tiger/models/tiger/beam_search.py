@@ -59,7 +59,7 @@ def beam_search(
     # If the last code is certain, nothing is to be decided there.
     last_is_certain = (trie.level_sizes if over_level else trie.max_children)[-1] == 1
     for level in range(trie.depth):
-        children, child_codes, exists = trie.expand(nodes, level)
+        children, exists = trie.expand(nodes, level)
         if last_is_certain and level == trie.depth - 1:
             log_probs = scores.new_zeros(exists.shape)
         else:
@@ -78,7 +78,7 @@ def beam_search(
         width = min(beam if level < trie.depth - 1 else num_results, candidates.shape[1])
         scores, chosen = candidates.topk(width, dim=1)
         nodes = children.flatten(1).gather(1, chosen)
-        codes = child_codes.flatten(1).gather(1, chosen) + model.items.level_offsets[level]
+        codes = trie.node_codes(level)[nodes] + model.items.level_offsets[level]
         if level + 1 < trie.depth:
             cache = reorder_cache(cache, chosen // children.shape[-1])
     return torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1), scores

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tiger.core.errors import ConfigError
 from tiger.models.tiger.config import TigerConfig
+from tiger.models.tiger.pairs import pair_products
 from tiger.semantic_ids.trie import Trie
 
 
@@ -85,12 +86,33 @@ class ItemEmbedding(nn.Module):
         """Return learned vector + projected text of items, [..., M]."""
         assert self.text_projection is not None, "a model with softmax = codes has no item content"
         text = self.project_text(self.vectors[items])
+        learned = self.learned_vectors(items)
+        return text if learned is None else text + learned
+
+    def learned_vectors(self, items: Tensor) -> Tensor | None:
+        """Return the learned vectors of items, [..., M], some of them zero at a training step; None: text alone."""
         if self.learned is None:
-            return text
+            return None
         learned: Tensor = self.learned(items)
         if self.training and self._step_seed is not None:  # the last step's seed outlives it, also in validation
             learned = learned * (_uniform(items, self._step_seed) >= self.dropout)[..., None]
-        return text + learned
+        return learned
+
+    def text_products(self, queries: Tensor, vectors: Tensor, row_of_pair: Tensor, column_of_pair: Tensor) -> Tensor:
+        """Return queries[row_of_pair] . project_text(vectors[column_of_pair]), float32 [R].
+
+        The queries are projected, not the text embeddings, of which there are more.
+
+        Args:
+            queries: floating-point [T, M].
+            vectors: floating-point [n, d] text embeddings.
+            row_of_pair: int64 [R], ascending.
+            column_of_pair: int64 [R].
+        """
+        assert self.text_projection is not None
+        projected = (queries @ self.text_projection.weight).float() / self.text_std
+        products = pair_products(projected, vectors, row_of_pair, column_of_pair)
+        return products - (projected @ self.text_mean)[row_of_pair]
 
     def project_text(self, vectors: Tensor) -> Tensor:
         """Project text embeddings [..., d], standardized with the statistics of training, to [..., M]."""

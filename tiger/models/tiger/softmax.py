@@ -14,6 +14,7 @@ from tiger.models.padding import PAD
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.encoder import EncodedHistory
 from tiger.models.tiger.items import ItemEmbedding
+from tiger.models.tiger.pairs import child_products, pair_products
 from tiger.semantic_ids.trie import Siblings, Trie
 
 _NODES_AT_ONCE = 1 << 16
@@ -132,11 +133,22 @@ class TrieSoftmax(nn.Module):
 
     def vectors_of(self, items: ItemEmbedding, trie: Trie, level: int, nodes: Tensor) -> Tensor:
         """Return the output vectors [n, M] of nodes int64 [n]."""
+        table, rows = self._text(items, trie, level, nodes)
+        return self._own_vectors(items, trie, level, nodes) + items.project_text(table[rows])
+
+    def _own_vectors(self, items: ItemEmbedding, trie: Trie, level: int, nodes: Tensor) -> Tensor:
+        """Return the output vectors [n, M] of nodes int64 [n] without their text."""
         code: Tensor = items.code_embedding(trie.node_codes(level)[nodes] + items.level_offsets[level])
+        if level < trie.depth - 1:
+            return code + self.inner[level](nodes)
+        learned = items.learned_vectors(trie.leaf_items[nodes])
+        return code if learned is None else code + learned
+
+    def _text(self, items: ItemEmbedding, trie: Trie, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a table of text embeddings [.., d], and the row of each node int64 [n] in it."""
         if level == trie.depth - 1:
-            return code + items.content(trie.leaf_items[nodes])
-        text = items.project_text(self.get_buffer(f"node_text_{level}")[nodes])
-        return code + self.inner[level](nodes) + text
+            return items.vectors, trie.leaf_items[nodes]
+        return self.get_buffer(f"node_text_{level}"), nodes
 
     def node_vectors(self, items: ItemEmbedding, trie: Trie) -> list[Tensor]:
         """Return the output vectors of all nodes, per level float32 [nodes, M], for many searches."""
@@ -183,8 +195,7 @@ class TrieSoftmax(nn.Module):
                 losses.append(F.cross_entropy(logits, paths_TL[:, 0], reduction="none"))
                 continue
             among = siblings[level - 1]
-            vectors = self.vectors_of(items, trie, level, among.nodes)
-            pairs = (query[among.targets] * vectors[among.positions]).sum(-1).float()
+            pairs = self._pair_logits(items, trie, level, query, among)
             # A history item below the target's parent is one of the pairs: the target's own plus the nodes between.
             below = in_history & (history_paths[..., level - 1] == paths_TL[:, None, level - 1])
             own = among.positions[among.labels]
@@ -193,6 +204,21 @@ class TrieSoftmax(nn.Module):
             pairs = F.pad(pairs, (0, 1)).index_add(0, at.flatten(), repeat_logit.flatten())[:-1]
             losses.append(_cross_entropy_of_pairs(pairs, among, len(target_T)))
         return torch.stack(losses, dim=1)
+
+    def _pair_logits(self, items: ItemEmbedding, trie: Trie, level: int, query_TM: Tensor, among: Siblings) -> Tensor:
+        """Return the logit of every pair of a target and a sibling, without repeats, float32 [R]."""
+        if query_TM.device.type != "cpu":
+            vectors = self.vectors_of(items, trie, level, among.nodes)
+            return pair_products(query_TM, vectors, among.targets, among.positions)
+        own = self._own_vectors(items, trie, level, among.nodes)
+        table, rows = self._text(items, trie, level, among.nodes)
+        if table.dtype == torch.float32:
+            rows = rows[among.positions]
+        else:  # no table is converted as a whole
+            table, rows = table[rows].float(), among.positions
+        return pair_products(query_TM, own, among.targets, among.positions) + items.text_products(
+            query_TM, table, among.targets, rows
+        )
 
     def log_probs(
         self,
@@ -219,21 +245,13 @@ class TrieSoftmax(nn.Module):
         user_state = self.query_projection[level](encoded.user_state)[:, None]
         query = x_BQM + user_state
         table = node_vectors[level]
-        if level == 0:
-            logits = (query @ table.T.to(query.dtype)).float()
-        elif query.device.type == "cpu":  # no work for children that do not exist
-            pairs = exists.flatten().nonzero().squeeze(1)
-            found = (query.flatten(0, 1)[pairs // exists.shape[-1]] * table[children.flatten()[pairs]]).sum(-1).float()
-            logits = found.new_zeros(exists.numel()).index_copy(0, pairs, found).view(exists.shape)
-        else:
-            logits = torch.einsum("bqm,bqwm->bqw", query, table[children].to(query.dtype)).float()
+        logits = (query @ table.T.to(query.dtype)).float() if level == 0 else child_products(query, table, children)
         repeat = (query @ self.repeats[level].T).float()
         paths = trie.paths[encoded.items.clamp_min(0)].long()  # [B, N, L]
         below = (encoded.items != PAD)[:, None, :].expand(-1, nodes.shape[1], -1)
         if level:
             below = below & (paths[:, None, :, level - 1] == nodes[:, :, None])
-        first_child = trie.first_child(level)[nodes][:, :, None]
-        slot = torch.where(below, paths[:, None, :, level] - first_child, exists.shape[-1])
+        slot = torch.where(below, paths[:, None, :, level] - children[..., :1], exists.shape[-1])
         num_items = trie.num_items_below(level)[paths[..., level]][:, None]
         repeat_logit = repeat[..., :1] / num_items + float(level < trie.depth - 1) * repeat[..., 1:]
         logits = F.pad(logits, (0, 1)).scatter_add(2, slot, repeat_logit)[..., :-1]
