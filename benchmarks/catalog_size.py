@@ -3,20 +3,22 @@
     uv run python benchmarks/catalog_size.py [sizes=12000,250000,1000000,10000000] [learned_up_to=1000000] [codes=256]
 
 Semantic IDs are random distinct tuples of 3 x 256 codes (codes=64: 4 x 64), text embeddings random vectors of 384
-16-bit floats, histories ten random items, weights untrained: what is learned changes no work. Catalogs above `learned_up_to`
-have no learned vector per item (`model.item_vectors = false`). Every size has a process of its own, so
-that its peak memory is known; steps of all sizes take turns on one thread. A training step is 1,024 targets, a decoding
-step one level of a beam search of 32 users x 50 beams.
+16-bit floats in a memory-mapped file, histories ten random items, weights untrained: what is learned changes no work.
+Catalogs above `learned_up_to` have no learned vector per item (`model.item_vectors = false`). Every size has a process
+of its own; GB is the peak of its memory without the mapped file. Steps of all sizes take turns on one thread. A
+training step is 1,024 targets, a decoding step one level of a beam search of 32 users x 50 beams.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 
 import numpy as np
 import torch
@@ -40,15 +42,28 @@ def random_ids(items: int, codes: int) -> SemanticIds:
     return SemanticIds(tuples, (codes,) * levels)
 
 
-def random_text(items: int) -> torch.Tensor:
-    vectors, generator = torch.empty(items, TEXT_DIM, dtype=torch.float16), torch.Generator().manual_seed(0)
+def random_text(items: int, folder: str) -> torch.Tensor:
+    file, generator = Path(folder) / f"{items}.f16", torch.Generator().manual_seed(0)
+    vectors = torch.from_file(str(file), shared=True, size=items * TEXT_DIM, dtype=torch.float16).view(-1, TEXT_DIM)
     for part in vectors.split(1 << 16):
         part.copy_(torch.randn(part.shape, generator=generator))
     return vectors
 
 
-def gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+class PeakMemory(Thread):
+    """Samples the anonymous memory of this process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gigabytes = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.gigabytes = max(self.gigabytes, int(line.split()[1]) / 2**20)
+            time.sleep(0.05)
 
 
 def decoding(model: TigerModel, items: int) -> Callable[[], object]:
@@ -77,10 +92,11 @@ def training(model: TigerModel, items: int) -> Callable[[], object]:
     return step
 
 
-def measure(items: int, codes: int, learned: bool, pipe: Connection) -> None:
+def measure(items: int, codes: int, learned: bool, folder: str, pipe: Connection) -> None:
     """Load, and then answer each name of a step with its seconds, and "memory" with the peak."""
     torch.set_num_threads(1)
-    ids, vectors = random_ids(items, codes), random_text(items)
+    ids, vectors = random_ids(items, codes), random_text(items, folder)
+    memory = PeakMemory()
     begin = time.perf_counter()
     model = TigerModel(build(TigerConfig, {"item_vectors": learned}), Trie(ids), vectors).eval()
     decode = decoding(model, items)
@@ -88,7 +104,8 @@ def measure(items: int, codes: int, learned: bool, pipe: Connection) -> None:
     steps: dict[str, Callable[[], object]] = {"decode": decode}
     while (asked := pipe.recv()) != "end":
         if asked == "memory":
-            pipe.send(gigabytes())
+            pipe.send(memory.gigabytes)
+            memory.gigabytes = 0.0
             continue
         if asked == "train" and asked not in steps:
             steps = {"train": training(model.train(), items)}  # a training holds no table of a search
@@ -101,11 +118,16 @@ def main() -> None:
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
     sizes = [int(size) for size in settings.get("sizes", "12000,250000,1000000,10000000").split(",")]
     learned_up_to, codes = int(settings.get("learned_up_to", 1_000_000)), int(settings.get("codes", 256))
+    with TemporaryDirectory() as folder:
+        compare(sizes, learned_up_to, codes, folder)
+
+
+def compare(sizes: list[int], learned_up_to: int, codes: int, folder: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, loading = [], [], []
     for size in sizes:
         ours, theirs = spawn.Pipe()
-        processes.append(spawn.Process(target=measure, args=(size, codes, size <= learned_up_to, theirs)))
+        processes.append(spawn.Process(target=measure, args=(size, codes, size <= learned_up_to, folder, theirs)))
         processes[-1].start()
         pipes.append(ours)
         loading.append(ours.recv())  # one after the other, so that they do not disturb each other

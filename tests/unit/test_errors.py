@@ -59,3 +59,19 @@ def test_notes_arrive() -> None:
     error = HealthError("a loss")
     error.add_note("step 3")
     assert sent_as_json(error).__notes__ == ["step 3"]
+
+
+def test_a_process_ended_for_memory_is_one_line_that_says_what_to_do() -> None:
+    """The last line of Ray's message is a page of environment variables."""
+    from ray.exceptions import OutOfMemoryError, RayError
+
+    from tiger.on_ray.failures import to_tiger_error
+
+    message = (
+        "Task was killed due to the node running low on memory.\n"
+        "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/. Set `RAY_x`."
+    )
+    found = str(to_tiger_error(OutOfMemoryError(message)))
+    assert "running out of memory" in found and "use fewer workers" in found
+    assert "RAY_x" not in found and "\n" not in found
+    assert "worker 3 fell over" in str(to_tiger_error(RayError("Traceback\n worker 3 fell over")))

@@ -28,11 +28,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger.core import tracking
 from tiger.core.device import assigned_device
-from tiger.core.errors import ResourceError, TigerError, last_line
+from tiger.core.errors import ResourceError, TigerError
 from tiger.core.progress import Progress
 from tiger.core.resources import Resources
 from tiger.core.storage import Folder
 from tiger.on_ray import cluster, placement
+from tiger.on_ray.failures import reason
 from tiger.on_ray.watch import watching
 from tiger.run import ResourcesConfig
 
@@ -128,7 +129,7 @@ def map_shards(
         suspects = ", ".join(describe(shard) for shard in _running(attempts)) or "not known"
         raise ResourceError(
             f"{what}: its actors were lost repeatedly while they computed shard {suspects}. "
-            f"Ray reports: {last_line(error)}"
+            f"Ray reports: {reason(error)}"
         ) from error
     finally:
         ray.kill(attempts)

@@ -20,9 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tiger.core import tracking
 from tiger.core.device import pretended_gpus
-from tiger.core.errors import ResourceError, TigerError, last_line
+from tiger.core.errors import ResourceError, TigerError
 from tiger.core.storage import SCRATCH, Folder
 from tiger.on_ray import cluster, placement
+from tiger.on_ray.failures import reason
 from tiger.on_ray.watch import Watch, watching
 from tiger.run import ResourcesConfig
 from tiger.training.checkpoints import CheckpointStore
@@ -114,9 +115,9 @@ def _fit(
         if (ours := _error_of_ours(error)) is not None:
             raise ours from None
         reasons = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
-        reason = next(last_line(reason) for reason in reasons if reason is not None)
+        found = next(reason(each) for each in reasons if each is not None)
         raise ResourceError(
-            f"{what}: the training failed and could not be resumed: {reason}. Rerun to resume from the last "
+            f"{what}: the training failed and could not be resumed: {found}. Rerun to resume from the last "
             f"checkpoint; the workers' logs: {cluster.log_folder()}/train"
         ) from error
     return returned
@@ -156,7 +157,7 @@ class _Failures(ray.train.UserCallback):
         self.seen += 1
         rank, exception = next(iter(worker_exceptions.items()))
         self.lines.put_nowait(
-            f"worker {rank} failed: {last_line(exception)}; "
+            f"worker {rank} failed: {reason(exception)}; "
             + (f"restarting ({self.seen} of {self.restarts})" if self.seen <= self.restarts else "no restart is left")
         )
 

@@ -30,10 +30,11 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tiger.core.device import assigned_device, pretended_gpus
-from tiger.core.errors import HealthError, ResourceError, last_line
+from tiger.core.errors import HealthError, ResourceError
 from tiger.core.storage import SCRATCH, Folder
 from tiger.metrics.codes import nearest_neighbors
 from tiger.on_ray import cluster, placement
+from tiger.on_ray.failures import reason
 from tiger.on_ray.tune_journal import FAILED, METRIC, Journal, decoded, inherit_trials, trial_rows
 from tiger.on_ray.tune_sampler import scheduler_of, searcher_of
 from tiger.on_ray.watch import watching
@@ -133,7 +134,7 @@ def _run_trials(
             tuner.fit()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise ResourceError(
-            f"tune: the sweep failed: {last_line(error)}. Rerun to resume it; logs: {cluster.log_folder()}"
+            f"tune: the sweep failed: {reason(error)}. Rerun to resume it; logs: {cluster.log_folder()}"
         ) from error
 
 

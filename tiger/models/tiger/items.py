@@ -10,6 +10,8 @@ from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.pairs import pair_products
 from tiger.semantic_ids.trie import Trie
 
+_ITEMS_AT_ONCE = 1 << 14
+
 
 class ItemEmbedding(nn.Module):
     """Embed items: [...] item ids -> [..., M].
@@ -43,10 +45,10 @@ class ItemEmbedding(nn.Module):
         if config.softmax == "trie":
             if vectors is None or len(vectors) != num_items:
                 raise ConfigError(f"model.softmax = trie reads text embeddings of all {num_items} items: pass vectors")
-            std, mean = torch.std_mean(vectors.float(), dim=0, unbiased=False)
+            mean, std = _mean_and_std(vectors)
             self.register_buffer("vectors", vectors, persistent=False)
             self.register_buffer("text_mean", mean)
-            self.register_buffer("text_std", std.square().mean().sqrt().clamp_min(1e-8))
+            self.register_buffer("text_std", std.clamp_min(1e-8))
             self.text_projection = nn.Linear(vectors.shape[1], d_model, bias=False)
             if config.item_vectors:
                 self.learned = nn.Embedding(num_items, d_model)
@@ -119,6 +121,20 @@ class ItemEmbedding(nn.Module):
         assert self.text_projection is not None
         projected: Tensor = self.text_projection((vectors.float() - self.text_mean) / self.text_std)
         return projected
+
+
+def _mean_and_std(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean vector, float32 [d], and the root mean square of all deviations from it, float32 [].
+
+    No second table is made: catalogs may have vectors of many GB, memory-mapped or in 16 bits.
+
+    Args:
+        vectors: floating-point [items, d].
+    """
+    parts = vectors.split(_ITEMS_AT_ONCE)
+    mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(vectors)
+    variance = torch.stack([(part - mean).square().sum() for part in parts]).sum() / max(1, vectors.numel())
+    return mean.float(), variance.sqrt().float()
 
 
 def _uniform(items: Tensor, seed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tiger.models.tiger.items import ItemEmbedding
 from tiger.models.tiger.pairs import child_products, pair_products
 from tiger.semantic_ids.trie import Siblings, Trie
 
-_NODES_AT_ONCE = 1 << 16
+_NODES_AT_ONCE = 1 << 14
 
 
 class CodeSoftmax(nn.Module):
@@ -155,8 +155,12 @@ class TrieSoftmax(nn.Module):
         tables = []
         for level, count in enumerate(trie.num_nodes):
             nodes = torch.arange(count, device=items.level_offsets.device)
-            parts = [self.vectors_of(items, trie, level, part) for part in nodes.split(_NODES_AT_ONCE)]
-            tables.append(torch.cat(parts).float())
+            table = items.code_embedding.weight.new_empty(
+                count, items.code_embedding.embedding_dim, dtype=torch.float32
+            )
+            for part in nodes.split(_NODES_AT_ONCE):
+                table[part] = self.vectors_of(items, trie, level, part).float()
+            tables.append(table)
         return tables
 
     def losses(

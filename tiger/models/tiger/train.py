@@ -39,7 +39,7 @@ def train(
         HealthError: the targets are not those of the training parts, or the loss is not finite.
     """
     histories = data.histories
-    trie = Trie(data.semantic_ids)  # on the CPU, for the batches
+    trie = model.trie if device.type == "cpu" else Trie(data.semantic_ids)  # on the CPU, for the batches
     known_nodes = model.set_training_counts(torch.from_numpy(histories.training_counts(data.num_items)))
     model = model.to(device)
     training.broadcast(model)
