@@ -73,12 +73,6 @@ class ServeConfig(Config):
     )
     resources: FixedResources = Resources()  # of the replicas
 
-    @model_validator(mode="after")
-    def _tls_is_complete(self) -> ServeConfig:
-        if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file belong together; set both, or none")
-        return self
-
 
 class ResourcesConfig(Config):
     """Resources for Ray. They do not affect results, up to rounding."""

@@ -141,8 +141,11 @@ def _check_access(config: ServeConfig) -> None:
     """Check who could reach the service, and the files that protect it.
 
     Raises:
+        ConfigError: of certificate and key only one is set.
         SecurityError: the port would be open without a token, or a file cannot be used.
     """
+    if (config.tls_cert_file is None) != (config.tls_key_file is None):
+        raise ConfigError("serve.tls_cert_file and serve.tls_key_file belong together; set both, or none")
     # The HAProxy of Ray Serve listens on all addresses, regardless of the configured host.
     is_open = not is_loopback(config.host) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     if is_open and not config.token_file:

@@ -35,6 +35,7 @@ from tiger.serving.schemas import (
     ItemDetails,
     PrefixDetails,
     RankedList,
+    Ready,
     Request,
     Status,
     Swap,
@@ -169,14 +170,14 @@ def _add_catalog(api: FastAPI, service: Service) -> None:
             model=model.name,
         )
 
-    @api.get("/search")
+    @api.get("/search", response_model_exclude_none=True)
     async def search(
         q: Annotated[str, Query(max_length=MAX_NAME)], limit: Annotated[int, Query(ge=1, le=100)] = 10
     ) -> Found:
         """Return items by words of their titles, or by their id."""
         model = service.model
         found = model.search.find(q, limit)
-        if (exact := model.items.index.get(q.strip())) is not None:
+        if (exact := model.items.index.get(q, model.items.index.get(q.strip()))) is not None:
             found = [exact, *(item for item in found if item != exact)][:limit]
         return Found(items=model.summaries(found))
 
@@ -215,11 +216,15 @@ def _add_health(api: FastAPI, service: Service) -> None:
         return JSONResponse({"status": "ok", "model": model.name})
 
     @api.get("/readyz")
-    async def readyz() -> Status:
-        """Return the model that answers, what it can do, and the last change of the model."""
+    async def readyz() -> Ready:
+        """Return the model that answers."""
+        return Ready(status="ready", model=service.model.name)
+
+    @api.get("/status")
+    async def status() -> Status:
+        """Return what the model can do, and the last change of the model."""
         model = service.model
         return Status(
-            status="ready",
             model=model.name,
             num_items=len(model.items.source_ids),
             beam=service.options.beam,

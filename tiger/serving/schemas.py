@@ -204,10 +204,16 @@ class Swap(BaseModel):
     reason: str | None = None
 
 
-class Status(BaseModel):
-    """The model that answers, and what it can do."""
+class Ready(BaseModel):
+    """What everybody may know: that the service answers, and with which model."""
 
     status: str
+    model: str
+
+
+class Status(BaseModel):
+    """The model that answers, what it can do, and the last change of the model."""
+
     model: str
     num_items: int
     beam: int
