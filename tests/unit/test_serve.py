@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import ActorDiedError
 from ray.serve.schema import ServeDeploySchema
 
 from tests.paths import ROOT
@@ -127,3 +128,32 @@ def test_the_configuration_knows_the_server() -> None:
         2,
         50,
     )
+
+
+def test_a_start_that_fails_is_tried_again_and_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the proxy may be killed before it is ready."""
+    from tiger.on_ray import serve
+
+    failures: list[Exception] = []
+    stopped: list[bool] = []
+
+    def start(**_: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(serve.serve, "start", start)
+    monkeypatch.setattr(serve, "_stop", stopped.append)
+    monkeypatch.setattr(serve.cluster, "log_folder", lambda: "/logs")
+    died = ActorDiedError()
+    failures += [died, TimeoutError("HTTP proxies not available after 60s.")]
+    serve._start(ServeConfig(), {}, False)
+    assert (failures, stopped) == ([], [False, False])
+    failures += [died] * 3
+    with pytest.raises(ResourceError, match="^Ray Serve does not start on 127.0.0.1:8000, tried 3 times: ") as error:
+        serve._start(ServeConfig(), {}, False)
+    assert "\n" not in str(error.value)
+    assert len(stopped) == 5
+    failures += [RuntimeError("Failed to bind to address '127.0.0.1:8000'.")] * 2
+    with pytest.raises(ResourceError, match="cannot be served: Failed to bind .*; set serve.port"):
+        serve._start(ServeConfig(), {}, True)
+    assert (len(failures), len(stopped)) == (1, 5)  # another try would not help, and a Serve that ran is left alone
