@@ -1,8 +1,19 @@
-"""What tests of the server send it: tokens, and bodies that it cannot answer."""
+"""What tests of the server send it, and a service without Ray: tokens, bodies that cannot be answered, toy models."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tests.factories import SIZES, model_of_random_ids, random_ids
+from tiger.models.decoding import DecodingConfig
+from tiger.models.tiger.recommender import TigerRecommender
+from tiger.serving.items import ItemTable
+from tiger.serving.model import Query, Ranked, ServedModel
 
 UNREADABLE = {
     "NaN": b'{"history": ["a"], "k": NaN}',
@@ -35,3 +46,48 @@ def token_file(folder: Path, content: str = TOKEN, mode: int = 0o600) -> str:
     path.write_text(content + "\n")
     path.chmod(mode)
     return str(path)
+
+
+def toy_items(count: int) -> ItemTable:
+    """Items with prices and categories; every fifth has no price, every seventh no category."""
+    prices = [None if item % 5 == 0 else item / 2 for item in range(count)]
+    categories = [
+        None if item % 7 == 0 else [["Shop", f"Kind {item % 3}"], ["Shop", "Sale"][: item % 2 + 1]]
+        for item in range(count)
+    ]
+    titles = [
+        f"{('Red', 'blue', 'GREEN')[item % 3]} {('soap', 'shampoo')[item % 2]} No. {item}" for item in range(count)
+    ]
+    kind = pa.list_(pa.list_(pa.string()))
+    return ItemTable(
+        [f"i{item}" for item in range(count)],
+        titles,
+        np.array(prices, np.float64),
+        [pa.chunked_array([categories], kind)],
+    )
+
+
+def toy_model(count: int = 24, seed: int = 0) -> ServedModel:
+    """An untrained model of random IDs as the service has it; items whose index is a multiple of 7 are new."""
+    model = model_of_random_ids(count, seed)
+    model.items.training_counts.copy_(torch.arange(count) % 7)
+    ids = random_ids(np.random.default_rng(seed), count, SIZES)
+    return ServedModel(TigerRecommender(model), toy_items(count), ids, name=f"model-{seed}", uri=f"runs/model-{seed}")
+
+
+class ToyService:
+    """A service without Ray: each query is a batch of its own."""
+
+    def __init__(self, model: ServedModel, **options: Any) -> None:
+        self.model, self.options, self.swap = model, DecodingConfig(beam=10).model_copy(update=options), None
+        self.metrics = self
+        self.counted: list[tuple[Any, ...]] = []
+
+    async def decode(self, query: Query) -> Ranked:
+        return query.model.decode([query])[0]
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        self.counted.append((path, status))
+
+    def lists(self, model: str, **numbers: int) -> None:
+        self.counted.append((model, numbers))

@@ -40,8 +40,12 @@ DEFAULT_CONFIG = "sample"
 
 _MODEL_FOLDER = re.compile(r"(^|/)[a-z_]+-[0-9a-f]{8}/?$")
 
-TOOLS = {"check": "tiger.evaluation.health", "report": "tiger.report.semantic_ids"}
-"""Verbs that read finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
+TOOLS = {
+    "check": "tiger.evaluation.health",
+    "report": "tiger.report.semantic_ids",
+    "swap": "tiger.on_ray.swap",
+}
+"""Verbs that work on finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

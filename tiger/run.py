@@ -53,6 +53,24 @@ class ServeConfig(Config):
     token_file: str | None = Field(
         None, description="file with the bearer token of requests; must not be readable by others"
     )
+    allowed_origins: list[str] = Field(
+        [],
+        description="origins whose pages may ask from a browser (CORS), such as https://shop.example; none by default",
+    )
+    tls_cert_file: str | None = Field(None, description="certificate chain in PEM, to serve HTTPS")
+    tls_key_file: str | None = Field(None, description="its private key in PEM")
+    request_seconds: float = Field(
+        30.0, gt=0, description="timeout of a request, including the wait for a replica; then it gets 408"
+    )
+    max_queued_requests: int = Field(
+        512, ge=1, description="requests that wait for a replica at most; further ones get 429 at once"
+    )
+    max_replicas: int | None = Field(
+        None, ge=1, description="replicas to scale up to under load; none: resources.max_workers replicas, always"
+    )
+    config_file: str | None = Field(
+        None, description="write the configuration for `serve deploy` (YAML) to this file, and do not serve"
+    )
     resources: FixedResources = Resources()  # of the replicas
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.paths import ROOT
-from tiger.on_ray.body_limit import MAX_BODY
+from tiger.serving.body_limit import MAX_BODY
 
 ITEMS = 24
 

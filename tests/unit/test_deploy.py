@@ -159,19 +159,22 @@ def _served(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_rayservice_names_an_application_that_exists_with_its_arguments() -> None:
-    from tiger.on_ray import serve
-    from tiger.on_ray.serve import application
+    from tiger.core.config import build
+    from tiger.on_ray import replica
+    from tiger.on_ray.serve import IMPORT_PATH, application
 
     manifest = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())
     served = _served(manifest)
-    assert served["import_path"] == "tiger.on_ray.serve:application"
+    assert served["import_path"] == IMPORT_PATH
     assert application(served["args"])
-    assert [each["name"] for each in served["deployments"]] == [serve.Server.__name__]
+    (server,) = served["deployments"]
+    assert server["name"] == replica.Server.__name__
+    assert build(replica.ModelConfig, server["user_config"]).model.startswith("s3://")
     for group in _groups(manifest):
         (container,) = _pod(group)["containers"]
         files = {variable["name"]: Path(variable["value"]) for variable in container["env"]}
         secret = next(volume["secret"] for volume in _pod(group)["volumes"] if "secret" in volume)
-        assert str(files[serve.TOKEN_FILE].parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert str(files[replica.TOKEN_FILE].parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
         assert secret["defaultMode"] & 0o007 == 0  # `read_token` refuses a file that every user can read
 
 

@@ -21,6 +21,7 @@ LAYERS = (
     {"tokenizers", "models"},
     {"evaluation"},
     {"report"},
+    {"serving"},
     {"run"},
     {"tuning"},
     {"on_ray"},

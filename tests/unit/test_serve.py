@@ -1,177 +1,25 @@
-"""A trained model behind HTTP: a real server, asked by a real client; who is let in, and how much is read."""
+"""How a service is deployed: its configuration, its arguments, who may reach it. No Ray is started."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from fastapi import FastAPI
+import yaml
+from ray.exceptions import ActorDiedError
+from ray.serve.schema import ServeDeploySchema
 
 from tests.paths import ROOT
-from tests.serving import TOKEN, UNREADABLE, token_file
+from tests.serving import token_file
 from tiger.core.artifacts import Artifact
 from tiger.core.config import load
-from tiger.core.errors import ConfigError, SecurityError
+from tiger.core.errors import ConfigError, ResourceError, SecurityError
 from tiger.core.storage import Folder
-from tiger.data.catalog import Catalog
 from tiger.models.decoding import DecodingConfig
-from tiger.on_ray import serve as tiger_serve
-from tiger.on_ray.serve import MAX_BODY, TOKEN_FILE, Request, RequestGuard, api, application, read_token, serve_forever
+from tiger.on_ray.replica import TOKEN_FILE, Server
+from tiger.on_ray.serve import _reason, application, serve_forever, write_config
 from tiger.run import ResourcesConfig, RunConfig, ServeConfig
-
-
-def through(
-    gate: RequestGuard, path: str = "/recommend", token: str = "", parts: tuple[int, ...] = (10,)
-) -> tuple[int, int]:
-    """Status of one request through the gate, and how many bytes of its body were read."""
-    sizes, read, sent = list(parts), 0, []
-
-    async def receive() -> dict[str, Any]:
-        nonlocal read
-        read += sizes[0]
-        return {"type": "http.request", "body": b"x" * sizes.pop(0), "more_body": bool(sizes)}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    headers = [(b"authorization", f"Bearer {token}".encode())] if token else []
-    asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, send))
-    return sent[0]["status"], read
-
-
-async def reads_all(scope: Any, receive: Any, send: Any) -> None:
-    while (message := await receive())["type"] == "http.request" and message["more_body"]:
-        pass
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def test_who_brings_no_token_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(TOKEN_FILE, token_file(tmp_path))
-    gate = RequestGuard(reads_all)
-    for wrong in ("", "another", TOKEN + "x", TOKEN[:-1]):
-        assert through(gate, token=wrong) == (401, 0)
-    assert through(gate, token=TOKEN) == (200, 10)
-    assert through(gate, path="/healthz") == (200, 10)
-
-
-def test_a_body_is_read_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(TOKEN_FILE, raising=False)
-    gate = RequestGuard(reads_all)
-    assert through(gate, parts=(MAX_BODY // 2, MAX_BODY // 2)) == (200, MAX_BODY)
-    assert through(gate, parts=(MAX_BODY, 1, 50_000, 50_000)) == (413, MAX_BODY + 1)
-    assert through(gate, path="/healthz", parts=(MAX_BODY + 1,)) == (413, MAX_BODY + 1)
-
-
-@pytest.mark.parametrize("path", ["/recommend", "/healthz"])
-def test_a_half_sent_body_times_out(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """130 clients that never finish would otherwise hold all places of a replica."""
-    monkeypatch.delenv(TOKEN_FILE, raising=False)
-    monkeypatch.setattr(tiger_serve, "BODY_SECONDS", 0.2)
-    sent: list[Any] = []
-    received = [{"type": "http.request", "body": b"{", "more_body": True}]
-
-    async def receive() -> dict[str, Any]:
-        if received:
-            return received.pop()
-        await asyncio.sleep(3600)
-        raise AssertionError
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    begin = time.monotonic()
-    asyncio.run(RequestGuard(reads_all)({"type": "http", "path": path, "headers": []}, receive, send))
-    assert time.monotonic() - begin < 5
-    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
-    assert sent[0]["status"] == 408
-    assert (b"connection", b"close") in sent[0]["headers"]
-
-
-def test_an_answer_may_take_longer_than_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the body an application waits for the client to hang up, for as long as it computes."""
-    monkeypatch.delenv(TOKEN_FILE, raising=False)
-    monkeypatch.setattr(tiger_serve, "BODY_SECONDS", 0.1)
-    messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
-    sent: list[Any] = []
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await asyncio.sleep(0.4)
-        return {"type": "http.disconnect"}
-
-    async def computes(scope: Any, receive: Any, send: Any) -> None:
-        assert (await receive())["type"] == "http.request"
-        assert (await receive())["type"] == "http.disconnect"
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    asyncio.run(RequestGuard(computes)({"type": "http", "path": "/recommend", "headers": []}, receive, send))
-    assert sent[0]["status"] == 200
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_sent_back_is_refused_without_it(name: str) -> None:
-    """By the handlers of the server's application, around an endpoint of the same model."""
-    app = FastAPI(exception_handlers=dict(api.exception_handlers))
-
-    @app.post("/recommend")
-    async def recommend(request: Request) -> dict[str, str]:
-        return {}
-
-    sent: list[Any] = []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": UNREADABLE[name], "more_body": False}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "path": "/recommend", "raw_path": b"/recommend", "method": "POST", "query_string": b""}
-    scope |= {"headers": [(b"content-type", b"application/json")], "server": ("h", 1), "scheme": "http"}
-    asyncio.run(app(scope, receive, send))
-    body = b"".join(message.get("body", b"") for message in sent)
-    assert sent[0]["status"] == 422, body
-    assert len(body) < 8000
-    for found in json.loads(body.decode())["detail"] if b"loc" in body else []:
-        assert set(found) == {"type", "loc", "msg"}
-
-
-def test_items_have_the_names_and_titles_of_the_catalog(tmp_path: Path) -> None:
-    """Read without the texts, which are the most of it."""
-    folder = Folder(str(tmp_path))
-    table = pa.table({"item_id": [0, 1, 2], "source_id": ["a", "b", "c"], "text": ["one " * 30, "two", ""]})
-    catalog = Catalog(Artifact(folder, {"kind": "catalog", "metrics": {"items": 3}}))
-    for titles in (None, [None, "", "three"], ["é", "x", None]):
-        if titles is not None:
-            table = table.drop_columns("title") if "title" in table.column_names else table
-            table = table.append_column("title", pa.array(titles))
-        folder.write_table("items.parquet", table, row_group_size=2)
-        for cached in ("items", "source_ids", "titles"):
-            catalog.__dict__.pop(cached, None)
-        assert tiger_serve._names_and_titles(folder) == (["a", "b", "c"], catalog.titles)
-
-
-def test_a_token_is_a_secret(tmp_path: Path) -> None:
-    assert read_token(None) is None
-    assert read_token(token_file(tmp_path)) == TOKEN
-    assert read_token(token_file(tmp_path, content="\ufeff" + TOKEN)) == TOKEN
-    with pytest.raises(SecurityError, match="every user of the machine can read: chmod 600"):
-        read_token(token_file(tmp_path, mode=0o604))
-    with pytest.raises(SecurityError, match="token is empty; create a token with openssl rand"):
-        read_token(token_file(tmp_path, content=""))
-    with pytest.raises(SecurityError, match="cannot be read .*No such file"):
-        read_token(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "tiger.example.org"])
@@ -186,17 +34,90 @@ def test_ray_s_other_proxy_ignores_the_host(monkeypatch: pytest.MonkeyPatch) -> 
         serve_forever(None, ServeConfig(), DecodingConfig(), ResourcesConfig())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"beam": "5"}, {"model": "m", "modle": "m"}])
-def test_arguments_of_a_service_are_checked(arguments: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="model is missing|unknown key decoding"):
+def test_files_for_https_must_be_there() -> None:
+    config = ServeConfig(tls_cert_file="/none/cert.pem", tls_key_file="/none/key.pem")
+    with pytest.raises(SecurityError, match=r"serve.tls_cert_file = /none/cert.pem cannot be read"):
+        serve_forever(None, config, DecodingConfig(), ResourcesConfig())  # type: ignore[arg-type]
+    config = ServeConfig(tls_key_file="key.pem")
+    with pytest.raises(ConfigError, match="serve.tls_cert_file and serve.tls_key_file belong together"):
+        serve_forever(None, config, DecodingConfig(), ResourcesConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"modle": "m"}, "unknown key decoding.modle"),
+        ({"beam": "ten"}, "decoding.beam"),
+        ({"beam": ""}, "decoding.beam"),
+        ({"beam": 0}, "decoding.beam"),
+        ({"beam": "5.5"}, "decoding.beam"),
+        ({"model": ""}, "args.model"),
+        ({"token_needed": "maybe"}, "must be true or false"),
+    ],
+)
+def test_arguments_of_an_application_are_checked(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
         application(arguments)
 
 
-@pytest.mark.parametrize("beam", ["ten", "", "0", "-1", "5.5", 0])
-def test_a_beam_is_a_number(beam: Any) -> None:
-    with pytest.raises(ConfigError, match="decoding.beam"):
-        application({"model": "m", "beam": beam})
-    assert application({"model": "m", "beam": 20}) and application({"model": "m", "beam": "20"})
+def test_an_application_needs_a_token_unless_it_says_otherwise() -> None:
+    for arguments, needed in (({}, True), ({"token_needed": False}, False), ({"token_needed": "false"}, False)):
+        bound = application({"beam": "20"} | arguments)._bound_deployment
+        assert bound.init_kwargs == {"token_needed": needed, "allowed_origins": []}
+        assert bound.init_args[0]["beam"] == 20
+        assert bound.user_config is None
+    assert application({"model": "s3://b/model-1"})._bound_deployment.user_config["model"] == "s3://b/model-1"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Artifact:
+    return Artifact(Folder(str(tmp_path / "model-00000000")), {"kind": "model"})
+
+
+def test_a_configuration_for_serve_deploy_says_all(model: Artifact, tmp_path: Path) -> None:
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    path, token = tmp_path / "serve.yaml", token_file(tmp_path)
+    overrides = [
+        "serve.host=0.0.0.0", "serve.port=9000", f"serve.token_file={token}", "serve.max_replicas=4",
+        "serve.resources.max_workers=2", "serve.resources.gpus=0.25", "serve.request_seconds=10",
+        f"serve.tls_cert_file={tmp_path}/cert.pem", f"serve.tls_key_file={tmp_path}/key.pem",
+        'serve.allowed_origins=["https://shop.example"]', "serve.max_queued_requests=64", "decoding.beam=30",
+        f"serve.config_file={path}",
+    ]  # fmt: skip
+    run = load(RunConfig, None, overrides, ROOT / "tiger/configs")
+    write_config(model, run.serve, run.decoding)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 9000)
+    assert config.http_options.request_timeout_s == 10
+    assert config.http_options.ssl_certfile == str(tmp_path / "cert.pem")
+    (app,) = config.applications
+    (server,) = app.deployments
+    assert server.name == Server.__name__
+    assert server.user_config == {"model": model.home.uri}
+    assert server.autoscaling_config["min_replicas"], server.autoscaling_config["max_replicas"] == (2, 4)
+    assert (server.max_queued_requests, server.max_surge_percent) == (64, 100)
+    assert (server.ray_actor_options.num_cpus, server.ray_actor_options.num_gpus) == (1, 0.25)
+    assert server.ray_actor_options.runtime_env["env_vars"][TOKEN_FILE] == token
+    bound = application(app.args)._bound_deployment
+    assert bound.init_kwargs == {"token_needed": True, "allowed_origins": ["https://shop.example"]}
+    assert bound.init_args[0] == run.decoding.model_dump(mode="json")
+
+
+def test_a_configuration_that_cannot_be_written_says_why(model: Artifact) -> None:
+    with pytest.raises(SecurityError, match="set serve.token_file"):
+        write_config(model, ServeConfig(host="0.0.0.0", config_file="x"), DecodingConfig())
+    with pytest.raises(ResourceError, match="/none/x.yaml cannot be written: No such file.*set serve.config_file"):
+        write_config(model, ServeConfig(config_file="/none/x.yaml"), DecodingConfig())
+
+
+def test_the_reason_of_a_replica_is_one_line() -> None:
+    report = (
+        "Traceback (most recent call last):\n  File x\ntiger.core.errors.ArtifactError: runs/model-1: altered\n\nmore"
+    )
+    assert _reason(report) == "runs/model-1: altered"
+    assert _reason("The deployment failed to start.\nValueError: no") == "ValueError: no"
+    assert _reason("") == "no reason was given"
 
 
 def test_the_configuration_knows_the_server() -> None:
@@ -207,3 +128,32 @@ def test_the_configuration_knows_the_server() -> None:
         2,
         50,
     )
+
+
+def test_a_start_that_fails_is_tried_again_and_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the proxy may be killed before it is ready."""
+    from tiger.on_ray import serve
+
+    failures: list[Exception] = []
+    stopped: list[bool] = []
+
+    def start(**_: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(serve.serve, "start", start)
+    monkeypatch.setattr(serve, "_stop", stopped.append)
+    monkeypatch.setattr(serve.cluster, "log_folder", lambda: "/logs")
+    died = ActorDiedError()
+    failures += [died, TimeoutError("HTTP proxies not available after 60s.")]
+    serve._start(ServeConfig(), {}, False)
+    assert (failures, stopped) == ([], [False, False])
+    failures += [died] * 3
+    with pytest.raises(ResourceError, match="^Ray Serve does not start on 127.0.0.1:8000, tried 3 times: ") as error:
+        serve._start(ServeConfig(), {}, False)
+    assert "\n" not in str(error.value)
+    assert len(stopped) == 5
+    failures += [RuntimeError("Failed to bind to address '127.0.0.1:8000'.")] * 2
+    with pytest.raises(ResourceError, match="cannot be served: Failed to bind .*; set serve.port"):
+        serve._start(ServeConfig(), {}, True)
+    assert (len(failures), len(stopped)) == (1, 5)  # another try would not help, and a Serve that ran is left alone

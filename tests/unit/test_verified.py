@@ -23,7 +23,7 @@ from tiger.data.histories import history_table
 from tiger.embedding.vectors import load_embeddings, vector_column
 from tiger.models.recommender import Recommender
 from tiger.models.tiger.config import TigerConfig
-from tiger.on_ray.serve import _names_and_titles
+from tiger.serving.items import ItemTable
 from tiger.training.weights import write_weights
 
 ITEMS = 24
@@ -67,7 +67,7 @@ def lineage(root: Path) -> dict[str, Artifact]:
 def serve(model: Artifact) -> None:
     """Read what a replica reads."""
     Recommender.load(model, "cpu").recommend([[1, 2]], k=3)
-    _names_and_titles(model.inputs["catalog"].folder)
+    ItemTable.read(model.inputs["catalog"].folder)
 
 
 def evaluate(model: Artifact) -> None:

@@ -210,6 +210,19 @@ class Recommender(ABC):
         )
         return everything, unseen
 
+    def kept_prefixes(
+        self,
+        history: Rows,
+        options: DecodingConfig,
+        user: str | None = None,
+        allowed_items: npt.NDArray[np.bool_] | None = None,
+    ) -> list[list[tuple[tuple[int, ...], float]]]:
+        """Return the prefixes of semantic IDs that a search keeps after a non-empty history, per level with scores.
+
+        Empty for families that do not search prefixes.
+        """
+        return []
+
     def _most_popular(
         self, k: int, allowed: npt.NDArray[np.bool_] | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

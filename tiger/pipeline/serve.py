@@ -1,15 +1,18 @@
-"""Serve a model over HTTP (POST /recommend) until interrupted. Needs `pip install tiger-on-ray[serve]`."""
+"""Serve a model over HTTP, with a page, until interrupted. Needs `pip install tiger-on-ray[serve]`."""
 
 from __future__ import annotations
 
 from tiger.core.artifacts import Artifact
-from tiger.on_ray.serve import serve_forever
+from tiger.on_ray.serve import serve_forever, write_config
 from tiger.pipeline.train import ensure_model
 from tiger.run import RunConfig
 
 
 def serve(run: RunConfig, model: Artifact) -> Artifact:
-    """Serve a model until interrupted."""
+    """Serve a model until interrupted; or write the configuration for `serve deploy`, if a file for it is given."""
+    if run.serve.config_file is not None:
+        write_config(model, run.serve, run.decoding)
+        return model
     serve_forever(model, run.serve, run.decoding, run.scale)
     return model
 

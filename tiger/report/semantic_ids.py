@@ -132,12 +132,13 @@ def distinctive_words(names: list[str], among: Counter[str], total: int, count: 
         total: number of all names.
         count: maximum number of words.
     """
-    own = Counter(word for name in names for word in _words(name))
+    own = Counter(word for name in names for word in title_words(name))
     score = {w: n / len(names) * np.log((n / len(names)) / (among[w] / total)) for w, n in own.items() if n > 1}
     return [word for word in sorted(score, key=lambda word: (-score[word], word)) if score[word] > 0][:count]
 
 
-def _words(name: str) -> set[str]:
+def title_words(name: str) -> set[str]:
+    """Return the words of a name that `distinctive_words` counts: three letters or more, in lower case."""
     return {word.lower() for word in _WORD.findall(name)}
 
 
@@ -149,7 +150,7 @@ def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
         examples: maximum titles per tuple of codes.
         widest: maximum children per prefix, largest first; the number of omitted ones is shown.
     """
-    among = Counter(word for name in items.names for word in _words(name))
+    among = Counter(word for name in items.names for word in title_words(name))
     order = np.argsort(packed(items.codes), kind="stable")
 
     def children(rows: npt.NDArray[np.int64], depth: int) -> Iterator[str]:

@@ -28,6 +28,7 @@ def beam_search(
     excluded_items: Tensor | None = None,
     allowed_nodes: list[Tensor] | None = None,
     bonus: list[Tensor] | None = None,
+    kept: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the best items of each user, best first.
 
@@ -43,6 +44,7 @@ def beam_search(
         allowed_nodes: `trie.allowed_nodes(items)`, a filter for all users; followed at every level, so that the beam
             contains only prefixes of allowed items.
         bonus: per level float32 [nodes], added to the logits; see `new_item_bonus`.
+        kept: if given, the beam of every level is appended: nodes int64 [B, W] and scores float32 [B, W], best first.
 
     Returns:
         items int64 [B, R] and scores float32 [B, R], R at most `num_results`; item -1 with score -inf if fewer exist.
@@ -79,6 +81,8 @@ def beam_search(
         scores, chosen = candidates.topk(width, dim=1)
         nodes = children.flatten(1).gather(1, chosen)
         codes = trie.node_codes(level)[nodes] + model.items.level_offsets[level]
+        if kept is not None:
+            kept.append((nodes, scores))
         if level + 1 < trie.depth:
             cache = reorder_cache(cache, chosen // children.shape[-1])
     return torch.where(scores > -torch.inf, trie.leaf_items[nodes], -1), scores

@@ -45,6 +45,14 @@ class TigerRecommender(Recommender):
 
     def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
         """Return the beam search under a filter."""
+        return self._search(options, allowed_items, None)
+
+    def _search(
+        self,
+        options: DecodingConfig,
+        allowed_items: npt.NDArray[np.bool_] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Search:
         allowed_nodes = None
         if allowed_items is not None:
             allowed_nodes = self.trie.allowed_nodes(torch.from_numpy(allowed_items).to(self.device))
@@ -70,9 +78,30 @@ class TigerRecommender(Recommender):
                 excluded_items=pad_right(histories).to(self.device) if exclude_seen else None,
                 allowed_nodes=allowed_nodes,
                 bonus=bonus,
+                kept=kept,
             )
 
         return search
+
+    def kept_prefixes(
+        self,
+        history: Rows,
+        options: DecodingConfig,
+        user: str | None = None,
+        allowed_items: npt.NDArray[np.bool_] | None = None,
+    ) -> list[list[tuple[tuple[int, ...], float]]]:
+        """Return the prefixes that the beam search keeps, per level with their scores, best first."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        search = self._search(options, allowed_items, kept)
+        search([history], None if user is None else [user], options.beam, options.exclude_seen)
+        levels = []
+        for level, (nodes, scores) in enumerate(kept):
+            ordered = self.trie.paths[self.trie.leaf_items, level].contiguous()  # ascending
+            first = self.trie.leaf_items[torch.searchsorted(ordered, nodes[0].to(ordered.dtype))]
+            codes = self.trie.codes[first, : level + 1].tolist()
+            real = zip(codes, scores[0].tolist(), strict=True)
+            levels.append([(tuple(prefix), score) for prefix, score in real if score > -torch.inf])
+        return levels
 
 
 def build(config: TigerConfig, data: ModelData) -> TigerModel:

@@ -2,9 +2,9 @@
 
 Ray Serve 2.60 has no option for the size of a body: while all replicas are busy, its proxy buffers whatever is sent.
 But it wraps itself in the ASGI middlewares that a function returns, which is named by an environment variable
-(`PROXY_CALLBACK`) of the nodes. A Ray that this process starts has it, see `serve.py`. A cluster that runs already must
-set it to `PROXY_MIDDLEWARES` for its nodes; its proxies must be able to import this module, which imports neither Ray
-nor torch.
+(`PROXY_CALLBACK`) of the nodes. A Ray that this process starts has it, see `tiger.on_ray.serve`. A cluster that runs
+already must set it to `PROXY_MIDDLEWARES` for its nodes; its proxies must be able to import this module, which imports
+neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BODY_SECONDS = 5.0  # to receive a body
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Ray's environment variable that names a function without arguments, which returns the proxy's middlewares."""
 
-PROXY_MIDDLEWARES = "tiger.on_ray.body_limit:proxy_middlewares"
+PROXY_MIDDLEWARES = "tiger.serving.body_limit:proxy_middlewares"
 
 
 def proxy_middlewares() -> list[Middleware]:
