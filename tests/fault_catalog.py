@@ -72,6 +72,10 @@ FAULTS: dict[str, Fault] = {
     "test_nodes::test_a_node_lost_while_embedding_loses_and_doubles_nothing": Fault(
         "embed", "node killed", "nothing lost or doubled"
     ),
+    # --- recommending
+    "test_batch::test_a_killed_batch_continues_and_no_user_is_missing_or_doubled": Fault(
+        "recommend", "actor and driver killed in the middle", "every user once, nothing made again"
+    ),
     # --- training
     "test_nodes::test_a_node_lost_while_training_changes_nothing": Fault("train", "node killed", _SAME),
     "test_resume::test_three_worker_kills_and_a_driver_kill_change_nothing": Fault(

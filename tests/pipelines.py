@@ -27,6 +27,8 @@ TINY = [
     "model.training.validation_users=100",
     "decoding.resources.max_workers=1",
     "recommend.users=20",
+    'recommend.fields=["ids", "titles", "scores"]',
+    "recommend.json_lines=true",
 ]
 
 

@@ -110,7 +110,8 @@ def run_job(verb: str, arguments: Sequence[str]) -> None:
         model = _model(verb, module, name, arguments)
         if model is not None:
             overrides[""].insert(0, f"root={json.dumps(model.home.parent.uri)}")
-        run = load(RunConfig, None if model else name, overrides[""], CONFIGS)
+        defaults = None if model is None else _file_options(module, model, overrides[""])
+        run = load(RunConfig, None if model else name, overrides[""], CONFIGS, defaults=defaults)
         if run.embedding.import_path is not None:
             expand([run.embedding.import_path], "embedding.import_path")  # before the first stage, which may take hours
         further = {
@@ -156,6 +157,23 @@ def _model(verb: str, module: ModuleType, name: str, overrides: Sequence[str]) -
                 f"configuration in place of the folder to train another model"
             )
     return open_artifact(name.rstrip("/"), expected_kind="model")
+
+
+def _file_options(module: ModuleType, model: Artifact, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """Return how files of a verb that reads some are read, unless `data.*` keys say otherwise: as the model's were.
+
+    The names of the model's own files are not used; for another kind, placeholders stand for them.
+    """
+    if "data" not in module.SECTIONS_ON_MODEL:
+        return None
+    recorded: dict[str, Any] = model.inputs["catalog"].manifest["config"]["data"]
+    kinds = [
+        text.partition("=")[2].strip("\"' ") for text in overrides if text.partition("=")[0].strip() == "data.kind"
+    ]
+    if not kinds or kinds[-1] == recorded["kind"]:
+        return {"data": recorded}
+    names = DatasetConfig.of_kind(kinds[-1], "data.kind").model_fields.keys() & {"items", "interactions"}
+    return {"data": {"kind": kinds[-1]} | {name: ["-"] for name in names}}
 
 
 def _section(name: str, verb: str, section: str, model: type[Config], overrides: list[str]) -> Config:

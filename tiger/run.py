@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -35,9 +35,18 @@ CONFIGS = Path(__file__).parent / "configs"
 class RecommendConfig(Config):
     """To whom and what is recommended, given whole histories; `decoding` has the options of the lists."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file"})  # the file's content is
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file", "histories"})  # their content is
 
-    users: int | None = Field(100, ge=1, description="first users by id to recommend to; none: all")
+    users: int | None = Field(100, ge=1, description="first users of the catalog by id to recommend to; none: all")
+    histories: list[str] = Field(
+        [],
+        description="interaction files with the histories of users to recommend to, instead of the catalog's users: "
+        "paths, folders, globs, URLs, s3:// or gs:// URIs; read by the keys of data, as the model's own were",
+    )
+    fields: list[Literal["ids", "titles", "scores"]] = Field(
+        ["ids", "scores"], description="columns of the lists in addition to the item indices: ids, titles, scores"
+    )
+    json_lines: bool = Field(False, description="write the lists as JSON lines, too: ids, titles and scores")
     allowed_items_file: str | None = Field(
         None, description="file of allowed item ids (source ids), one per line, UTF-8; none: all items are allowed"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 
 import tiger.cli
 import tiger.pipeline.train
@@ -21,10 +23,15 @@ from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.core.config import load
 from tiger.core.errors import DataError, HealthError
 from tiger.data.catalog import Catalog
+from tiger.evaluation import evaluator
 from tiger.evaluation import health as diagnostics
-from tiger.evaluation.evaluator import EvaluationResult
+from tiger.evaluation.evaluator import EvaluationConfig, EvaluationResult
+from tiger.models.base import ModelConfig, StoredData, load_family, text_embeddings
+from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
 from tiger.run import RunConfig
+
+FIELDS = ("ids", "titles", "scores")
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +104,74 @@ def test_recommendations_come_back_as_items_titles_and_scores(
     for user, items, scores in zip(*(table[name].to_pylist() for name in ("user_id", "items", "scores")), strict=True):
         assert not set(items) & set(catalog.histories.of(user).tolist())
         assert scores == sorted(scores, reverse=True)
-    readable = [json.loads(line) for line in recommendations.folder.read_bytes("recommendations.jsonl").splitlines()]
-    assert [row["user"] for row in readable] == catalog.histories.source_ids[:20]
-    assert readable[3]["items"][0]["title"] == catalog.titles[table["items"][3][0].as_py()]
+    assert table["user"].to_pylist() == catalog.histories.source_ids[:20]
+    lists = table["items"].to_pylist()
+    assert table["ids"].to_pylist() == [[catalog.source_ids[item] for item in items] for items in lists]
+    assert table["titles"].to_pylist() == [[catalog.titles[item] for item in items] for items in lists]
+    lines = [json.loads(line) for line in recommendations.folder.read_bytes("json_lines/part-00000.jsonl").splitlines()]
+    assert [line["user"] for line in lines] == table["user"].to_pylist()
+    for line, ids, titles, scores in zip(lines, *(table[name].to_pylist() for name in FIELDS), strict=True):
+        expected = [(name, title, round(score, 4)) for name, title, score in zip(ids, titles, scores, strict=True)]
+        assert [(item["item"], item["title"], item["score"]) for item in line["items"]] == expected
     with caplog.at_level("INFO"):
         print_examples(recommendations)
     shown = [record.message for record in caplog.records if record.message.startswith("user ")]
     assert len(shown) == 5
     assert catalog.titles[table["items"][0][0].as_py()][:60] in shown[0]
+
+
+def test_an_evaluation_in_actors_is_that_of_one_process(finished: Artifact) -> None:
+    model = finished.inputs["model"]
+    data = StoredData(model.inputs)
+    counts = data.histories.training_counts(data.num_items)
+    recommenders = {"tiger": Recommender.load(model)}
+    for kind in ("popularity", "markov_chain", "nearest_neighbors"):
+        config = ModelConfig.resolve({"kind": kind})
+        inputs = model.inputs | {"embeddings": text_embeddings(model.inputs["semantic_ids"])}
+        recommenders[kind] = load_family(config).recommender(None, config, StoredData(inputs), torch.device("cpu"))
+    result = EvaluationResult.model_validate(finished.folder.read_json("evaluation.json"))
+    for split in ("valid", "test"):
+        users = data.histories.evaluation(split)
+        found = {
+            name: evaluator.rank(each, users, data.histories.source_ids, DecodingConfig())
+            for name, each in recommenders.items()
+        }
+        expected = evaluator.evaluate(found, evaluator.SplitUsers.of(users, counts), counts, EvaluationConfig())
+        assert result.splits[split] == expected
+    lists = finished.folder.read_table("lists/tiger")
+    assert lists["user_id"].to_pylist() == [
+        user for split in ("valid", "test") for user in data.histories.evaluation(split).users.tolist()
+    ]
+
+
+def test_histories_in_files_give_the_lists_of_the_catalogs_users(
+    finished: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same events, read from the files of the catalog, and as a table of another shop would have them."""
+    model = finished.inputs["model"]
+    catalog = Catalog(model.inputs["catalog"])
+    found = Recommender.load(model).recommend([catalog.histories.of(user) for user in range(600)], k=10, beam=50)
+    expected = dict(zip(catalog.histories.source_ids, found.ids, strict=True))
+    (reviews,) = Path(os.environ["TIGER_CACHE"]).rglob("reviews_Sample_5.json.gz")
+    with gzip.open(reviews, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    csv = tmp_path / "clicks.csv"
+    lines = [f"{row['reviewerID']};{row['asin']};{row['unixReviewTime']}" for row in rows]
+    csv.write_text("\n".join(["customer;sku;at", *lines[::-1], "newcomer;not an item;1", "nobody;;5"]) + "\n")
+    table_keys = ["data.kind=tables", "data.user_id=customer", "data.item_id=sku", "data.time=at"]
+    for file, keys in ((reviews, []), (csv, table_keys)):
+        given = [model.folder.uri, f'recommend.histories=["{file}"]', *keys, "data.max_bad_row_fraction=1"]
+        tiger.cli.run_job("recommend", [*given, "decoding.resources.max_workers=1"])
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        table = open_artifact(printed["artifact"]).folder.read_table("recommendations")
+        lists = dict(zip(table["user"].to_pylist(), table["ids"].to_pylist(), strict=True))
+        assert len(table) == len(lists) == printed["users"]
+        if keys:
+            popular = lists.pop("newcomer")
+            assert popular == Recommender.load(model).recommend([[]], k=10).ids[0]
+            assert (printed["unknown"], printed["users_without_items"]) == (1, 1)
+            assert printed["rows"]["skipped"] == {"no customer or sku": 1}
+        assert lists == expected
 
 
 def test_a_run_is_loaded_by_its_model(finished: Artifact) -> None:

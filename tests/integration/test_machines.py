@@ -72,7 +72,7 @@ def test_pipeline_uses_every_gpu_that_ray_counts(ray_folder: str, tmp_path: Path
     assert re.search(r"embed: \d+ shards?, (1 to )?\d actors? with 1 CPU and 0.5 GPUs", printed), printed[-6000:]
     for what in ("tokenizer", "model"):
         assert re.search(rf"{what}: 2 workers with \d CPUs? and 1 GPU each", printed), printed[-6000:]
-    assert re.search(r"decode lists/tiger: \d+ shards?, (1 to )?\d actors? with 1 CPU and 0.5 GPUs", printed)
+    assert re.search(r"evaluate: \d+ shards?, (1 to )?\d actors? with 1 CPU and 0.5 GPUs", printed)
     assert "experimental" not in printed
     assert "Traceback" not in printed
     newest(str(tmp_path), "evaluation").verify()

@@ -4,10 +4,11 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 
 from tests.factories import toy_histories
-from tiger.models.base import InMemoryData
+from tiger.models.base import InMemoryData, ModelConfig, load_family
 from tiger.models.markov_chain import MarkovChain
 from tiger.models.nearest_neighbors import NearestNeighbors
 from tiger.models.popularity import Popularity
@@ -57,3 +58,51 @@ def test_top_items_of_equal_scores_are_the_lower_ones() -> None:
         scores = rng.integers(0, 4, (50, 20)).astype(float)
         truth = [sorted(range(20), key=lambda item, row=row: (-row[item], item))[:width] for row in scores]
         assert top_items(scores, width).tolist() == truth
+
+
+def dense_lists(scores: np.ndarray, k: int) -> list[list[int]]:
+    """The items of the highest finite scores, ties by index, padded with -1."""
+    rows = []
+    for row in scores:
+        order = sorted(np.flatnonzero(np.isfinite(row)).tolist(), key=lambda item, row=row: (-row[item], item))[:k]
+        rows.append(order + [-1] * (min(k, len(row)) - len(order)))
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["popularity", "markov_chain", "nearest_neighbors"])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_against_scores_of_all_items(
+    kind: str, exclude_seen: bool, filtered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rankings from sparse rows and in blocks of items equal those of a dense table of scores."""
+    monkeypatch.setattr("tiger.models.nearest_neighbors._BLOCK_ITEMS", 7)
+    rng = np.random.default_rng(2)
+    items = 30
+    past = toy_histories(rng, 40, items)
+    vectors = rng.integers(-1, 2, (items, 3)).astype(np.float32)  # many equal cosines
+    data = InMemoryData(items, past, text_embeddings=torch.from_numpy(vectors))
+    histories = [rng.integers(0, items, length) for length in rng.integers(1, 25, 60)]
+    allowed = rng.random(items) < 0.4 if filtered else np.ones(items, bool)
+    popularity = past.training_counts(items)
+    scores = np.tile(popularity.astype(float), (len(histories), 1))
+    if kind == "markov_chain":
+        scores /= popularity.max() + 1.0
+        for user in range(40):
+            for before, after in pairwise(past.of(user)[:-2].tolist()):
+                scores[[row for row, history in enumerate(histories) if history[-1] == before], after] += 1
+    elif kind == "nearest_neighbors":
+        last = np.array([history[-1] for history in histories])
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        scores = unit[last] @ unit.T
+        scores[np.arange(len(last)), last] = -np.inf
+    scores[:, ~allowed] = -np.inf
+    for row, history in enumerate(histories):
+        if exclude_seen:
+            scores[row, history] = -np.inf
+    recommender = load_family(ModelConfig.resolve({"kind": kind})).recommender(None, None, data, torch.device("cpu"))
+    for k in (5, 30):
+        found = recommender.recommend(histories, k=k, beam=k, exclude_seen=exclude_seen, allowed_items=allowed)
+        assert found.items.tolist() == dense_lists(scores, k)
+        taken = np.take_along_axis(scores, found.items.clip(0), axis=1)
+        np.testing.assert_allclose(found.scores, np.where(found.items < 0, -np.inf, taken), rtol=1e-6)

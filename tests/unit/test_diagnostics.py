@@ -10,6 +10,7 @@ import pytest
 from tests.factories import toy_histories
 from tiger.core.errors import HealthError
 from tiger.evaluation import health as d
+from tiger.metrics.lists import ListSums
 
 RNG = np.random.default_rng(0)
 PROFILE = {
@@ -34,7 +35,7 @@ def test_healthy_stages_pass() -> None:
         *d.check_semantic_ids(np.zeros(500)),
         *d.check_model(0.1, 0.02),
         *d.check_model(0.1, 0.02, popularity=0.09, users=50),
-        *d.check_recommendations(items, 500),
+        *d.check_recommendations(ListSums.of(items, 500)),
     ]
     assert all(record["healthy"] for record in d.require(checks))
 
@@ -91,15 +92,15 @@ COLLAPSES = {
         r"validation users is 0, at least 1 is required; .*temporal, both split times are equal.*valid_fraction",
     ),
     "items outside of the catalog": (
-        lambda: d.check_recommendations(np.array([[0, 1, 99]]), 50),
+        lambda: d.check_recommendations(ListSums.of(np.array([[0, 1, 99]]), 50)),
         r"invalid items is 1, at most 0",
     ),
     "a list that repeats an item": (
-        lambda: d.check_recommendations(np.tile([[0, 1, 1]], (4, 1)), 50, cutoff=3),
+        lambda: d.check_recommendations(ListSums.of(np.tile([[0, 1, 1]], (4, 1)), 50, cutoff=3)),
         r"repeated items is 4",
     ),
     "one list for all users": (
-        lambda: d.check_recommendations(np.tile(np.arange(10), (99, 1)), 50),
+        lambda: d.check_recommendations(ListSums.of(np.tile(np.arange(10), (99, 1)), 50)),
         r"distinct items is 10, at least 11",
     ),
 }

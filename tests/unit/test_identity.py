@@ -134,6 +134,9 @@ KEYS: dict[str, tuple[str, str]] = {
     "evaluation.num_exact_users": ("100", "evaluation"),
     "evaluation.seed": ("1", "evaluation"),
     "recommend.users": ("50", "recommendations"),
+    "recommend.histories": ("", "recommendations"),  # their content counts, see test_histories_count_by_content
+    "recommend.fields": ('["titles"]', "recommendations"),
+    "recommend.json_lines": ("true", "recommendations"),
     "recommend.allowed_items_file": ("", "recommendations"),  # its content counts, see test_a_filter_counts_by_content
     "serve.host": ("127.0.0.2", ""),
     "serve.port": ("8001", ""),

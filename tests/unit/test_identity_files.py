@@ -115,6 +115,22 @@ def test_joined_vectors_count_by_content_and_by_the_items_of_the_catalog(tmp_pat
     assert joined(prepare_files(tmp_path, [items], [events]), 1) != one
 
 
+def test_histories_count_by_content_and_by_how_they_are_read(tmp_path: Path) -> None:
+    items, own = write_items(tmp_path / "items.parquet"), write_events(tmp_path / "own.parquet", "o", 3)
+    one, two = (write_events(tmp_path / f"{name}.parquet", name, seed) for name, seed in (("a", 1), ("b", 2)))
+
+    def found(*histories: Path, more: tuple[str, ...] = ()) -> str:
+        names = ", ".join(f'"{path}"' for path in histories)
+        data = ["data.kind=tables", f'data.items=["{items}"]', f'data.interactions=["{own}"]', *more]
+        run = load(RunConfig, None, [*data, f"recommend.histories=[{names}]"], CONFIGS)
+        return identities(run)["recommendations"]
+
+    first = found(one)
+    assert len({first, found(two), found(one, two), found(two, one), found(one, more=("data.time_unit=ms",))}) == 5
+    renamed = one.rename(tmp_path / "renamed.parquet")
+    assert found(renamed) == first
+
+
 def test_a_filter_counts_by_content(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("i1\ni2\n")
     (tmp_path / "b.txt").write_text("i1\ni3\n")

@@ -5,16 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tiger.metrics.ranking import (
-    by_group,
-    confidence,
-    coverage,
-    distinct_items,
-    paired_difference,
-    popular_item_fraction,
-    ranking,
-    target_ranks,
-)
+from tiger.metrics.lists import ListSums, coverage, distinct_items, popular_item_fraction, sum_lists
+from tiger.metrics.ranking import by_group, confidence, paired_difference, ranking, target_ranks
 
 
 def test_against_the_definition() -> None:
@@ -54,8 +46,8 @@ def test_no_users_is_an_error_and_not_zero() -> None:
 
 
 def test_coverage_counts_items_not_padding() -> None:
-    items, counts = np.array([[0, 1, -1], [1, 2, -1]]), np.ones(6, int)
-    assert (distinct_items(items, counts, 10), coverage(items, counts, 10)) == (3, 0.5)
+    shown, counts = ListSums.of(np.array([[0, 1, -1], [1, 2, -1]]), 6).shown, np.ones(6, int)
+    assert (distinct_items(shown, counts), coverage(shown, counts)) == (3, 0.5)
 
 
 def test_a_paired_interval_is_narrower_than_those_of_the_runs() -> None:
@@ -96,5 +88,25 @@ def test_groups_of_users() -> None:
 
 def test_the_share_of_popular_items() -> None:
     counts = np.array([5, 1, 9, 1, 1, 1, 1, 1, 1, 1])
-    assert popular_item_fraction(np.array([[2, 0], [2, -1]]), counts) == pytest.approx(2 / 3)
-    assert popular_item_fraction(np.array([[2, 0], [2, -1]]), counts, share=0.2) == 1
+    shown = ListSums.of(np.array([[2, 0], [2, -1]]), 10).shown
+    assert popular_item_fraction(shown, counts) == pytest.approx(2 / 3)
+    assert popular_item_fraction(shown, counts, share=0.2) == 1
+
+
+def test_sums_of_lists_add_up_over_shards() -> None:
+    rng = np.random.default_rng(0)
+    items = rng.integers(-1, 21, (500, 12))  # 20 is not an item
+    whole, parts = ListSums(20, 5), ListSums(20, 5)
+    whole.add(sum_lists(items, 20, 5))
+    for part in np.array_split(items, 7):
+        parts.add(sum_lists(part, 20, 5))
+    assert np.array_equal(whole.shown, parts.shown)
+    for name in ("lists", "invalid", "invalid_top", "repeated", "filled"):
+        assert getattr(whole, name) == getattr(parts, name)
+    top = items[:, :5].tolist()
+    assert whole.shown.tolist() == [sum(row.count(item) for row in top) for item in range(20)]
+    assert whole.lists == 500
+    assert whole.invalid == int((items == 20).sum())
+    assert whole.invalid_top == sum(row.count(20) for row in top)
+    assert whole.repeated == sum(len(row) - len(set(row)) for row in ([x for x in row if x >= 0] for row in top))
+    assert whole.filled == sum(x >= 0 for row in top for x in row)

@@ -16,7 +16,7 @@ from tiger.core.config import load
 from tiger.core.errors import ConfigError, DataError
 from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
-from tiger.evaluation.evaluator import EvaluationConfig, RankedLists, evaluate, rank
+from tiger.evaluation.evaluator import EvaluationConfig, MethodRanks, SplitUsers, evaluate, rank
 from tiger.models.base import InMemoryData, ModelConfig, load_family
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
@@ -106,7 +106,9 @@ def test_a_metric_is_evaluated() -> None:
     lists = np.full((len(users), 50), -1)
     lists[::2, 0] = users.targets[::2]
     lists[1::2, 1] = users.targets[1::2]
-    found = evaluate({"mine": RankedLists(lists, lists)}, users, np.ones(30, np.int64), run.evaluation)
+    counts = np.ones(30, np.int64)
+    ranks = MethodRanks.of(lists, lists, users.targets, 30)
+    found = evaluate({"mine": ranks}, SplitUsers.of(users, counts), counts, run.evaluation)
     metrics = found.methods["mine"].metrics
     assert metrics["hit_in_first_place@1"] == metrics["hit_in_first_place@10"] == metrics["recall@1"] == 0.5
     assert metrics["recall@5"] == 1.0
@@ -131,8 +133,9 @@ def test_a_model_family_is_trained_and_evaluated(kind: str, least: float) -> Non
     run, histories = configured(f"model.kind={PLUGINS}.{kind}"), ring()
     model = recommender(run, InMemoryData(30, histories))
     users = histories.evaluation("test")
-    lists = rank(model, users, histories.source_ids, DecodingConfig())
-    found = evaluate({"mine": lists}, users, model.training_counts(), EvaluationConfig())
+    ranks = rank(model, users, histories.source_ids, DecodingConfig())
+    counts = model.training_counts()
+    found = evaluate({"mine": ranks}, SplitUsers.of(users, counts), counts, EvaluationConfig())
     assert found.methods["mine"].exclude_seen["recall@10"] > least  # by chance: 1 in 3
 
 

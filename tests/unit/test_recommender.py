@@ -8,6 +8,7 @@ import torch
 from tests.factories import model_of_random_ids
 from tiger.core.errors import ConfigError, DataError
 from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Search
 from tiger.models.tiger.beam_search import score_all_items
 from tiger.models.tiger.recommender import TigerRecommender
 
@@ -76,6 +77,41 @@ def test_one_search_gives_lists_with_and_without_the_history(recommender: TigerR
     assert np.array_equal(both.items, alone.items)
     assert np.array_equal(unseen.items, excluded.items)
     np.testing.assert_allclose(unseen.scores, excluded.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_long_history_widens_no_other_list(
+    recommender: TigerRecommender, both: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among short histories, one of 5,000 items has a search of its own, of its own length."""
+    monkeypatch.setattr("tiger.models.recommender._ITEMS_AT_ONCE", 1000)
+    rng = np.random.default_rng(7)
+    histories = [rng.integers(0, 40, rng.integers(1, 30)) for _ in range(30)]
+    histories.insert(11, rng.integers(0, 40, 5000))
+    searched: list[tuple[int, int]] = []
+    search = TigerRecommender.search
+
+    def noted(self: TigerRecommender, options: DecodingConfig, allowed: np.ndarray | None) -> Search:
+        inner = search(self, options, allowed)
+
+        def run(batch: list[np.ndarray], users: object, results: int, exclude: bool) -> tuple[torch.Tensor, ...]:
+            searched.append((len(batch), results))
+            return inner(batch, None, results, exclude)
+
+        return run
+
+    monkeypatch.setattr(TigerRecommender, "search", noted)
+    alone = recommender.recommend(histories[11:12], k=7, exclude_seen=True)
+    searched.clear()
+    if both:
+        _, found = recommender.recommend_with_and_without_seen(histories, DecodingConfig(k=7))
+        assert max(results for batch, results in searched if batch > 1) <= 7 + 30
+        assert max(searched, key=lambda pair: pair[1]) == (1, 7 + 40)  # 5,000 items of 40
+    else:
+        found = recommender.recommend(histories, k=7, exclude_seen=True)
+        assert {results for _, results in searched} == {7}
+    assert [batch for batch, _ in searched].count(1) == 1
+    assert np.array_equal(found.items[11], alone.items[0])
 
 
 def test_a_batch_column_of_lists_keeps_its_histories(recommender: TigerRecommender) -> None:

@@ -6,7 +6,7 @@ item allowed and once without those of the history. Interactions of equal times 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,15 +17,14 @@ from pydantic import BaseModel, Field
 from tiger.core.config import Config
 from tiger.data.histories import EvalSplit
 from tiger.metrics import ranking
-from tiger.metrics.ranking import CUTOFFS, LIST_METRICS, user_metrics
+from tiger.metrics.lists import LIST_METRICS, ListSums
+from tiger.metrics.ranking import CUTOFFS, user_metrics
 from tiger.models.decoding import DecodingConfig
-from tiger.models.recommender import Recommendations, Recommender
+from tiger.models.recommender import Recommender
 
 LIST_LENGTH = max(CUTOFFS)
 _CUTOFF = 10  # of metrics that are reported at one cutoff
 _LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
-
-Lists = npt.NDArray[np.int64]
 
 
 class EvaluationConfig(Config):
@@ -119,89 +118,122 @@ class EvaluationResult(BaseModel):
 
 
 @dataclass(frozen=True)
-class RankedLists:
-    """Lists of one recommender for the users of a split.
+class MethodRanks:
+    """What is known of the lists of one recommender for the users of a split.
 
     Attributes:
-        all_items: int64 [U, 50] with every item allowed, padded with -1.
-        unseen_items: int64 [U, 50] without the items of the histories.
+        all_items: uint8 [U], rank of each user's target from 1, with every item allowed; 0 if it is not in the list.
+        unseen_items: uint8 [U], the same without the items of the histories.
+        sums: sums over the lists with every item allowed.
     """
 
-    all_items: Lists
-    unseen_items: Lists
+    all_items: npt.NDArray[np.uint8]
+    unseen_items: npt.NDArray[np.uint8]
+    sums: ListSums
 
     @classmethod
-    def of(cls, everything: Recommendations, unseen: Recommendations) -> RankedLists:
-        """Take the items of recommendations."""
-        return cls(everything.items, unseen.items)
+    def of(
+        cls, everything: npt.NDArray[Any], unseen: npt.NDArray[Any], targets: npt.NDArray[Any], num_items: int
+    ) -> MethodRanks:
+        """Rank the targets [U] in lists [U, K], K at most 255."""
+        ranks, unseen_ranks = (ranking.target_ranks(items, targets).astype(np.uint8) for items in (everything, unseen))
+        return cls(ranks, unseen_ranks, ListSums.of(everything, num_items, _CUTOFF))
 
-    def rows(self, rows: slice) -> RankedLists:
-        """Return the lists of some users."""
-        return RankedLists(self.all_items[rows], self.unseen_items[rows])
+
+@dataclass(frozen=True)
+class SplitUsers:
+    """What metrics need to know of the users of a split; memory is 12 bytes per user.
+
+    Attributes:
+        lengths: int32 [U], items of each history.
+        target_counts: int64 [U], training interactions of each target.
+    """
+
+    lengths: npt.NDArray[np.int32]
+    target_counts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def of(cls, users: EvalSplit, counts: npt.NDArray[np.int64]) -> SplitUsers:
+        """Take the users of a split, with training interactions of every item [items]."""
+        return cls((users.end - users.begin).astype(np.int32), counts[users.targets])
 
 
-def rank(recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig) -> RankedLists:
-    """Return a recommender's lists for the users of a split, made in this process."""
+def rank(recommender: Recommender, users: EvalSplit, source_ids: Sequence[str], options: DecodingConfig) -> MethodRanks:
+    """Return what a recommender's lists for the users of a split come to, made in this process."""
     names = [source_ids[user] for user in users.users]
-    found = recommender.recommend_with_and_without_seen(users.histories(), options.ranked(LIST_LENGTH), users=names)
-    return RankedLists.of(*found)
+    everything, unseen = recommender.recommend_with_and_without_seen(
+        users.histories(), options.ranked(LIST_LENGTH), users=names
+    )
+    return MethodRanks.of(everything.items, unseen.items, users.targets, recommender.num_items)
 
 
 def evaluate(
-    lists: Mapping[str, RankedLists], users: EvalSplit, counts: npt.NDArray[np.int64], config: EvaluationConfig
+    methods: Mapping[str, MethodRanks], users: SplitUsers, counts: npt.NDArray[np.int64], config: EvaluationConfig
 ) -> SplitResult:
-    """Evaluate lists of several methods for the same users.
+    """Evaluate the lists of several methods for the same users.
 
     Args:
-        lists: by method; the first one is compared with the others.
-        users: the users of a split, with their targets.
+        methods: by name; the first one is compared with the others.
+        users: the users of a split.
         counts: int64 [items], interactions of every item in training.
         config: the metrics.
     """
     metrics = user_metrics(config.metrics)
-    ranks = {name: ranking.target_ranks(found.all_items, users.targets) for name, found in lists.items()}
-    first, *others = lists
+    first, *others = methods
     return SplitResult(
         users=len(users),
         methods={
             name: MethodResult(
-                metrics=ranking.ranking(ranks[name], metrics=metrics),
-                ci95=ranking.confidence(ranks[name], seed=config.seed, metrics=metrics),
-                exclude_seen=ranking.ranking(
-                    ranking.target_ranks(found.unseen_items, users.targets), metrics=metrics
-                ),
+                metrics=ranking.ranking(found.all_items, metrics=metrics),
+                ci95=ranking.confidence(found.all_items, seed=config.seed, metrics=metrics),
+                exclude_seen=ranking.ranking(found.unseen_items, metrics=metrics),
                 lists={
-                    f"{metric}@{_CUTOFF}": value(found.all_items, counts, _CUTOFF)
-                    for metric, value in LIST_METRICS.items()
+                    f"{metric}@{_CUTOFF}": value(found.sums.shown, counts) for metric, value in LIST_METRICS.items()
                 },
-                by_history_length=_groups(ranks[name], users.end - users.begin, _LENGTHS),
-                by_target_popularity=_groups(ranks[name], counts[users.targets], _POPULARITIES),
+                by_history_length=_groups(found.all_items, users.lengths, _LENGTHS),
+                by_target_popularity=_groups(found.all_items, users.target_counts, _POPULARITIES),
             )
-            for name, found in lists.items()
+            for name, found in methods.items()
         },
         paired={
-            name: ranking.paired_difference(ranks[first], ranks[name], seed=config.seed, metrics=metrics)
+            name: ranking.paired_difference(
+                methods[first].all_items, methods[name].all_items, seed=config.seed, metrics=metrics
+            )
             for name in others
         },
-    )  # fmt: skip
+    )
 
 
-def _groups(ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple[int, ...]) -> dict[str, GroupResult]:
+def _groups(ranks: npt.NDArray[np.integer], values: npt.NDArray[Any], edges: tuple[int, ...]) -> dict[str, GroupResult]:
     groups = ranking.by_group(ranks, values, edges, _CUTOFF)
     return {name: GroupResult(users=int(group["users"]), recall=group["recall"]) for name, group in groups.items()}
 
 
 def compare_with_exact(
-    recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig
+    recommender: Recommender,
+    histories: Sequence[npt.NDArray[Any]],
+    targets: npt.NDArray[Any],
+    names: Sequence[str],
+    options: DecodingConfig,
 ) -> dict[str, float]:
-    """Return Recall@10 with beams of 20, of `options.beam`, and as wide as the catalog, which scores every item."""
-    names = [source_ids[user] for user in users.users]
-    results: dict[str, float] = {"users": len(users)}
+    """Return Recall@10 with beams of 20, of `options.beam`, and as wide as the catalog, which scores every item.
+
+    Args:
+        recommender: a generative model.
+        histories: of each user.
+        targets: [U], the next item of each user.
+        names: id of each user.
+        options: how lists are made.
+    """
+    results: dict[str, float] = {"users": len(histories)}
     for beam in dict.fromkeys((20, options.beam, recommender.num_items)):
         batch_size = max(1, min(options.batch_size, 50_000 // beam))
         changed = options.ranked(_CUTOFF).model_copy(update={"beam": beam, "batch_size": batch_size})
-        found = recommender.recommend(users.histories(), changed, users=names)
-        recall = ranking.ranking(ranking.target_ranks(found.items, users.targets), cutoffs=(_CUTOFF,))
+        found = recommender.recommend(histories, changed, users=names)
+        recall = ranking.ranking(ranking.target_ranks(found.items, targets), cutoffs=(_CUTOFF,))
         results["exact" if beam == recommender.num_items else f"beam_{beam}"] = recall[f"recall@{_CUTOFF}"]
     return results
 
@@ -210,9 +242,10 @@ __all__ = [
     "LIST_LENGTH",
     "EvaluationConfig",
     "EvaluationResult",
+    "MethodRanks",
     "MethodResult",
-    "RankedLists",
     "SplitResult",
+    "SplitUsers",
     "compare_with_exact",
     "evaluate",
     "rank",

@@ -24,8 +24,11 @@ from tiger.core.errors import ArtifactError, HealthError, TigerError
 from tiger.core.storage import MANIFEST, Folder
 from tiger.data.histories import Histories, sample_users
 from tiger.metrics.codes import code_metrics, pairwise_distance
+from tiger.metrics.lists import ListSums
 
 log = logging.getLogger(__name__)
+
+_MANY_LISTS = 4  # of users who cannot all have the same taste
 
 
 @dataclass(frozen=True)
@@ -180,34 +183,25 @@ def check_model(
     return checks
 
 
-def invalid(items: npt.NDArray[Any], n_items: int) -> int:
-    """Return the number of slots of lists, padded with -1, whose value is not an item of the catalog."""
-    return int(((items >= n_items) | (items < -1)).sum())
-
-
-def check_recommendations(
-    items: npt.NDArray[Any], n_items: int, cutoff: int = 10, personalized: bool = True
-) -> list[Check]:
+def check_recommendations(sums: ListSums, personalized: bool = True, filtered: bool = False) -> list[Check]:
     """Check that all recommendations are valid items without repetitions, and that users get different lists.
 
     Args:
-        items: [U, K], padded with -1.
-        n_items: items of the catalog.
-        cutoff: items per user to consider.
-        personalized: whether lists depend on histories; see `ModelConfig.personalized`.
+        sums: sums over the lists.
+        personalized: whether lists depend on histories; see `ModelConfig.personalized`. A few users may get one list.
+        filtered: whether only some items are allowed, of which there may be fewer than positions.
     """
-    top = items[:, :cutoff]
-    wrong, ordered = invalid(top, n_items), np.sort(top, axis=1)
-    repeated = int(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum())
-    filled = float((top >= 0).sum()) / (min(cutoff, n_items) * len(items))
-    distinct = len(np.unique(top[top >= 0]))
+    cutoff, num_items = sums.cutoff, sums.num_items
+    filled = sums.filled / (min(cutoff, num_items) * sums.lists)
+    wrong, repeated = "trie and model belong to different IDs", "two items share a semantic ID"
     checks = [
-        Check("recommendations", "invalid items", wrong, 0, "trie and model belong to different IDs", upper=True),
-        Check("recommendations", "repeated items", repeated, 0, "two items share a semantic ID", upper=True),
-        Check("recommendations", "filled positions", filled, 0.99, "the beam is too narrow"),
+        Check("recommendations", "invalid items", sums.invalid_top, 0, wrong, upper=True),
+        Check("recommendations", "repeated items", sums.repeated, 0, repeated, upper=True),
     ]
-    if personalized:
-        needed = min(cutoff + 1, n_items)
+    if not filtered:
+        checks.append(Check("recommendations", "filled positions", filled, 0.99, "the beam is too narrow"))
+    if personalized and not filtered and sums.lists >= _MANY_LISTS:
+        needed, distinct = min(cutoff + 1, num_items), int((sums.shown > 0).sum())
         checks.append(Check("recommendations", "distinct items", distinct, needed, "all users get one list"))
     return checks
 

@@ -1,4 +1,4 @@
-"""Ranking metrics on arrays, at item level, with confidence intervals over users.
+"""Ranking metrics of users, at item level, with confidence intervals over users.
 
 With one target per user, Recall@K is the fraction of users whose target is in the top K (equal to the hit rate),
 NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, and MRR@K is 1 / rank likewise.
@@ -7,7 +7,7 @@ NDCG@K is 1 / log2(rank + 1) for a target at `rank` <= K and else 0, and MRR@K i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def user_metrics(names: Sequence[str]) -> dict[str, UserMetric]:
 
 
 def ranking(
-    ranks: npt.NDArray[np.int64],
+    ranks: npt.NDArray[np.integer],
     cutoffs: tuple[int, ...] = CUTOFFS,
     metrics: Mapping[str, UserMetric] = USER_METRICS,
 ) -> dict[str, float]:
@@ -83,30 +83,29 @@ def ranking(
     Raises:
         ValueError: there is no user.
     """
-    return {name: float(values.mean()) for name, values in _per_user(ranks, cutoffs, metrics).items()}
+    return {name: float(values.mean()) for name, values in _per_user(ranks, cutoffs, metrics)}
 
 
 def confidence(
-    ranks: npt.NDArray[np.int64],
+    ranks: npt.NDArray[np.integer],
     cutoffs: tuple[int, ...] = CUTOFFS,
     seed: int = 0,
     metrics: Mapping[str, UserMetric] = USER_METRICS,
 ) -> dict[str, tuple[float, float]]:
     """Return 95% confidence intervals of `ranking` by the percentile bootstrap over users, with 1,000 resamples."""
-    values = _per_user(ranks, cutoffs, metrics)
     # Users with equal ranks are exchangeable, so a resample is a multinomial draw over the distinct ranks.
     _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
     intervals = {}
-    for name, per_user in values.items():
+    for name, per_user in _per_user(ranks, cutoffs, metrics):
         low, high = np.quantile(draws @ per_user[first], [0.025, 0.975])
         intervals[name] = (float(low), float(high))
     return intervals
 
 
 def paired_difference(
-    ranks: npt.NDArray[np.int64],
-    other: npt.NDArray[np.int64],
+    ranks: npt.NDArray[np.integer],
+    other: npt.NDArray[np.integer],
     cutoffs: tuple[int, ...] = CUTOFFS,
     seed: int = 0,
     metrics: Mapping[str, UserMetric] = USER_METRICS,
@@ -128,20 +127,21 @@ def paired_difference(
     """
     if len(ranks) != len(other):
         raise ValueError(f"a paired comparison needs the same users: {len(ranks)} and {len(other)}")
-    mine, theirs = _per_user(ranks, cutoffs, metrics), _per_user(other, cutoffs, metrics)
     # Users with equal pairs of ranks are exchangeable, as in `confidence`.
-    _, first, counts = np.unique(np.stack([ranks, other]), axis=1, return_index=True, return_counts=True)
+    pairs = ranks.astype(np.int64) * (int(other.max(initial=0)) + 1) + other
+    _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(ranks), counts / len(ranks), _RESAMPLES) / len(ranks)
     differences = {}
-    for name, per_user in mine.items():
-        difference = per_user - theirs[name]
+    both = zip(_per_user(ranks, cutoffs, metrics), _per_user(other, cutoffs, metrics), strict=True)
+    for (name, mine), (_, theirs) in both:
+        difference = mine - theirs
         low, high = np.quantile(draws @ difference[first], [0.025, 0.975])
         differences[name] = (float(difference.mean()), float(low), float(high))
     return differences
 
 
 def by_group(
-    ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple[int, ...], cutoff: int = 10
+    ranks: npt.NDArray[np.integer], values: npt.NDArray[Any], edges: tuple[int, ...], cutoff: int = 10
 ) -> dict[str, dict[str, float]]:
     """Return size and Recall of groups of users: those with a value up to the first edge, up to the second, ..., above.
 
@@ -157,53 +157,20 @@ def by_group(
     for group, name in enumerate(names):
         own = ranks[groups == group]
         if len(own):
-            hits = recall(own, cutoff).mean()
+            hits = recall(own.astype(np.int64), cutoff).mean()
             figures[name] = {"users": len(own), "recall": float(hits)}
     return figures
 
 
 def _per_user(
-    ranks: npt.NDArray[np.int64], cutoffs: tuple[int, ...], metrics: Mapping[str, UserMetric]
-) -> dict[str, npt.NDArray[np.float64]]:
+    ranks: npt.NDArray[np.integer], cutoffs: tuple[int, ...], metrics: Mapping[str, UserMetric]
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """Yield every metric at every cutoff with its value of each user; one at a time, to bound memory.
+
+    Raises:
+        ValueError: there is no user.
+    """
     if not len(ranks):
         raise ValueError("there are no users to evaluate")
-    return {f"{name}@{cutoff}": metric(ranks, cutoff) for cutoff in cutoffs for name, metric in metrics.items()}
-
-
-def distinct_items(items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int) -> float:
-    """Return the number of distinct items in all users' top `cutoff`."""
-    return float((np.unique(items[:, :cutoff]) >= 0).sum())
-
-
-def coverage(items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int) -> float:
-    """Return the fraction of the catalog in all users' top `cutoff`."""
-    return distinct_items(items, counts, cutoff) / len(counts)
-
-
-def popular_item_fraction(
-    items: npt.NDArray[Any], counts: npt.NDArray[np.integer], cutoff: int = 10, share: float = 0.1
-) -> float:
-    """Return the fraction of popular items in all users' top `cutoff`.
-
-    Args:
-        items: [U, K], padded with -1.
-        counts: [N] interactions of every item in training.
-        cutoff: number of items per user to consider.
-        share: fraction of the catalog that is considered popular; ties are broken by item id.
-    """
-    order = np.lexsort((np.arange(len(counts)), -counts))
-    popular = np.zeros(len(counts), bool)
-    popular[order[: max(1, round(share * len(counts)))]] = True
-    shown = items[:, :cutoff]
-    return float(popular[shown[shown >= 0]].mean())
-
-
-ListMetric = Callable[[npt.NDArray[Any], npt.NDArray[np.integer], int], float]
-"""(items [U, K] padded with -1, training interactions of every item [N], cutoff) -> value."""
-
-LIST_METRICS: dict[str, ListMetric] = {
-    "distinct_items": distinct_items,
-    "coverage": coverage,
-    "popular_item_fraction": popular_item_fraction,
-}
-"""Metrics of all users' lists together; a new one is a function and an entry."""
+    wide = ranks.astype(np.int64)
+    return ((f"{name}@{cutoff}", metric(wide, cutoff)) for cutoff in cutoffs for name, metric in metrics.items())

@@ -13,6 +13,7 @@ and, of a family with weights (the others are made from `data` whenever they are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -25,6 +26,7 @@ from tiger.core.artifacts import Artifact
 from tiger.core.config import PluginConfig, load_plugin
 from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
+from tiger.data.history_blocks import read_blocks
 from tiger.embedding.vectors import load_embeddings
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.training.loop import TrainingConfig
@@ -78,6 +80,9 @@ class ModelData(Protocol):
     def histories(self) -> Histories:
         """All users' histories."""
 
+    def history_blocks(self) -> Iterator[Histories]:
+        """Yield all users' histories block by block, without source ids, so that they need not be in memory at once."""
+
     @property
     def semantic_ids(self) -> SemanticIds:
         """The semantic IDs of all items."""
@@ -109,6 +114,10 @@ class StoredData:
         """All users' histories."""
         return self.catalog.histories
 
+    def history_blocks(self) -> Iterator[Histories]:
+        """Yield all users' histories block by block."""
+        return (block.histories for block in read_blocks(self.catalog.artifact.folder))
+
     @cached_property
     def semantic_ids(self) -> SemanticIds:
         """The semantic IDs of all items."""
@@ -129,6 +138,10 @@ class InMemoryData:
     histories: Any = None
     semantic_ids: Any = None
     text_embeddings: Any = None
+
+    def history_blocks(self) -> Iterator[Histories]:
+        """Yield all histories as one block."""
+        yield self.histories
 
 
 def text_embeddings(semantic_ids: Artifact) -> Artifact:

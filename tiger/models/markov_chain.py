@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
+from tiger.data.histories import Histories
 from tiger.models.base import ModelConfig, ModelData
-from tiger.models.recommender import Recommender, Rows
-from tiger.models.scoring import ScoringRecommender
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommender, Rows, Search
+from tiger.models.scoring import CountingRecommender, by_popularity, first_unseen
+
+_PAIRS_AT_ONCE = 1 << 25
 
 
 class Config(ModelConfig):
@@ -22,23 +27,80 @@ class Config(ModelConfig):
     kind: Literal["markov_chain"] = Field("markov_chain", description="what most often came next after the last item")
 
 
-class MarkovChain(ScoringRecommender):
-    """Ranks items by how often they followed the last item."""
+class MarkovChain(CountingRecommender):
+    """Ranks items by how often they followed the last item, from the sparse row of that item."""
 
     def __init__(self, data: ModelData) -> None:
         super().__init__(data)
-        histories = data.histories
-        targets = histories.training_target_positions()
-        following, before = histories.items[targets], histories.items[targets - 1]
-        shape = (data.num_items, data.num_items)
-        self.transitions = scipy.sparse.coo_matrix((np.ones(len(before)), (before, following)), shape=shape).tocsr()
+        self.transitions = count_transitions(data.history_blocks(), data.num_items)
         counts = self.training_counts()
+        self.ranking = by_popularity(counts)
         self.tie_break = counts / (counts.max() + 1.0)  # below 1, the weight of a transition
 
-    def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
-        """Return the numbers of transitions from the last items, float64 [B, items]."""
-        scores: npt.NDArray[Any] = self.transitions[[history[-1] for history in histories]].toarray() + self.tie_break
-        return scores
+    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
+        """Return the function that ranks successors by transitions, ties by popularity, and then by popularity."""
+        ranking = self.ranking if allowed_items is None else self.ranking[allowed_items[self.ranking]]
+
+        def search(
+            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
+        ) -> tuple[Tensor, Tensor]:
+            width = min(num_results, self.num_items)
+            items = np.full((len(histories), width), -1, np.int64)
+            scores = np.full((len(histories), width), -np.inf, np.float32)
+            for row, history in enumerate(histories):
+                excluded = history if exclude_seen else history[:0]
+                found, score = self._after(int(history[-1]), excluded, ranking, allowed_items, width)
+                items[row, : len(found)], scores[row, : len(found)] = found, score
+            return torch.from_numpy(items), torch.from_numpy(scores)
+
+        return search
+
+    def _after(
+        self,
+        last: int,
+        excluded: Rows,
+        ranking: npt.NDArray[np.int64],
+        allowed_items: npt.NDArray[np.bool_] | None,
+        width: int,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Return the best items after `last`, at most `width`, and their scores."""
+        begin, end = self.transitions.indptr[last : last + 2]
+        following = self.transitions.indices[begin:end].astype(np.int64)
+        score = self.transitions.data[begin:end] + self.tie_break[following]
+        kept = ~np.isin(following, excluded) if len(excluded) else np.ones(len(following), bool)
+        if allowed_items is not None:
+            kept &= allowed_items[following]
+        following, score = following[kept], score[kept]
+        best = np.lexsort((following, -score))[:width]
+        found = following[best]
+        if (missing := width - len(found)) > 0:
+            others = first_unseen(ranking, np.concatenate([following, excluded]), missing)
+            return np.concatenate([found, others]), np.concatenate([score[best], self.tie_break[others]])
+        return found, score[best]
+
+
+def count_transitions(blocks: Iterable[Histories], num_items: int) -> scipy.sparse.csr_matrix:
+    """Return how often each item follows another one in the training parts, int32 [items, items].
+
+    Memory is 8 bytes per pair that occurs, and a chunk of pairs that are still to be added.
+    """
+    shape = (num_items, num_items)
+    total = scipy.sparse.csr_matrix(shape, dtype=np.int32)
+    pairs: list[npt.NDArray[np.int32]] = []
+    waiting = 0
+
+    def added() -> scipy.sparse.csr_matrix:
+        before, following = np.concatenate(pairs, axis=1)
+        ones = np.ones(len(before), np.int32)
+        return total + scipy.sparse.coo_matrix((ones, (before, following)), shape=shape).tocsr()
+
+    for block in blocks:
+        targets = block.training_target_positions()
+        pairs.append(np.stack([block.items[targets - 1], block.items[targets]]))
+        waiting += len(targets)
+        if waiting >= _PAIRS_AT_ONCE:
+            total, pairs, waiting = added(), [], 0
+    return added() if pairs else total
 
 
 def recommender(module: nn.Module, config: Config, data: ModelData, device: torch.device) -> Recommender:

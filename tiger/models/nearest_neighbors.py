@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from tiger.models.base import ModelConfig, ModelData
-from tiger.models.recommender import Recommender, Rows
-from tiger.models.scoring import ScoringRecommender
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommender, Rows, Search
+from tiger.models.scoring import CountingRecommender, top_items
+
+_BLOCK_ITEMS = 1 << 16
 
 
 class Config(ModelConfig):
@@ -23,19 +27,51 @@ class Config(ModelConfig):
     kind: Literal["nearest_neighbors"] = Field("nearest_neighbors", description="the items nearest to the last one")
 
 
-class NearestNeighbors(ScoringRecommender):
-    """Ranks items by the similarity of their texts to that of the last item."""
+class NearestNeighbors(CountingRecommender):
+    """Ranks items by the similarity of their texts to that of the last item, a block of items at a time."""
 
     def __init__(self, data: ModelData) -> None:
         super().__init__(data)
         vectors = data.text_embeddings.float().numpy()
         self.unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
-    def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
-        """Return cosines, float32 [B, items]; -inf for the last item itself."""
-        last = np.array([history[-1] for history in histories])
-        similarity: npt.NDArray[Any] = self.unit[last] @ self.unit.T
-        similarity[np.arange(len(last)), last] = -np.inf
+    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
+        """Return the function that keeps the best items of all blocks; scores are cosines."""
+
+        def search(
+            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
+        ) -> tuple[Tensor, Tensor]:
+            last = np.array([history[-1] for history in histories])
+            items = np.zeros((len(last), 0), np.int64)
+            scores = np.zeros((len(last), 0), np.float32)
+            for begin in range(0, self.num_items, _BLOCK_ITEMS):
+                block = self._similarity(histories, last, begin, allowed_items, exclude_seen)
+                top = top_items(block, num_results)
+                items = np.concatenate([items, top + begin], axis=1)
+                scores = np.concatenate([scores, np.take_along_axis(block, top, axis=1)], axis=1)
+                best = np.argsort(-scores, axis=1, kind="stable")[:, :num_results]  # earlier items come first in ties
+                items = np.take_along_axis(items, best, axis=1)
+                scores = np.take_along_axis(scores, best, axis=1)
+            return torch.from_numpy(np.where(np.isneginf(scores), -1, items)), torch.from_numpy(scores)
+
+        return search
+
+    def _similarity(
+        self,
+        histories: list[Rows],
+        last: npt.NDArray[Any],
+        begin: int,
+        allowed_items: npt.NDArray[np.bool_] | None,
+        exclude_seen: bool,
+    ) -> npt.NDArray[np.float32]:
+        """Return the cosines of last items with the items of a block, float32 [B, block]; -inf for excluded ones."""
+        end = min(begin + _BLOCK_ITEMS, self.num_items)
+        similarity: npt.NDArray[np.float32] = self.unit[last] @ self.unit[begin:end].T
+        if allowed_items is not None:
+            similarity[:, ~allowed_items[begin:end]] = -np.inf
+        for row, history in enumerate(histories):
+            excluded = history if exclude_seen else history[-1:]
+            similarity[row, excluded[(excluded >= begin) & (excluded < end)] - begin] = -np.inf
         return similarity
 
 

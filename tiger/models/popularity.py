@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from tiger.models.base import ModelConfig, ModelData
-from tiger.models.recommender import Recommender, Rows
-from tiger.models.scoring import ScoringRecommender
+from tiger.models.decoding import DecodingConfig
+from tiger.models.recommender import Recommender, Rows, Search
+from tiger.models.scoring import CountingRecommender, by_popularity, first_unseen
 
 
 class Config(ModelConfig):
@@ -23,12 +25,29 @@ class Config(ModelConfig):
     kind: Literal["popularity"] = Field("popularity", description="the items with most interactions in training")
 
 
-class Popularity(ScoringRecommender):
-    """Ranks items by their number of interactions in training."""
+class Popularity(CountingRecommender):
+    """Ranks items by their number of interactions in training; one ranking for all histories."""
 
-    def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
-        """Return the counts for every history, float64 [B, items]."""
-        return np.tile(self.training_counts().astype(np.float64), (len(histories), 1))
+    def __init__(self, data: ModelData) -> None:
+        super().__init__(data)
+        self.ranking = by_popularity(self.training_counts())
+
+    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
+        """Return the function that takes the beginning of the ranking; scores are the counts."""
+        ranking = self.ranking if allowed_items is None else self.ranking[allowed_items[self.ranking]]
+
+        def search(
+            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
+        ) -> tuple[Tensor, Tensor]:
+            width = min(num_results, self.num_items)
+            items = np.full((len(histories), width), -1, np.int64)
+            scores = np.full((len(histories), width), -np.inf, np.float32)
+            for row, history in enumerate(histories):
+                found = first_unseen(ranking, history, width) if exclude_seen else ranking[:width]
+                items[row, : len(found)], scores[row, : len(found)] = found, self._counts[found]
+            return torch.from_numpy(items), torch.from_numpy(scores)
+
+        return search
 
 
 def recommender(module: nn.Module, config: Config, data: ModelData, device: torch.device) -> Recommender:

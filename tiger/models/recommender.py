@@ -7,7 +7,7 @@ print(recommender.recommend([["B000142FVW", "B0009V1YR8"]], k=5))  # ids, titles
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ from tiger.training.weights import load_weights
 
 _OVERSAMPLING = 4
 """Items per prefix of a beam that a sample, or a limit per first code, chooses from."""
+
+_ITEMS_AT_ONCE = 1 << 16
+"""Items of the histories of a batch, with which lists of seen items grow."""
 
 Rows = npt.NDArray[np.int64]
 Search = Callable[[list[Rows], Sequence[str] | None, int, bool], tuple[Tensor, Tensor]]
@@ -152,43 +155,13 @@ class Recommender(ABC):
         options = options or DecodingConfig()
         if changes:
             options = build(DecodingConfig, options.model_dump() | changes, "decoding.")
-        if users is not None and len(users) != len(histories):
-            raise ValueError(f"{len(users)} users for {len(histories)} histories")
-        if self.needs_users and users is None:
-            raise ValueError("this model reads user ids: pass users")
-        if options.max_per_first_code is not None and self.groups is None:
-            raise ConfigError("decoding.max_per_first_code: this model has no semantic IDs; remove the key")
+        self._check(histories, options, users)
         allowed = None if allowed_items is None else self._filter(allowed_items)
         arrays = [self._indices(history, f"history {row}") for row, history in enumerate(histories)]
-        items = np.full((len(arrays), options.k), -1, np.int64)
-        scores = np.full((len(arrays), options.k), -np.inf, np.float32)
-        lengths = np.array([len(history) for history in arrays], np.int64)
-        by_popularity = lengths == 0
-        if by_popularity.any():
-            popular, frequency = self._most_popular(options.k, allowed)
-            items[by_popularity, : len(popular)], scores[by_popularity, : len(popular)] = popular, frequency
-        read = np.minimum(lengths, self.max_history_items or np.iinfo(np.int64).max)
-        order = np.argsort(read, kind="stable")[int(by_popularity.sum()) :]  # equal lengths share a batch
-        search = self.search(options, allowed)
-        draws = _draws(users, len(arrays))
-        sampled = options.temperature > 0 or options.max_per_first_code is not None
-        results = max(options.k, _OVERSAMPLING * options.beam) if sampled else options.k
-        for first in range(0, len(order), options.batch_size):
-            rows = order[first : first + options.batch_size]
-            batch = [arrays[row] for row in rows]
-            names = None if users is None else [users[row] for row in rows]
-            found, score = search(batch, names, results, options.exclude_seen)
-            if options.temperature > 0:
-                uniform = [np.random.default_rng([options.seed, draws[row]]).random(found.shape[1]) for row in rows]
-                noise = torch.from_numpy(np.stack(uniform).clip(1e-12, 1 - 1e-12)).to(found.device)
-                found, score = sample_top_k(found, score, found.shape[1], options.temperature, noise)
-            if options.max_per_first_code is not None:
-                assert self.groups is not None
-                found, score = limit_per_group(found, score, options.k, self.groups, options.max_per_first_code)
-            width = min(options.k, found.shape[1])
-            items[rows, :width] = found[:, :width].cpu().numpy()
-            scores[rows, :width] = score[:, :width].cpu().numpy()
-        return Recommendations(items, scores, by_popularity, self.catalog)
+        lists = self._fallback(arrays, options.k, allowed)
+        for batch in self._batches(arrays, options, users, allowed, 0):
+            lists.put(batch.rows, batch.items, batch.scores)
+        return lists.recommendations(arrays, self.catalog)
 
     def recommend_with_and_without_seen(
         self,
@@ -202,13 +175,77 @@ class Recommender(ABC):
 
         One search gives both: what a history holds is left out of longer lists. Arguments are those of `recommend`.
         """
-        longest = max((len(np.unique(history)) for history in histories), default=0)
-        wide = self.recommend(histories, options.ranked(options.k + longest), users=users, allowed_items=allowed_items)
-        unseen = drop_seen(wide, histories, options.k)
-        everything = Recommendations(
-            wide.items[:, : options.k], wide.scores[:, : options.k], wide.by_popularity, self.catalog
-        )
-        return everything, unseen
+        options = options.ranked(options.k)
+        self._check(histories, options, users)
+        allowed = None if allowed_items is None else self._filter(allowed_items)
+        arrays = [self._indices(history, f"history {row}") for row, history in enumerate(histories)]
+        everything, unseen = (self._fallback(arrays, options.k, allowed) for _ in range(2))
+        longest = max((len(np.unique(history)) for history in arrays), default=0)
+        for batch in self._batches(arrays, options, users, allowed, longest):
+            everything.put(batch.rows, batch.items, batch.scores)
+            for position, row in enumerate(batch.rows):
+                kept = ~np.isin(batch.items[position], arrays[row]) & (batch.items[position] >= 0)
+                unseen.put(row, batch.items[position, kept], batch.scores[position, kept])
+        return everything.recommendations(arrays, self.catalog), unseen.recommendations(arrays, self.catalog)
+
+    def _check(self, histories: Sequence[Any], options: DecodingConfig, users: Sequence[str] | None) -> None:
+        if users is not None and len(users) != len(histories):
+            raise ValueError(f"{len(users)} users for {len(histories)} histories")
+        if self.needs_users and users is None:
+            raise ValueError("this model reads user ids: pass users")
+        if options.max_per_first_code is not None and self.groups is None:
+            raise ConfigError("decoding.max_per_first_code: this model has no semantic IDs; remove the key")
+
+    def _batches(
+        self,
+        histories: list[Rows],
+        options: DecodingConfig,
+        users: Sequence[str] | None,
+        allowed: npt.NDArray[np.bool_] | None,
+        longer: int,
+    ) -> Iterator[_Batch]:
+        """Yield the lists of non-empty histories, batch by batch, those of similar lengths together.
+
+        Args:
+            histories: items of each user.
+            options: of the lists.
+            users: their ids, if needed.
+            allowed: a filter for all of them.
+            longer: the most items of a history that a list must have room for, in addition to `options.k`.
+        """
+        lengths = np.array([len(history) for history in histories], np.int64)
+        read = np.minimum(lengths, self.max_history_items or np.iinfo(np.int64).max)
+        order = np.lexsort((lengths, read))[int((lengths == 0).sum()) :]  # equal lengths share a batch
+        search = self.search(options, allowed)
+        draws = _draws(users, len(histories))
+        sampled = options.temperature > 0 or options.max_per_first_code is not None
+        first = 0
+        while first < len(order):
+            rows = order[first : first + options.batch_size]
+            # Lists have room for the longest history of a batch: one of thousands of items must not widen many others.
+            rows = rows[: max(1, int(np.searchsorted(np.cumsum(lengths[rows]), _ITEMS_AT_ONCE)))]
+            first += len(rows)
+            results = options.k + min(longer, int(lengths[rows].max()))
+            if sampled:
+                results = max(options.k, _OVERSAMPLING * options.beam)
+            names = None if users is None else [users[row] for row in rows]
+            found, score = search([histories[row] for row in rows], names, results, options.exclude_seen)
+            if options.temperature > 0:
+                uniform = [np.random.default_rng([options.seed, draws[row]]).random(found.shape[1]) for row in rows]
+                noise = torch.from_numpy(np.stack(uniform).clip(1e-12, 1 - 1e-12)).to(found.device)
+                found, score = sample_top_k(found, score, found.shape[1], options.temperature, noise)
+            if options.max_per_first_code is not None:
+                assert self.groups is not None
+                found, score = limit_per_group(found, score, options.k, self.groups, options.max_per_first_code)
+            yield _Batch(rows, found.cpu().numpy(), score.cpu().numpy())
+
+    def _fallback(self, histories: list[Rows], k: int, allowed: npt.NDArray[np.bool_] | None) -> _Lists:
+        """Return lists in which empty histories have the most popular items, and others nothing yet."""
+        items, scores = np.full((len(histories), k), -1, np.int64), np.full((len(histories), k), -np.inf, np.float32)
+        if (empty := _is_empty(histories)).any():
+            popular, frequency = self._most_popular(k, allowed)
+            items[empty, : len(popular)], scores[empty, : len(popular)] = popular, frequency
+        return _Lists(items, scores)
 
     def kept_prefixes(
         self,
@@ -265,13 +302,33 @@ class Recommender(ABC):
         return array.astype(np.int64)
 
 
-def drop_seen(found: Recommendations, histories: Sequence[npt.NDArray[Any]], k: int) -> Recommendations:
-    """Return lists of `k` items without those of the histories."""
-    items, scores = np.full((len(histories), k), -1, np.int64), np.full((len(histories), k), -np.inf, np.float32)
-    for row, history in enumerate(histories):
-        kept = np.flatnonzero(~np.isin(found.items[row], history) & (found.items[row] >= 0))[:k]
-        items[row, : len(kept)], scores[row, : len(kept)] = found.items[row, kept], found.scores[row, kept]
-    return Recommendations(items, scores, found.by_popularity, found.catalog)
+@dataclass(frozen=True)
+class _Batch:
+    """Ranked items and scores [B, R] of some rows [B] of a call."""
+
+    rows: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Lists that are being filled: items int64 [U, K] and scores float32 [U, K]."""
+
+    items: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+    def put(self, rows: Any, items: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> None:
+        """Take the beginning of longer lists [B, R] of rows [B], or of one list [R] of a row."""
+        width = min(self.items.shape[1], items.shape[-1])
+        self.items[rows, :width], self.scores[rows, :width] = items[..., :width], scores[..., :width]
+
+    def recommendations(self, histories: list[Rows], catalog: Catalog | None) -> Recommendations:
+        return Recommendations(self.items, self.scores, _is_empty(histories), catalog)
+
+
+def _is_empty(histories: list[Rows]) -> npt.NDArray[np.bool_]:
+    return np.array([not len(history) for history in histories], bool)
 
 
 def _draws(users: Sequence[str] | None, rows: int) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Recommenders that score every item of the catalog, and the top of each row of scores."""
+"""Recommenders that count or score items of the whole catalog, and the top of each row of scores."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tiger.data.history_blocks import training_counts
 from tiger.models.base import ModelData
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender, Rows, Search
 
+_SCORES_AT_ONCE = 1 << 27
+"""Scores in memory at a time: histories x items."""
 
-class ScoringRecommender(Recommender):
-    """Base of the families that compare a history with all items, with NumPy."""
+
+class CountingRecommender(Recommender):
+    """Base of the families that know how often training has seen each item, with NumPy."""
 
     def __init__(self, data: ModelData, device: torch.device | None = None) -> None:
         super().__init__(data.num_items, device or torch.device("cpu"))
-        self._counts = data.histories.training_counts(data.num_items)
+        self._counts = training_counts(data.history_blocks(), data.num_items)
 
     def training_counts(self) -> npt.NDArray[np.int64]:
         """Return the number of training interactions of each item, int64 [items]."""
         return self._counts
+
+
+class ScoringRecommender(CountingRecommender):
+    """Base of the families that compare a history with all items."""
 
     @abstractmethod
     def scores(self, histories: list[Rows]) -> npt.NDArray[Any]:
@@ -36,22 +44,30 @@ class ScoringRecommender(Recommender):
 
     def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
         """Return the function that scores all items and takes the best ones, of equals the lower index first."""
+        at_once = max(1, _SCORES_AT_ONCE // max(1, self.num_items))
 
         def search(
             histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
         ) -> tuple[Tensor, Tensor]:
-            scores = self.scores(histories)
-            if allowed_items is not None:
-                scores = np.where(allowed_items, scores, -np.inf)
-            if exclude_seen:
-                for row, history in enumerate(histories):
-                    scores[row, history] = -np.inf
-            items = top_items(scores, num_results)
-            best = np.take_along_axis(scores, items, axis=1)
-            items = np.where(np.isneginf(best), -1, items)
+            parts = [histories[first : first + at_once] for first in range(0, len(histories), at_once)]
+            found = [self._best(part, allowed_items, num_results, exclude_seen) for part in parts]
+            items, best = (np.concatenate(column) for column in zip(*found, strict=True))
             return torch.from_numpy(items), torch.from_numpy(best.astype(np.float32))
 
         return search
+
+    def _best(
+        self, histories: list[Rows], allowed_items: npt.NDArray[np.bool_] | None, num_results: int, exclude_seen: bool
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        scores = self.scores(histories)
+        if allowed_items is not None:
+            scores = np.where(allowed_items, scores, -np.inf)
+        if exclude_seen:
+            for row, history in enumerate(histories):
+                scores[row, history] = -np.inf
+        items = top_items(scores, num_results)
+        best = np.take_along_axis(scores, items, axis=1)
+        return np.where(np.isneginf(best), -1, items), best
 
 
 def top_items(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.int64]:
@@ -71,3 +87,14 @@ def top_items(scores: npt.NDArray[Any], k: int) -> npt.NDArray[np.int64]:
     top.sort(axis=1)
     order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
     return np.take_along_axis(top, order, axis=1).astype(np.int64)
+
+
+def by_popularity(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Return all items by their counts [N], highest first, of equals the lower index first, int64 [N]."""
+    return np.argsort(-counts, kind="stable")
+
+
+def first_unseen(ranking: npt.NDArray[np.int64], seen: npt.NDArray[np.integer], k: int) -> npt.NDArray[np.int64]:
+    """Return the first `k` items of a ranking that are not among the seen ones; the rest of it is not looked at."""
+    beginning = ranking[: k + len(seen)]
+    return beginning[~np.isin(beginning, seen)][:k]

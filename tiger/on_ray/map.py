@@ -4,7 +4,7 @@ A *shard* is a row group of the source. Shards are read by tasks, computed by ac
 model), and written atomically by tasks, each to its own file. So reruns process only missing shards, no shard is
 written twice, and the result does not depend on the number of actors or on lost ones.
 
-Between the operators a shard is one row, with its table as Arrow IPC bytes, so that Ray Data neither merges nor splits
+Between the operators a shard is one row, with its tables as Arrow IPC bytes, so that Ray Data neither merges nor splits
 shards.
 """
 
@@ -15,7 +15,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -46,8 +46,11 @@ MAX_ATTEMPTS = 4
 class Worker(Protocol):
     """Function of an actor: constructed once, with `device` in addition to its arguments, and called per shard."""
 
-    def __call__(self, part: pa.Table, /) -> pa.Table:
-        """Return a table with the same number of rows."""
+    def __call__(self, part: pa.Table, /) -> pa.Table | Mapping[str, pa.Table | bytes]:
+        """Return a table with the same number of rows, or several outputs by folder.
+
+        Of several, the one of the folder `into` has the same number of rows. Bytes are written as JSON lines.
+        """
         ...
 
 
@@ -62,6 +65,8 @@ def map_shards(
     actors: Resources,
     what: str,
     scale: ResourcesConfig | None = None,
+    into: str = "",
+    unit: str = "rows",
 ) -> int:
     """Apply `worker` to every row group of `source/name` and write `target/part-00000.parquet` and so on.
 
@@ -76,6 +81,9 @@ def map_shards(
         actors: size of the pool, and CPUs (without a GPU) and GPUs per actor.
         what: the stage, for the progress line.
         scale: GPUs of the run, and how long to wait for them.
+        into: of a worker with several outputs, the folder inside `target` whose file is written last: a shard is
+            finished when that file is there.
+        unit: plural name of a row, for the progress line.
 
     Returns:
         The number of shards that were already finished.
@@ -88,8 +96,9 @@ def map_shards(
     with source.open_input(name) as file:
         metadata = pq.read_metadata(file)
         sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-    have = {file.rpartition("/")[2] for file in target.files()}
-    missing = [shard for shard in range(len(sizes)) if _shard_name(shard) not in have]
+    marker = target.child(into) if into else target
+    have = {info.base_name for info in marker.entries(recursive=False)}
+    missing = [shard for shard in range(len(sizes)) if shard_name(shard) not in have]
     if len(missing) < len(sizes):
         log.info("%s: %d of %d shards are already finished", what, len(sizes) - len(missing), len(sizes))
     if not missing:
@@ -108,7 +117,7 @@ def map_shards(
     def describe(shard: int) -> str:
         return f"{shard} of {name} (rows {ends[shard] - sizes[shard]} to {ends[shard] - 1} of {ends[-1]})"
 
-    progress = Progress(what, sum(sizes), "rows", done=sum(sizes) - sum(sizes[shard] for shard in missing))
+    progress = Progress(what, sum(sizes), unit, done=sum(sizes) - sum(sizes[shard] for shard in missing))
     log.info("%s: %s, %s", what, placement.counted(len(missing), "shard"), plan.describe("actor"))
     attempts = _start_attempts()
 
@@ -118,7 +127,7 @@ def map_shards(
 
     try:
         with watching(what, "ray-data/ray-data.log", details=in_progress, storage=target) as watch:
-            stream = _stream(source, name, columns, metadata, target, worker, arguments, missing, plan, attempts)
+            stream = _stream(source, name, columns, metadata, target, into, worker, arguments, missing, plan, attempts)
             for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in written.to_pylist():
                     _raise_error(row, describe)
@@ -143,6 +152,7 @@ def _stream(
     columns: list[str],
     metadata: pq.FileMetaData,
     target: Folder,
+    into: str,
     worker: Callable[..., Worker],
     arguments: dict[str, Any],
     missing: list[int],
@@ -162,7 +172,7 @@ def _stream(
         computed = read.map_batches(
             _Compute,
             compute=ray.data.ActorPoolStrategy(min_size=plan.minimum, max_size=plan.maximum),
-            fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts},
+            fn_constructor_kwargs={"worker": worker, "arguments": arguments, "attempts": attempts, "into": into},
             max_task_retries=2 * MAX_ATTEMPTS,  # limits failures that `_Attempts` does not count
             **one,
             **resources,
@@ -170,36 +180,50 @@ def _stream(
     return computed.map_batches(_write, num_cpus=placement.TASK_CPUS, fn_kwargs={"uri": target.uri}, **one)
 
 
-def _shard_name(shard: int) -> str:
+def shard_name(shard: int) -> str:
+    """Return the name of the file with a shard's table."""
     return f"part-{shard:05d}.parquet"
 
 
-def _row(shard: int, table: pa.Table | None, error: TigerError | None = None) -> pa.Table:
-    """Return a shard as the one row passed between operators: its number, Arrow IPC bytes, and an error as JSON.
+def _row(
+    shard: int, outputs: Mapping[str, pa.Table | bytes], rows: int = 0, error: TigerError | None = None
+) -> pa.Table:
+    """Return a shard as the one row passed between operators: its number, outputs by folder, and an error as JSON.
 
-    An error is a row because Ray Data flattens exceptions to text.
+    A table is in Arrow IPC format. An error is a row because Ray Data flattens exceptions to text.
     """
-    sink = pa.BufferOutputStream()
-    if table is not None:
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
+    kinds = ["lines" if isinstance(output, bytes) else "table" for output in outputs.values()]
     return pa.table(
         {
             "shard": pa.array([shard], pa.int32()),
-            "table": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+            "folders": pa.array([list(outputs)], pa.list_(pa.string())),
+            "kinds": pa.array([kinds], pa.list_(pa.string())),
+            "contents": pa.array([[_packed(output) for output in outputs.values()]], pa.list_(pa.large_binary())),
+            "rows": pa.array([rows], pa.int64()),
             "error": pa.array([None if error is None else json.dumps(error.to_record())], pa.string()),
         }
     )
 
 
-def _table(row: pa.Table) -> pa.Table:
-    return pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
+def _packed(output: pa.Table | bytes) -> bytes:
+    if isinstance(output, bytes):
+        return output
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, output.schema) as stream:
+        stream.write_table(output)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+def _table(row: pa.Table, index: int = 0) -> pa.Table:
+    return pa.ipc.open_stream(row["contents"][0][index].as_buffer()).read_all()
 
 
 def _read(row: pa.Table, uri: str, name: str, columns: list[str], footer: list[ray.ObjectRef]) -> pa.Table:
     shard, folder = row["shard"][0].as_py(), Folder(uri)
     with folder.filesystem.open_input_file(folder.join(name)) as file:
-        return _row(shard, pq.ParquetFile(file, metadata=_metadata(*footer)).read_row_group(shard, columns=columns))
+        table = pq.ParquetFile(file, metadata=_metadata(*footer)).read_row_group(shard, columns=columns)
+    return _row(shard, {"": table})
 
 
 @functools.lru_cache(maxsize=1)
@@ -214,12 +238,12 @@ class _Compute:
     The worker is constructed with the first shard, so that errors of its constructor are handled like all errors.
     """
 
-    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any], attempts: Any) -> None:
+    def __init__(self, worker: Callable[..., Worker], arguments: dict[str, Any], attempts: Any, into: str) -> None:
         context = ray.get_runtime_context()
         device = assigned_device(ray.get_gpu_ids())
         if device.type == "cpu":
             torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
-        self.attempts = attempts
+        self.attempts, self.into = attempts, into
         self.build = functools.cache(functools.partial(worker, **arguments, device=device))
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -227,20 +251,22 @@ class _Compute:
             return row
         shard, table = row["shard"][0].as_py(), _table(row)
         if (number := ray.get(self.attempts.begin.remote(shard))) > MAX_ATTEMPTS:
-            return _row(shard, None, ResourceError(_KILLED))
+            return _row(shard, {}, error=ResourceError(_KILLED))
         try:
             result = self.build()(table)
         except TigerError as error:
-            return _row(shard, None, error)
+            return _row(shard, {}, error=error)
         except torch.cuda.OutOfMemoryError as error:
-            return _row(shard, None, ResourceError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})"))
+            return _row(shard, {}, error=ResourceError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})"))
         finally:
             ray.get(self.attempts.end.remote(shard))
         if number > 1:
             log.info("shard %d was computed at attempt %d", shard, number)
-        if len(result) != len(table):
-            raise AssertionError(f"shard {shard}: {len(table)} input rows, {len(result)} output rows")
-        return _row(shard, result)
+        outputs = result if isinstance(result, Mapping) else {self.into: result}
+        if len(outputs[self.into]) != len(table):
+            raise AssertionError(f"shard {shard}: {len(table)} input rows, {len(outputs[self.into])} output rows")
+        others = {folder: output for folder, output in outputs.items() if folder != self.into}
+        return _row(shard, others | {self.into: outputs[self.into]}, len(table))
 
 
 _KILLED = (
@@ -251,13 +277,15 @@ _NO_MEMORY = "a GPU is out of memory: lower embedding.batch_tokens, or give each
 
 
 def _write(row: pa.Table, uri: str) -> pa.Table:
-    shard, error = row["shard"][0].as_py(), row["error"][0].as_py()
-    rows = 0
-    if error is None:
-        table = _table(row)
-        rows = len(table)
-        Folder(uri).write_table(_shard_name(shard), table)
-    return pa.table({"shard": row["shard"], "rows": pa.array([rows], pa.int64()), "error": row["error"]})
+    """Write the outputs of a shard, the one that marks it as finished last."""
+    shard, target = row["shard"][0].as_py(), Folder(uri)
+    for index, (folder, kind) in enumerate(zip(row["folders"][0].as_py(), row["kinds"][0].as_py(), strict=True)):
+        file = f"{folder}/{shard_name(shard)}".lstrip("/")
+        if kind == "table":
+            target.write_table(file, _table(row, index))
+        else:
+            target.write_bytes(f"{file.removesuffix('.parquet')}.jsonl", row["contents"][0][index].as_py())
+    return row.select(["shard", "rows", "error"])
 
 
 def _raise_error(row: dict[str, Any], describe: Callable[[int], str]) -> None:

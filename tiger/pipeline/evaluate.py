@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-import torch
-from torch import nn
+import numpy as np
 
 from tiger.core import tracking
-from tiger.core.artifacts import Artifact, Draft, open_artifact, stage
+from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, open_artifact, stage
 from tiger.core.config import Config
 from tiger.core.errors import ConfigError
-from tiger.data.histories import EvalSplit, Histories, Split, sample_users
+from tiger.data.catalog import Catalog
+from tiger.data.history_blocks import read_blocks, slices, training_counts
+from tiger.data.user_tables import TARGETS, evaluation_users, take_test_users, write_users
 from tiger.evaluation import evaluator
-from tiger.evaluation.evaluator import LIST_LENGTH, EvaluationConfig, EvaluationResult, RankedLists, SplitResult
-from tiger.evaluation.health import check_recommendations, invalid, require
+from tiger.evaluation.evaluator import LIST_LENGTH, EvaluationConfig, EvaluationResult, SplitResult
+from tiger.evaluation.health import check_recommendations, require
+from tiger.evaluation.shard import read_ranks
 from tiger.metrics.ranking import user_metrics
-from tiger.models.base import ModelConfig, StoredData, load_family, text_embeddings
+from tiger.models.base import ModelConfig, load_family
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
-from tiger.on_ray.recommend import recommend_users
+from tiger.on_ray.recommend import evaluate_users
 from tiger.pipeline.train import ensure_model
 from tiger.run import RunConfig
 
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 RESULT = "evaluation.json"
 
-_SPLITS: tuple[Split, ...] = ("valid", "test")
+_USERS = "users.parquet"
 _EXACT_ITEMS = 100_000  # scoring every item of a larger catalog takes more than seconds a user
 
 
@@ -47,34 +49,38 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     ]
     source = {f"compare_with/{position}": other.fingerprint for position, other in enumerate(others)}
     config = EvaluationStageConfig(evaluation=run.evaluation, decoding=run.decoding.ranked(LIST_LENGTH))
-    return write_evaluation.build(run.root, config, {"model": model}, run, model, others, source=source)
+    baselines = _baselines(run.evaluation, model)
+    return write_evaluation.build(run.root, config, {"model": model}, run, model, others, baselines, source=source)
 
 
 @stage("evaluation", verb="evaluate")
-def write_evaluation(draft: Draft, run: RunConfig, model: Artifact, others: list[Artifact]) -> None:
-    """Decode the users of both splits with every model, and compare the lists with those of the baselines."""
-    config, options = run.evaluation, run.decoding.ranked(LIST_LENGTH)
-    data = StoredData(model.inputs)
-    counts = data.histories.training_counts(data.num_items)
-    users = {split: sample_users(data.histories.evaluation(split), config.max_users, config.seed) for split in _SPLITS}
-    lists = {
-        name: _decode(run, artifact, data.histories, users, draft, name, options)
-        for name, artifact in _named(model, others)
-    }
-    for name, recommender in _baselines(config, model):
-        if name not in lists:  # the evaluated model may be of that family
-            lists[name] = _rank(run, recommender, users, data)
+def write_evaluation(
+    draft: Draft, run: RunConfig, model: Artifact, others: list[Artifact], baselines: dict[str, ModelConfig]
+) -> None:
+    """Rank the targets of both splits with every model and baseline, in actors, and compare them.
+
+    Of each user only the ranks come here, 12 bytes and 2 per method; of lists only how often they show each item.
+    """
+    config, catalog = run.evaluation, model.inputs["catalog"]
+    num_items = Catalog(catalog).n_items
+    scratch = draft.folder.child(SCRATCH)
+    if not scratch.exists(_USERS):
+        sizes, users = evaluation_users(catalog.folder, config.max_users, config.seed)
+        write_users(scratch, _USERS, users, sum(sizes.values()), TARGETS)
+    models = dict(_named(model, others))
+    baselines = {name: family for name, family in baselines.items() if name not in models}
+    evaluate_users(scratch, _USERS, draft.folder, models, baselines, run.decoding, run.scale)
+    counts = training_counts((block.histories for block in read_blocks(catalog.folder)), num_items)
     personalized = ModelConfig.resolve(model.manifest["config"]).personalized
     splits: dict[str, SplitResult] = {}
-    for split in _SPLITS:
-        found = {name: by_split[split] for name, by_split in lists.items()}
-        splits[split] = evaluator.evaluate(found, users[split], counts, config)
-        first = next(iter(found.values())).all_items
+    found = read_ranks(draft.folder, [*models, *baselines], counts)
+    for split, (methods, users_of_split) in found.items():
+        splits[split] = evaluator.evaluate(methods, users_of_split, counts, config)
+        first = next(iter(methods.values())).sums
         log.info("%s", splits[split].table(split))
-        invalid_items = {"invalid_beams": invalid(first, data.num_items)}
-        tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | invalid_items)
-        draft.health += require(check_recommendations(first, data.num_items, personalized=personalized))
-    exact = _compare_with_exact(run, model, users["test"], data)
+        tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | {"invalid_beams": first.invalid})
+        draft.health += require(check_recommendations(first, personalized))
+    exact = _compare_with_exact(run, model, scratch, len(found["test"][1]))
     result = EvaluationResult(splits=splits, exact_search=exact)
     draft.folder.write_json(RESULT, result.model_dump(mode="json"))
     draft.metrics = {
@@ -102,72 +108,40 @@ def _named(model: Artifact, others: list[Artifact]) -> Iterable[tuple[str, Artif
         yield (kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"), artifact
 
 
-def _decode(
-    run: RunConfig,
-    model: Artifact,
-    histories: Histories,
-    users: dict[Split, EvalSplit],
-    draft: Draft,
-    name: str,
-    options: DecodingConfig,
-) -> dict[Split, RankedLists]:
-    """Return a model's lists by split; both splits go through one pool, because an actor takes long to start."""
-    everything, unseen = recommend_users(
-        model,
-        histories,
-        [user for split in users.values() for user in split.users.tolist()],
-        [history for split in users.values() for history in split.histories()],
-        draft,
-        f"lists/{name}",
-        options=options,
-        with_and_without_seen=True,
-        scale=run.scale,
-    )
-    assert unseen is not None
-    lists, begin = {}, 0
-    for split, chosen in users.items():
-        rows = slice(begin, begin := begin + len(chosen))
-        lists[split] = RankedLists(everything, unseen).rows(rows)
-    return lists
+def _baselines(config: EvaluationConfig, model: Artifact) -> dict[str, ModelConfig]:
+    """Return the families of `evaluation.baselines`, by name.
 
-
-def _baselines(config: EvaluationConfig, model: Artifact) -> Iterable[tuple[str, Recommender]]:
-    """Yield the recommenders of `evaluation.baselines`, by name."""
+    Raises:
+        ConfigError: there is no such family, or it needs training.
+    """
+    found: dict[str, ModelConfig] = {}
     for kind in config.baselines:
         family = ModelConfig.of_kind(kind, "evaluation.baselines")(kind=kind)
         assert isinstance(family, ModelConfig)
-        module = load_family(family)
-        if hasattr(module, "train"):
+        if hasattr(load_family(family), "train"):
             raise ConfigError(
                 f"evaluation.baselines: {kind} needs training; train it (tiger train model.kind={kind}) and name its "
                 "folder in evaluation.compare_with"
             )
-        inputs = dict(model.inputs)
-        if "embeddings" in family.inputs and "embeddings" not in inputs:
-            if "semantic_ids" not in inputs:
-                log.info("evaluation: %s left out: the model has no text embeddings", kind)
-                continue
-            inputs["embeddings"] = text_embeddings(inputs["semantic_ids"])
-        recommender = module.recommender(nn.Module(), family, StoredData(inputs), torch.device("cpu"))
-        yield kind.rpartition(".")[2], recommender
+        if "embeddings" in family.inputs and not {"embeddings", "semantic_ids"} & model.inputs.keys():
+            log.info("evaluation: %s left out: the model has no text embeddings", kind)
+            continue
+        found[kind.rpartition(".")[2]] = family
+    return found
 
 
-def _rank(
-    run: RunConfig, recommender: Recommender, users: dict[Split, EvalSplit], data: StoredData
-) -> dict[Split, RankedLists]:
-    names = data.histories.source_ids
-    return {split: evaluator.rank(recommender, chosen, names, run.decoding) for split, chosen in users.items()}
-
-
-def _compare_with_exact(run: RunConfig, model: Artifact, users: EvalSplit, data: StoredData) -> dict[str, float]:
+def _compare_with_exact(run: RunConfig, model: Artifact, users: Folder, num_test_users: int) -> dict[str, float]:
     """Compare beam search with scoring every item, for a sample of the test users of a generative model."""
-    asked = sample_users(users, run.evaluation.num_exact_users, run.evaluation.seed)
-    is_feasible = len(asked) and data.num_items <= _EXACT_ITEMS
-    recommender = Recommender.load(model) if is_feasible else None
+    num_items = Catalog(model.inputs["catalog"]).n_items
+    count = min(run.evaluation.num_exact_users, num_test_users)
+    recommender = Recommender.load(model) if count and num_items <= _EXACT_ITEMS else None
     if recommender is None or recommender.groups is None:
-        log.info("beam search is not compared with scoring all %s items", f"{data.num_items:,}")
+        log.info("beam search is not compared with scoring all %s items", f"{num_items:,}")
         return {}
-    results = evaluator.compare_with_exact(recommender, asked, data.histories.source_ids, run.decoding)
+    asked = take_test_users(users, _USERS, num_test_users, count, run.evaluation.seed)
+    results = evaluator.compare_with_exact(
+        recommender, slices(asked["history"]), np.asarray(asked["target"]), asked["source_id"].to_pylist(), run.decoding
+    )
     shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items() if name != "users")
     log.info("beam search, %d test users: recall@10 %s", len(asked), shown)
     return results

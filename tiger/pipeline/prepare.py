@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import pyarrow as pa
-
 from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.config import Config, load_plugin
-from tiger.core.progress import Progress, timed
+from tiger.core.progress import timed
 from tiger.data import catalog
 from tiger.data.catalog import CatalogConfig
 from tiger.data.download import cache_folder
 from tiger.data.profile import format_profile
-from tiger.data.sources.base import DatasetConfig, Files, Meter, RawFile, RowCounts, metered
+from tiger.data.readers.reading import read_rows
+from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts
 from tiger.evaluation.health import check_catalog, require
 from tiger.run import RunConfig
 
@@ -53,8 +51,10 @@ def write_catalog(draft: Draft, run: RunConfig, source: ModuleType, files: Files
         sizes[role].append((file, entry["bytes"]))
     profile = catalog.make(
         run.catalog,
-        _read(source.read_items(run.data, files, items), sizes["items"], items, max_bad),
-        _read(source.read_interactions(run.data, files, interactions), sizes["interactions"], interactions, max_bad),
+        read_rows(source.read_items(run.data, files, items), sizes["items"], items, max_bad),
+        read_rows(
+            source.read_interactions(run.data, files, interactions), sizes["interactions"], interactions, max_bad
+        ),
         draft.folder,
     )
     log.info("catalog: %s", format_profile(profile))
@@ -79,18 +79,6 @@ def describe_files(files: Files) -> list[dict[str, Any]]:
 def identify(raw: list[dict[str, Any]]) -> dict[str, str]:
     """Return the fingerprinted properties of the raw files: role, order and content, not the names."""
     return {f"{file['role']}/{file['position']}": file["sha256"] for file in raw}
-
-
-def _read(
-    batches: Iterator[pa.RecordBatch], files: list[tuple[RawFile, int]], ledger: RowCounts, max_bad_row_fraction: float
-) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of one role, log the progress in its files, and close its ledger."""
-    progress = Progress(f"read {ledger.table}", None, "rows")
-    for batch in metered(batches, Meter(files, progress)):
-        progress.add(batch.num_rows)
-        yield batch
-    progress.close()
-    ledger.close(max_bad_row_fraction)
 
 
 job = prepare

@@ -1,22 +1,32 @@
-"""Recommend items to every user, given the whole history: item ids, titles, scores."""
+"""Recommend items to users, given the whole history: items with ids, titles and scores, as Parquet.
+
+The users are those of the model's catalog, or of interaction files of your own (`recommend.histories`).
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from tiger.core.artifacts import Artifact, Draft, stage
-from tiger.core.config import Config, fingerprint
+from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, stage
+from tiger.core.config import Config, fingerprint, load_plugin
 from tiger.core.errors import DataError
-from tiger.data.catalog import Catalog
+from tiger.data.catalog import CatalogConfig
+from tiger.data.history_blocks import read_blocks
+from tiger.data.history_files import HistoryFiles
+from tiger.data.item_names import ItemNames
+from tiger.data.readers.reading import read_rows
+from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts, expand, log_files
+from tiger.data.user_tables import USERS, catalog_users, shard_files, write_users
 from tiger.evaluation.health import check_recommendations, require
+from tiger.metrics.lists import ListSums
 from tiger.models.base import ModelConfig
 from tiger.models.decoding import DecodingConfig
+from tiger.models.shard import SUMS, TABLE
 from tiger.on_ray.recommend import recommend_users
 from tiger.pipeline.train import ensure_model
 from tiger.run import RecommendConfig, RunConfig
@@ -24,7 +34,7 @@ from tiger.run import RecommendConfig, RunConfig
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
-_TABLE = "recommendations"
+_USERS, _COUNTS = "users.parquet", "users.json"
 
 
 class RecommendStageConfig(Config):
@@ -34,35 +44,76 @@ class RecommendStageConfig(Config):
     decoding: DecodingConfig
 
 
+class HistoriesStageConfig(RecommendStageConfig):
+    """The options that determine recommendations to users of files."""
+
+    data: DatasetConfig
+
+
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
     """Return the recommendations artifact of a model."""
     allowed = _names(run.recommend.allowed_items_file)
+    source = {"allowed": fingerprint(sorted(allowed))} if allowed is not None else {}
     config = RecommendStageConfig(recommend=run.recommend, decoding=run.decoding)
-    source = {"allowed": fingerprint(sorted(allowed))} if allowed is not None else None
-    return write_recommendations.build(run.root, config, {"model": model}, run, model, allowed, source=source)
+    files: list[RawFile] = []
+    if run.recommend.histories:
+        files = expand(run.recommend.histories, "recommend.histories")
+        source |= {f"histories/{position}": file.digest() for position, file in enumerate(files)}
+        config = HistoriesStageConfig(recommend=run.recommend, decoding=run.decoding, data=run.data)
+    return write_recommendations.build(
+        run.root, config, {"model": model}, run, model, allowed, files, source=source or None
+    )
 
 
 @stage("recommendations", verb="recommend")
-def write_recommendations(draft: Draft, run: RunConfig, model: Artifact, allowed: set[str] | None) -> None:
-    """Recommend to the first users, with `allowed` source ids only: as a table, and as readable lines."""
-    catalog = Catalog(model.inputs["catalog"])
-    histories = catalog.histories
-    users = range(min(len(histories), run.recommend.users or len(histories)))
-    items, _ = recommend_users(
-        model,
-        histories,
-        users,
-        [histories.of(user) for user in users],
-        draft,
-        _TABLE,
-        options=run.decoding,
-        allowed_items=_items_of(allowed, catalog),
-        scale=run.scale,
-    )
-    _write_readable(draft, catalog)
-    draft.metrics = {"users": len(users), "k": run.decoding.k}
+def write_recommendations(
+    draft: Draft, run: RunConfig, model: Artifact, allowed: set[str] | None, files: list[RawFile]
+) -> None:
+    """Recommend to the first users of the catalog, or to those of files, with `allowed` source ids only.
+
+    The lists are written by the actors that make them; what comes here is how often they show each item.
+    """
+    catalog, options = model.inputs["catalog"], run.decoding
+    names, scratch = ItemNames(catalog.folder), draft.folder.child(SCRATCH)
+    if not scratch.exists(_COUNTS):  # an earlier attempt may have been killed
+        scratch.write_json(_COUNTS, _write_users(scratch, run, catalog, files))
+    counts = scratch.read_json(_COUNTS)
+    recommend_users(
+        scratch, _USERS, draft.folder, model, options, run.scale,
+        fields=list(run.recommend.fields), json_lines=run.recommend.json_lines, allowed_items=_filter(allowed, names),
+    )  # fmt: skip
+    sums = ListSums(len(names.ids), options.k)
+    for file in shard_files(draft.folder.child(TABLE)):
+        sums.add(draft.folder.read_table(f"{SUMS}/{file}"))
+    draft.metrics = counts | {"k": options.k, "items_shown": int((sums.shown > 0).sum())}
     personalized = ModelConfig.resolve(model.manifest["config"]).personalized
-    draft.health = require(check_recommendations(items, catalog.n_items, run.decoding.k, personalized))
+    draft.health = require(check_recommendations(sums, personalized, filtered=allowed is not None))
+
+
+def _write_users(scratch: Folder, run: RunConfig, catalog: Artifact, files: list[RawFile]) -> dict[str, object]:
+    """Write the table of users, and return what is reported of them."""
+    if not files:
+        users = min(catalog.metrics["users"], run.recommend.users or catalog.metrics["users"])
+        write_users(scratch, _USERS, catalog_users(catalog.folder, users), users, USERS)
+        return {"users": users}
+    log_files(Files([], files))
+    source, ledger = load_plugin(DatasetConfig.plugin_package, run.data.kind), RowCounts("histories")
+    sizes = [(file, file.size()) for file in files]
+    rules = CatalogConfig.model_validate(catalog.manifest["config"]["catalog"])
+    spills = scratch.child("events")
+    histories = HistoryFiles(ItemNames(catalog.folder), rules, spills, sum(size for _, size in sizes))
+    interactions = source.read_interactions(run.data, Files([], files), ledger)
+    histories.read(read_rows(interactions, sizes, ledger, run.data.max_bad_row_fraction))
+    write_users(scratch, _USERS, histories.users(), 0, USERS)
+    spills.delete()
+    counts = histories.counts
+    log.info(
+        "recommend: %s users, %s of whom have no item of the catalog; of %s interactions %s are with unknown items%s, "
+        "%s are repeated",
+        f"{counts.users:,}", f"{counts.users_without_items:,}", f"{counts.events:,}", f"{counts.unknown:,}",
+        f" such as {', '.join(counts.unknown_examples)}" if counts.unknown else "", f"{counts.repeated:,}",
+    )  # fmt: skip
+    return counts.record() | {"rows": ledger.record()}
 
 
 def _names(file: str | None) -> set[str] | None:
@@ -82,65 +133,62 @@ def _names(file: str | None) -> set[str] | None:
         ) from None
 
 
-def _items_of(names: set[str] | None, catalog: Catalog) -> list[int] | None:
-    """Return the item indices of source ids, and log the number of unknown ones.
+def _filter(allowed: set[str] | None, names: ItemNames) -> npt.NDArray[np.bool_] | None:
+    """Return which items have allowed source ids, bool [items], and log the number of unknown ids.
 
     Raises:
-        DataError: none of the names is in the catalog.
+        DataError: none of the ids is in the catalog.
     """
-    if names is None:
+    if allowed is None:
         return None
-    items = [item for item, name in enumerate(catalog.source_ids) if name in names]
-    if not items:
+    found = names.indices(pa.array(sorted(allowed), pa.string())).drop_null()
+    if not len(found):
         raise DataError(
-            f"recommend.allowed_items_file: none of its {len(names)} ids is in the catalog; "
+            f"recommend.allowed_items_file: none of its {len(allowed)} ids is in the catalog; "
             "it must contain one source id per line"
         )
-    log.info("recommend: %d items allowed, %d ids are not in the catalog", len(items), len(names) - len(items))
-    return items
-
-
-def _write_readable(draft: Draft, catalog: Catalog) -> None:
-    """Write recommendations.jsonl: per user the source id, and item ids, titles and scores, best first."""
-    table, lines = draft.folder.read_table(_TABLE), []
-    for user, items, scores in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-        found = [
-            {"item": catalog.source_ids[item], "title": catalog.titles[item], "score": round(score, 4)}
-            for item, score in zip(items, scores, strict=True)
-            if item >= 0
-        ]
-        lines.append(json.dumps({"user": catalog.histories.source_ids[user], "items": found}, ensure_ascii=False))
-    draft.folder.write_bytes("recommendations.jsonl", ("\n".join(lines) + "\n").encode())
+    log.info("recommend: %d items allowed, %d ids are not in the catalog", len(found), len(allowed) - len(found))
+    mask = np.zeros(len(names.ids), bool)
+    mask[np.asarray(found)] = True
+    return mask
 
 
 def print_examples(recommendations: Artifact) -> None:
-    """Log the first users' histories and recommendations with titles."""
-    catalog = Catalog(recommendations.inputs["model"].inputs["catalog"])
-    found = recommendations.folder.read_table(_TABLE).slice(0, _SHOWN)
-    for user, items, scores in zip(*(found[name].to_pylist() for name in found.column_names), strict=True):
-        name, history = catalog.histories.source_ids[user], catalog.histories.of(user)
-        log.info("user %s\n%s", name, _show(catalog, history, np.array(items), np.array(scores)))
+    """Log the first users' recommendations with titles, and their histories if they are users of the catalog."""
+    catalog = recommendations.inputs["model"].inputs["catalog"]
+    names = ItemNames(catalog.folder)
+    found = recommendations.folder.read_table(f"{TABLE}/{shard_files(recommendations.folder.child(TABLE))[0]}")
+    shown = found.slice(0, _SHOWN)
+    histories: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(shown)
+    if "events" not in recommendations.metrics:
+        block = next(read_blocks(catalog.folder, block_users=_SHOWN)).histories
+        histories = [block.of(user)[-5:] for user in range(len(shown))]
+    items = np.array(shown["items"].to_pylist())
+    scores = shown["scores"].to_pylist() if "scores" in shown.column_names else [[None] * items.shape[1]] * len(shown)
+    for row, user in enumerate(shown["user"].to_pylist()):
+        lines = [f"  history {name:<12} {title:.90}" for name, title in _named(names, histories[row])]
+        for rank, (name, title) in enumerate(_named(names, items[row][items[row] >= 0])):
+            score = "" if scores[row][rank] is None else f"{scores[row][rank]:>7.2f} "
+            lines.append(f"  {rank + 1:>2}. {score}{name:<12} {title:.80}")
+        log.info("user %s\n%s", user, "\n".join(lines))
 
 
-def _show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], scores: npt.NDArray[Any]) -> str:
-    """Format one user's history and recommendations: source ids, titles, scores."""
-    lines = [f"  history {catalog.source_ids[item]:<12} {catalog.titles[item]:.90}" for item in history[-5:]]
-    for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1):
-        if item >= 0:
-            lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
-    return "\n".join(lines)
+def _named(names: ItemNames, items: npt.NDArray[np.integer]) -> list[tuple[str, str]]:
+    """Return ids and titles of items."""
+    wanted = pa.array(items, pa.int32())
+    return list(zip(names.ids.take(wanted).to_pylist(), names.titles.take(wanted).to_pylist(), strict=True))
 
 
 def on_model(run: RunConfig, model: Artifact) -> Artifact:
-    """Recommend items to every user with a trained model and log the first lists."""
+    """Recommend items to users with a trained model and log the first lists."""
     artifact = recommend(run, model)
     print_examples(artifact)
     return artifact
 
 
-SECTIONS_ON_MODEL = ("recommend", "decoding", "scale", "tracking")
+SECTIONS_ON_MODEL = ("recommend", "data", "decoding", "scale", "tracking")
 
 
 def job(run: RunConfig) -> Artifact:
-    """Recommend items to every user and log the first lists; train the model first if needed."""
+    """Recommend items to users and log the first lists; train the model first if needed."""
     return on_model(run, ensure_model(run))

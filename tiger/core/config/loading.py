@@ -23,7 +23,14 @@ C = TypeVar("C", bound="Config")
 MAX_LISTED = 10  # names, or errors, in one message
 
 
-def load(model: type[C], name: str | None, overrides: list[str], search: Path, prefix: str = "") -> C:
+def load(
+    model: type[C],
+    name: str | None,
+    overrides: list[str],
+    search: Path,
+    prefix: str = "",
+    defaults: dict[str, Any] | None = None,
+) -> C:
     """Build `model` from a TOML file and overrides.
 
     Args:
@@ -33,11 +40,12 @@ def load(model: type[C], name: str | None, overrides: list[str], search: Path, p
             text, a number or a date is kept as typed.
         search: the folder of the built-in configurations.
         prefix: put before every key in messages.
+        defaults: nested tables of values that apply without a file, in place of the class's defaults.
 
     Raises:
         ConfigError: no such file, invalid TOML, an unknown key (with a suggestion), or an invalid value.
     """
-    values: dict[str, Any] = {} if name is None else _read_toml(_find(name, search))
+    values: dict[str, Any] = dict(defaults or {}) if name is None else _read_toml(_find(name, search))
     given = [split_override(override) for override in overrides]
     return build(model, overridden(model, values, dict(given), prefix), prefix)
 
