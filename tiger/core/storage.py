@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from pyarrow import fs as pafs
 
 from tiger.core.errors import ArtifactError, ConfigError
 from tiger.core.hashing import sha256
+from tiger.core.local_files import PARTIAL, create
 from tiger.core.storage_errors import MissingError, StorageError, explain, in_one_line
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 __all__ = ["MANIFEST", "PARTIAL", "SCRATCH", "Folder", "MissingError", "StorageError", "explain", "in_one_line"]
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"  # temporary files, also those of a killed writer; ignored by readers
 SCRATCH = "scratch"  # a stage's own restart state; removed when the artifact is published
 _READ_AT_ONCE = 256 << 20  # bytes of a table that are read once, to be verified and parsed
 _REQUEST_ATTEMPTS = 10  # per request to S3
@@ -164,7 +163,8 @@ class Folder:
         path = self.join(name)
         with in_one_line(f"{self.uri}/{name}"):
             if self.is_local:
-                _write_local(path, data)
+                with create(path, size=len(data)) as file:
+                    file.write(data)
                 return
             for may_retry in (True, False):
                 try:
@@ -185,6 +185,21 @@ class Folder:
                 raise  # the bucket does not exist, and is not created
             self.filesystem.create_dir(path.rpartition("/")[0])
             return self.filesystem.open_output_stream(path, compression=None)
+
+    @contextlib.contextmanager
+    def create(self, name: str, durable: bool = True) -> Iterator[Any]:
+        """Yield a binary stream whose content becomes the file `name` at the end of the block; without retries.
+
+        Args:
+            name: the file.
+            durable: on a local disk, fsync; not needed for files that are made again after a power cut.
+
+        Raises:
+            StorageError: the disk is full, or a write fails.
+        """
+        opened = create(self.join(name), durable) if self.is_local else self._open_output(self.join(name))
+        with in_one_line(f"{self.uri}/{name}"), opened as stream:
+            yield stream
 
     def copy_from(self, other: Folder, name: str) -> None:
         """Copy a file of another folder on the same file system; on an object store the copy is server-side."""
@@ -300,6 +315,11 @@ class Folder:
                 if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
                     raise
 
+    def delete_file(self, name: str) -> None:
+        """Remove a file if it exists."""
+        with contextlib.suppress(MissingError), in_one_line(f"{self.uri}/{name}"):
+            self.filesystem.delete_file(self.join(name))
+
     def delete_partials(self) -> None:
         """Remove the temporary files of killed writers."""
         for info in self.entries():
@@ -377,29 +397,3 @@ def _connect(uri: str) -> tuple[pafs.FileSystem, str]:
             retry_time_limit=_REQUEST_TIME,
         )
     return filesystem, path
-
-
-def _write_local(path: str, data: bytes) -> None:
-    """Write a temporary file, fsync and rename it, then fsync its folder."""
-    parent = os.path.dirname(path)
-    partial = f"{path}.{os.getpid()}{PARTIAL}"
-    try:
-        os.makedirs(parent, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # keep the original error
-            os.unlink(partial)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"{path}: the disk is full, {len(data):,} bytes do not fit; free some, or set root to another disk"
-            ) from None
-        raise

@@ -6,7 +6,7 @@ item allowed and once without those of the history. Interactions of equal times 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -140,7 +140,7 @@ class RankedLists:
         return RankedLists(self.all_items[rows], self.unseen_items[rows])
 
 
-def rank(recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig) -> RankedLists:
+def rank(recommender: Recommender, users: EvalSplit, source_ids: Sequence[str], options: DecodingConfig) -> RankedLists:
     """Return a recommender's lists for the users of a split, made in this process."""
     names = [source_ids[user] for user in users.users]
     found = recommender.recommend_with_and_without_seen(users.histories(), options.ranked(LIST_LENGTH), users=names)
@@ -192,7 +192,7 @@ def _groups(ranks: npt.NDArray[np.int64], values: npt.NDArray[Any], edges: tuple
 
 
 def compare_with_exact(
-    recommender: Recommender, users: EvalSplit, source_ids: list[str], options: DecodingConfig
+    recommender: Recommender, users: EvalSplit, source_ids: Sequence[str], options: DecodingConfig
 ) -> dict[str, float]:
     """Return Recall@10 with beams of 20, of `options.beam`, and as wide as the catalog, which scores every item."""
     names = [source_ids[user] for user in users.users]

@@ -1,0 +1,49 @@
+"""Parquet files written row group by row group, so that a table need not be in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tiger.core.storage import Folder
+
+
+def write_row_groups(folder: Folder, name: str, groups: Iterable[pa.Table]) -> None:
+    """Write a Parquet file, compressed with zstd, with one row group per table; there must be at least one."""
+    with folder.create(name) as stream:
+        writer: pq.ParquetWriter | None = None
+        for group in groups:
+            writer = writer or pq.ParquetWriter(stream, group.schema, compression="zstd")
+            writer.write_table(group, row_group_size=max(1, len(group)))
+        assert writer is not None, f"{name}: no row group"
+        writer.close()
+
+
+def regroup(
+    tables: Iterable[pa.Table], end_of_group: Callable[[pa.Table], npt.NDArray[np.int64]]
+) -> Iterator[pa.Table]:
+    """Yield the rows of tables in groups whose borders do not depend on those of the tables.
+
+    Args:
+        tables: tables of one schema.
+        end_of_group: a table that begins with a group -> the ends of the groups that certainly end in it, ascending.
+    """
+    rest: pa.Table | None = None
+    for table in tables:
+        held = table if rest is None else pa.concat_tables([rest, table])
+        begin = 0
+        for end in end_of_group(held).tolist():
+            yield held.slice(begin, end - begin).combine_chunks()
+            begin = end
+        rest = held.slice(begin)
+    if rest is not None:
+        yield rest.combine_chunks()
+
+
+def groups_of(rows: int) -> Callable[[pa.Table], npt.NDArray[np.int64]]:
+    """Return the ends of groups of equal numbers of rows, for `regroup`."""
+    return lambda table: np.arange(rows, len(table), rows)
