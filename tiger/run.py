@@ -98,6 +98,9 @@ class ResourcesConfig(Config):
     dollars_per_hour: float | None = Field(
         None, ge=0, description="price of the cluster, to report the cost of each stage"
     )
+    in_process_megabytes: int = Field(
+        512, ge=0, description="megabytes of raw data, uncompressed, up to which they are prepared without Ray"
+    )
     max_failures: int = Field(3, ge=0, description="maximum restarts of training after the loss of a worker or node")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.publishing import Killed, Property, checkpoint_state, equal_states, publish_as, publish_small, require_whole
-from tiger.core import publishing, storage
+from tiger.core import local_files, publishing, storage
 from tiger.core.artifacts import open_artifact
 from tiger.core.errors import ArtifactError, ConfigError, ResourceError
 from tiger.core.storage import MANIFEST, SCRATCH, Folder
@@ -85,7 +85,7 @@ class _Injected:
         return Proxy()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (storage, publishing):
+        for module in (storage, local_files, publishing):
             monkeypatch.setattr(module, "os", self)
             monkeypatch.setattr(module, "open", self.opened, raising=False)
         remove = Folder.delete

@@ -23,7 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiger.core.config import load_plugin
-from tiger.data.sources.base import DatasetConfig, RowCounts
+from tiger.core.runner import InProcess
+from tiger.data.prepare import sources
+from tiger.data.readers import sections
+from tiger.data.sources.base import DatasetConfig, Files, RowCounts
 
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 LOW, HIGH = 631_152_000 * 10**6, 4_102_444_800 * 10**6
@@ -381,7 +384,37 @@ def check(seed: int, folder: Path) -> int:
         batches = source.read_items(config, source.locate(config, folder), RowCounts("items"))
         items = {name for batch in batches for name in batch["source_id"].to_pylist()}
         assert {event[1] for event in events} <= items, f"seed {seed}"
+    if seed % 8 == 0:
+        check_sections(seed, config, source.locate(config, folder), tables.random)
     return len(events) + bad
+
+
+def check_sections(seed: int, config: Any, files: Files, random: random.Random) -> None:
+    """Compare reading in sections of a few bytes with reading at once: rows, counts, and lines of bad rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "SECTION_BYTES", random.choice([1, 100, 1_000]))
+        patch.setattr(sections, "_CHUNK", random.choice([7, 64, 500]))
+        scans = sources.scan_files(config, files)
+        data = sources.cut(config, files, scans, InProcess())
+    assert [scan.sha256 for scan in scans] == [file.digest() for _, file in files.roles()]
+    whole = sources.whole(config, files)
+    for role in ("items", "interactions"):
+        of_whole = read_parts(whole, role)
+        assert read_parts(data, role) == of_whole, f"seed {seed}: {role}, {[str(file) for _, file in files.roles()]}"
+
+
+def read_parts(data: sources.SourceData, role: Any) -> tuple[list[Any], dict[str, Any], list[str]]:
+    rows, counts, names = [], RowCounts(role), dict[str, None]()
+    for part in range(data.num_parts(role)):
+        batches, of_part = data.read(role, part, ("item_id", "user_id"))
+        shift = counts.in_order
+        for batch in batches:
+            names |= dict.fromkeys(batch.schema.names)
+            own = batch.to_pylist()
+            own = [row | {"time": row["time"] + shift} if of_part.in_order else row for row in own]
+            rows += map(repr, own)  # NaN does not equal itself
+        counts.add(of_part)
+    return rows, counts.record(), list(names)
 
 
 def test_random_tables_read_like_plain_python(tmp_path: Path) -> None:

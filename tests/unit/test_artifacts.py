@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tiger.core import storage
+from tiger.core import local_files
 from tiger.core.artifacts import Artifact, Draft, build, newest, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError, ConfigError, ResourceError
@@ -232,7 +232,7 @@ def test_what_a_disk_refuses_is_one_line(code: int, fix: str, tmp_path: Path, mo
     def refuse(path: str, **_: object) -> None:
         raise OSError(code, os.strerror(code), path)
 
-    monkeypatch.setattr(storage.os, "makedirs", refuse)
+    monkeypatch.setattr(local_files.os, "makedirs", refuse)
     _refused(tmp_path, rf"{tmp_path}/catalog-.*: {fix}")
 
 

@@ -112,7 +112,8 @@ def test_parts_are_joined_by_name_and_widened(tmp_path: Path) -> None:
         pq.write_table(table, path)
     parts.append(put(tmp_path / "part-3.jsonl", '{"item_id": "p99", "title": "late", "more": "c"}\n'))
     events = events_csv(tmp_path, [*EVENTS, ("c0", "p99", START)])
-    table = Catalog(run(tmp_path, parts, events)).items
+    fields = {"text_fields": ["title", "maker", "price", "more"]}
+    table = Catalog(run(tmp_path, parts, events, fields)).items
     assert table["source_id"].to_pylist() == [*ITEMS, "p99"]
     assert table["price"].to_pylist() == ["0", "1", "2", "3", *["0.5"] * 4, *[None] * 5]
     assert table["more"].to_pylist()[7:] == [None, *[["a", "b"]] * 4, ["c"]]

@@ -90,7 +90,8 @@ def test_properties_in_long_format(tmp_path: Path) -> None:
         lines += [f"{START},{name},title,old", f"{START + 9},{name},title,{TITLES[n]}", f"{START},{name},maker,m{n}"]
         lines += [f"{START + 1},{name},title,older", f"{START},{name},hash,{n}"]
     items, names = put(tmp_path / "i.csv", "\n".join(lines)), {"property": "key", "value": "val"}
-    table = Catalog(run(tmp_path, items, events_csv(tmp_path), **names)).items
+    fields = {"text_fields": ["title", "maker", "hash"]}
+    table = Catalog(run(tmp_path, items, events_csv(tmp_path), fields, **names)).items
     assert table["title"].to_pylist() == TITLES
     assert table["hash"][11].as_py() == "11"
     few = Catalog(run(tmp_path, items, events_csv(tmp_path), **names, properties=["maker", "title"])).items

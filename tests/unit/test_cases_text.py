@@ -55,7 +55,7 @@ def test_one_undecodable_byte_and_one_overlong_line_are_two_bad_rows(tmp_path: P
     lines[4], lines[9] = lines[4].replace(b"c", b"\xe9"), b"x" * (9 << 20)
     artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", b"\n".join(lines)), max_bad_row_fraction=0.1)
     assert rows_of(artifact)["skipped"] == {"not UTF-8": 1, "line longer than 8,388,608 bytes": 1}
-    assert ":5: not UTF-8" in rows_of(artifact)["examples"][0]
+    assert any(":5: not UTF-8" in example for example in rows_of(artifact)["examples"])
     assert ":10: line longer" in rows_of(artifact)["examples"][1]
 
 

@@ -15,10 +15,12 @@ import pytest
 from tiger.core.config import build
 from tiger.core.errors import DataError
 from tiger.core.storage import Folder
-from tiger.data import catalog
 from tiger.data import histories as histories_module
+from tiger.data import profile
 from tiger.data.catalog import CatalogConfig, make
 from tiger.data.histories import EvalSplit, Histories, read_histories
+from tiger.data.prepare import interactions
+from tiger.data.prepare import items as items_module
 from tiger.data.readers import merge as _merge
 from tiger.data.sources.base import INTERACTIONS
 
@@ -80,7 +82,7 @@ def test_of_duplicate_items_the_most_complete_is_kept_in_any_order(tmp_path: Pat
         assert Folder(str(tmp_path / str(index))).read_table("items.parquet")["title"][0].as_py() == "A"
 
 
-def test_vectors_and_images_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+def test_only_the_fields_of_the_text_and_what_lists_show_are_kept(tmp_path: Path) -> None:
     rows = [{"source_id": name, "text": name * 3, "vector": [1.5, 2.0], "image": b"x", "tags": ["t"]} for name in "abc"]
     kinds = {"vector": pa.list_(pa.float32()), "image": pa.binary()}
     batch = pa.RecordBatch.from_pylist(rows, pa.schema([
@@ -92,7 +94,7 @@ def test_vectors_and_images_are_left_out_unless_asked_for(tmp_path: Path) -> Non
         folder = Folder(str(tmp_path / str(number)))
         make(config, [batch], [events], folder)
         table = folder.read_table("items.parquet")
-        assert set(table.column_names) == {"item_id", "source_id", "text", "field_text", "tags"} | extra
+        assert set(table.column_names) == {"item_id", "source_id", "text", "field_text"} | extra
         assert table["text"][0].as_py() == ("aaa. 1.5 > 2.0" if extra else "aaa")
 
 
@@ -266,13 +268,13 @@ def test_no_target_is_ever_a_training_item(
             EvalSplit, "histories", lambda own: [own.items[b : e + 1] for b, e in zip(own.begin, own.end, strict=True)]
         )
     else:
-        right = catalog._split
+        right = interactions.split_points
 
-        def late(config: CatalogConfig, offsets: Any, time: Any) -> Any:
-            train_end, valid_end = right(config, offsets, time)
+        def late(offsets: Any, time: Any, cuts: Any) -> Any:
+            train_end, valid_end = right(offsets, time, cuts)
             return np.minimum(train_end + 1, offsets[1:]), np.minimum(valid_end + 1, offsets[1:])
 
-        monkeypatch.setattr(catalog, "_split", late)
+        monkeypatch.setattr(interactions, "split_points", late)
     with pytest.raises(AssertionError):
         _check_that_training_reads_no_target(tmp_path, split)
 
@@ -301,7 +303,8 @@ def test_large_tables_give_the_same_catalog_as_small_ones(tmp_path: Path, monkey
     one = made(tmp_path / "one", items, events)
     for name, value in (("ONE_CHUNK", 16), ("PIECE", 7)):
         monkeypatch.setattr(_merge, name, value)
-    monkeypatch.setattr(catalog, "PIECE", 7)
+    monkeypatch.setattr(items_module, "PIECE", 7)
+    monkeypatch.setattr(profile, "PIECE", 7)
     monkeypatch.setattr(histories_module, "CHUNK_EVENTS", 16)
     other = made(tmp_path / "other", items, events)
     assert one[0] == other[0]

@@ -160,6 +160,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "scale.training.gpus": ("0", ""),
     "scale.collective_seconds": ("60", ""),
     "scale.dollars_per_hour": ("1.5", ""),
+    "scale.in_process_megabytes": ("0", ""),
     "scale.max_failures": ("1", ""),
     "tracking.tensorboard": ("boards", ""),
     "tracking.mlflow": ("http://127.0.0.1:5000", ""),

@@ -21,6 +21,7 @@ from tests.paths import CONFIGS
 from tests.raw_tables import prepare_files, write_events, write_items
 from tiger.core.artifacts import Artifact
 from tiger.core.config import load
+from tiger.data.readers.sections import scan
 from tiger.data.sources.base import Files
 from tiger.run import RunConfig
 
@@ -59,10 +60,11 @@ def test_the_role_of_a_file_counts(tmp_path: Path) -> None:
         rows = columns | {"title": columns["item_id"], "timestamp": [1_400_000_000 + shift + n for n in range(40)]}
         pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
     x, y = tmp_path / "x.parquet", tmp_path / "y.parquet"
-    described = [
-        tiger.pipeline.prepare.identify(tiger.pipeline.prepare.describe_files(Files([a], [b])))
-        for a, b in ((x, y), (y, x))
-    ]
+    described = []
+    for pair in ((x, y), (y, x)):
+        files = Files(*([path] for path in pair))
+        scans = [scan(file) for _, file in files.roles()]
+        described.append(tiger.pipeline.prepare.identify(tiger.pipeline.prepare.describe_files(files, scans)))
     assert described[0] != described[1]
     assert sorted(described[0].values()) == sorted(described[1].values())
 

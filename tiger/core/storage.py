@@ -188,9 +188,7 @@ class Folder:
 
     @contextlib.contextmanager
     def create(self, name: str, durable: bool = True) -> Iterator[Any]:
-        """Yield a binary stream whose content becomes the file `name` at the end of the block, as a whole.
-
-        Unlike `write_bytes` it does not need the content in memory, and does not retry.
+        """Yield a binary stream whose content becomes the file `name` at the end of the block; without retries.
 
         Args:
             name: the file.
@@ -199,10 +197,9 @@ class Folder:
         Raises:
             StorageError: the disk is full, or a write fails.
         """
-        path = self.join(name)
-        with in_one_line(f"{self.uri}/{name}"):
-            with create(path, durable) if self.is_local else self._open_output(path) as stream:
-                yield stream
+        opened = create(self.join(name), durable) if self.is_local else self._open_output(self.join(name))
+        with in_one_line(f"{self.uri}/{name}"), opened as stream:
+            yield stream
 
     def copy_from(self, other: Folder, name: str) -> None:
         """Copy a file of another folder on the same file system; on an object store the copy is server-side."""
@@ -317,6 +314,11 @@ class Folder:
             except FileNotFoundError:  # GcsFileSystem also deletes a marker object for the folder, which we never write
                 if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:
                     raise
+
+    def delete_file(self, name: str) -> None:
+        """Remove a file if it exists."""
+        with contextlib.suppress(MissingError), in_one_line(f"{self.uri}/{name}"):
+            self.filesystem.delete_file(self.join(name))
 
     def delete_partials(self) -> None:
         """Remove the temporary files of killed writers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiger.core.row_groups import regroup, write_row_groups
 from tiger.core.storage import Folder
+from tiger.data.texts import TextColumn
+
+GROUP_USERS, GROUP_EVENTS = 1 << 16, 1 << 22
+"""Users and events per row group of histories.parquet, the unit in which it is written and read."""
 
 CHUNK_EVENTS = 1 << 30
 """Events per chunk of the lists in histories.parquet; a chunk is limited to 2^31 events."""
@@ -30,7 +36,7 @@ class Histories:
             validation items[train_end[u] : valid_end[u]], test items[valid_end[u] : offsets[u + 1]].
     """
 
-    source_ids: list[str]
+    source_ids: Sequence[str]
     offsets: npt.NDArray[np.int64]
     items: npt.NDArray[np.int32]
     train_end: npt.NDArray[np.int64]
@@ -109,7 +115,7 @@ def read_histories(folder: Folder) -> Histories:
     lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Histories(
-        table["source_id"].to_pylist(),
+        TextColumn(table["source_id"]),
         offsets,
         np.concatenate([np.empty(0, np.int32), *(np.asarray(chunk.flatten()) for chunk in lists.chunks)]),
         offsets[:-1] + np.asarray(table["train_end"]),
@@ -117,19 +123,48 @@ def read_histories(folder: Folder) -> Histories:
     )
 
 
-def history_table(histories: Histories, time: npt.NDArray[np.int64]) -> pa.Table:
-    """Return the table of histories.parquet: one row per user; `time` is in microseconds since 1970, int64 [E]."""
+def history_table(histories: Histories, time: npt.NDArray[np.int64], first_user: int = 0) -> pa.Table:
+    """Return rows of histories.parquet, one per user.
+
+    Args:
+        histories: the users.
+        time: of all interactions, in microseconds since 1970, int64 [E].
+        first_user: user id of the first of them.
+    """
     begin = histories.offsets[:-1]
+    names = histories.source_ids
     return pa.table(
         {
-            "user_id": np.arange(len(histories), dtype=np.int32),
-            "source_id": pa.array(histories.source_ids, pa.string()),
+            "user_id": np.arange(first_user, first_user + len(histories), dtype=np.int32),
+            "source_id": names.column.cast(pa.string())
+            if isinstance(names, TextColumn)
+            else pa.array(names, pa.string()),
             "items": _lists(histories.offsets, histories.items),
             "times": _lists(histories.offsets, time),
             "train_end": (histories.train_end - begin).astype(np.int32),
             "valid_end": (histories.valid_end - begin).astype(np.int32),
         }
     )
+
+
+def write_histories(folder: Folder, tables: Iterable[pa.Table]) -> None:
+    """Write the rows of histories.parquet, in row groups of at most `GROUP_USERS` users and about `GROUP_EVENTS`."""
+    write_row_groups(folder, "histories.parquet", regroup(tables, _ends_of_groups))
+
+
+def _ends_of_groups(table: pa.Table) -> npt.NDArray[np.int64]:
+    lengths = [np.asarray(pc.list_value_length(chunk)) for chunk in table["items"].chunks]
+    ends = np.concatenate([np.empty(0, np.int64), *lengths]).cumsum()
+    found: list[int] = []
+    begin = events = 0
+    while begin < len(ends):
+        # A group ends with the user who fills it, so that it does not depend on those who follow.
+        end = min(begin + GROUP_USERS, int(np.searchsorted(ends, events + GROUP_EVENTS)) + 1)
+        if end >= len(ends):
+            break
+        found.append(end)
+        begin, events = end, int(ends[end - 1])
+    return np.array(found, np.int64)
 
 
 def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.ChunkedArray:

@@ -69,7 +69,7 @@ class Recommendations:
             raise DataError("the recommender was made without a catalog, so that items have no ids; use `items`")
         return self.catalog
 
-    def _of_items(self, values: list[str]) -> list[list[str]]:
+    def _of_items(self, values: Sequence[str]) -> list[list[str]]:
         return [[values[item] for item in row if item >= 0] for row in self.items.tolist()]
 
     def __str__(self) -> str:

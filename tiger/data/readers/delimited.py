@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ class DelimitedTable:
 
     def _head(self) -> bytes:
         head = b""
-        for block in text_blocks(self.file, self.wanted.encoding):
+        for block in text_blocks(self.file.whole, self.wanted.encoding):
             head += block
             if len(head.lstrip(b"\n")) >= 1 << 16 or len(head) > RECORD_CAP:
                 break
@@ -154,6 +154,10 @@ class DelimitedTable:
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
+    def select(self, fields: Collection[str]) -> None:
+        """Read only these and the needed columns from now on."""
+        self.selected = [name for name in self.selected if name in fields or name in self.wanted.needed]
+
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
         """Yield the rows as text; empty fields are null.
 
@@ -181,7 +185,7 @@ class DelimitedTable:
 
     def _chunks(self, ledger: RowCounts) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
         """Yield (well-formed records, line number of each)."""
-        pending, line, overlong = b"", 1, False
+        pending, line, overlong = b"", self.file.first_number, False
         separator = self.separator.encode()
         for block in self._with_end():
             final = block == b""

@@ -34,7 +34,7 @@ def find_format(file: RawFile, encoding: str) -> str:
         return "json"
     if name.endswith(_TEXT):
         return "csv"
-    for block in text_blocks(file, encoding):
+    for block in text_blocks(file.whole, encoding):
         if stripped := block.lstrip():
             if b"\0" in stripped[:4096]:
                 raise DataError(

@@ -78,8 +78,7 @@ class EventReader:
         user_id, item_id: names of the columns of ids.
         rule: how to parse times; if its name is empty, the position in the files is the time.
         filters: conditions that an event must satisfy.
-        ledger: counts of kept, skipped and left-out rows.
-        order: number of events so far without a time.
+        ledger: counts of kept, skipped and left-out rows, and of the events so far without a time.
     """
 
     user_id: str
@@ -87,7 +86,6 @@ class EventReader:
     rule: TimeRule
     filters: list[Filter]
     ledger: RowCounts
-    order: int = 0
 
     def events(self, file: RawFile, block: Block, wanted: Wanted) -> pa.RecordBatch:
         """Return the events of a block with schema INTERACTIONS; count the rows that are not used.
@@ -153,8 +151,8 @@ class EventReader:
         return times, wanted & usable
 
     def _in_order(self, events: int) -> npt.NDArray[np.int64]:
-        self.order += events
-        return np.arange(self.order - events, self.order, dtype=np.int64)
+        self.ledger.in_order += events
+        return np.arange(self.ledger.in_order - events, self.ledger.in_order, dtype=np.int64)
 
     def _from_histories(self, file: RawFile, block: Block, users: pa.Array, wanted: Wanted) -> pa.RecordBatch:
         """Return one event per item of each row's list, ordered by the position in the list."""

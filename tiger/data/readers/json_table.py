@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from tiger.data.readers.meter import paused_meter
 from tiger.data.readers.raw_files import RawFile
 from tiger.data.readers.row_counts import InvalidRow, RowCounts
 from tiger.data.readers.table import Block, Wanted
-from tiger.data.readers.values import depth, field_value, id_text, readable, split_history, unwrap
+from tiger.data.readers.values import depth, field_value, id_text, list_levels, readable, split_history, unwrap
 
 DOCUMENT_CAP = 1 << 30
 """Maximum bytes of a JSON document, which is read as a whole; JSON lines have no limit."""
@@ -35,21 +35,28 @@ _LEVELS = (pa.string(), pa.list_(pa.string()), pa.list_(pa.list_(pa.string())))
 class JsonTable:
     """One JSON file: its fields, and its rows with ids, times and fields as text."""
 
-    def __init__(self, file: RawFile, wanted: Wanted, keyed: tuple[str, str]) -> None:
-        """Detect the layout; if all columns are wanted, read the file once to find the fields.
+    def __init__(
+        self,
+        file: RawFile,
+        wanted: Wanted,
+        keyed: tuple[str, str],
+        fields: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        """Detect the layout; if all columns are wanted and not known, read the file once to find the fields.
 
         Args:
             file: the file.
             wanted: the required columns.
             keyed: names of the key and of a value that is not an object, in a document `{key: value}`.
+            fields: the fields and their types, if they are known.
 
         Raises:
             DataError: the file cannot be read.
         """
         self.file, self.wanted, self.keyed = file, wanted, keyed
-        self.document = self._is_document() and not self._is_broken_lines()
-        self.levels: dict[str, int] = {}
-        if wanted.everything:  # a first pass finds the fields of items, and which of them contain lists
+        self.document = file.span is None and self._is_document() and not self._is_broken_lines()
+        self.levels: dict[str, int] = {name: list_levels(kind) for name, kind in (fields or {}).items()}
+        if wanted.everything and fields is None:  # finds the fields of items, and which of them contain lists
             with paused_meter(file):
                 self._find_levels()
         self.columns = {name: _LEVELS[level] for name, level in self.levels.items()}
@@ -132,6 +139,17 @@ class JsonTable:
         del pieces
         yield from _Document(self.file, text, self.keyed).records()
 
+    def has_needed(self) -> bool:
+        """Return whether every needed column occurs in the first thousand lines of the file."""
+        missing = set(self.wanted.needed)
+        for _, line in itertools.islice(lines(self.file.whole, RECORD_CAP, self.wanted.encoding), 1_000):
+            missing -= (_record_or_none(line) or {}).keys()
+        return not missing
+
+    def select(self, fields: Collection[str]) -> None:
+        """Read only these and the needed fields from now on."""
+        self.levels = {name: level for name, level in self.levels.items() if name in fields}
+
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
@@ -153,7 +171,11 @@ class JsonTable:
             if missing:
                 seen |= dict.fromkeys(record)
                 missing -= record.keys()
-                if read > 10_000 and any(wanted.needed[name].startswith(_ID_KEYS) for name in missing):
+                if (
+                    read > 10_000
+                    and self.file.span is None
+                    and any(wanted.needed[name].startswith(_ID_KEYS) for name in missing)
+                ):
                     break
             try:
                 rows.append({name: convert(record.get(name)) for name, (_, convert) in columns.items()})
@@ -164,7 +186,7 @@ class JsonTable:
             if len(rows) == BATCH_ROWS:
                 yield Block(np.array(numbers), pa.RecordBatch.from_pylist(rows, schema=schema))
                 numbers, rows = [], []
-        if missing and seen:
+        if missing and seen and self.file.span is None:  # of sections, the first lines of the file were checked
             wanted.check(self.file, list(seen))
         if rows:
             yield Block(np.array(numbers), pa.RecordBatch.from_pylist(rows, schema=schema))

@@ -49,15 +49,26 @@ def text_blocks(file: Path | RawFile, encoding: str = "utf-8") -> Iterator[bytes
     try:
         with file.open() as raw:
             compressed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
+            raw.seek(0 if file.span is None else file.span.begin)
             stream: Any = gzip.GzipFile(fileobj=raw) if compressed else raw
-            yield from _blocks(file, raw, stream, encoding)
+            yield from _blocks(file, raw, stream if file.span is None else _Section(raw, file.span.end), encoding)
     except EOFError:
         raise DataError(f"{file}: the gzip file is truncated; download or copy it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{file}: the gzip file is damaged ({error}); download or copy it again") from None
     except OSError as error:
         raise file.unreadable(error) from None
+
+
+class _Section:
+    """A stream that ends before the end of its file."""
+
+    def __init__(self, raw: BinaryIO, end: int) -> None:
+        self.raw, self.end = raw, end
+
+    def read(self, size: int) -> bytes:
+        """Read at most `size` bytes."""
+        return self.raw.read(max(0, min(size, self.end - self.raw.tell())))
 
 
 def foreign_format(begin: bytes) -> str | None:
@@ -67,9 +78,10 @@ def foreign_format(begin: bytes) -> str | None:
 
 def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterator[bytes]:
     block = stream.read(BLOCK)
-    if what := foreign_format(block):
+    at_begin = file.span is None or not file.span.begin
+    if at_begin and (what := foreign_format(block)):
         raise DataError(f"{file}: {what}, not a text table; unpack or export it as CSV, JSON lines or Parquet")
-    for bom, name in _BOMS:
+    for bom, name in _BOMS if at_begin else ():
         if block.startswith(bom):
             block, encoding = block[len(bom) :], name
             break
@@ -91,7 +103,8 @@ def _blocks(file: RawFile, raw: BinaryIO, stream: Any, encoding: str) -> Iterato
         if final:
             return
         block = stream.read(BLOCK)
-        if stream is not raw and stream.tell() > _EXPANDED_FLOOR and stream.tell() > _EXPANDED_RATIO * raw.tell():
+        expanded = stream.tell() if isinstance(stream, gzip.GzipFile) else 0
+        if expanded > _EXPANDED_FLOOR and expanded > _EXPANDED_RATIO * raw.tell():
             raise DataError(
                 f"{file}: the gzip file expands to more than {_EXPANDED_RATIO} times its size; it may be a "
                 "decompression bomb"
@@ -113,7 +126,7 @@ def lines(
     Raises:
         DataError: see `text_blocks`.
     """
-    number, rest, overlong = 0, b"", False
+    number, rest, overlong = raw_file(file).first_number - 1, b"", False
     for block in text_blocks(file, encoding):
         first, *others = block.split(b"\n")
         rest += b"" if overlong else first

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiger.core.errors import DataError
-from tiger.core.progress import timed
 from tiger.data.readers.row_counts import listed
 from tiger.data.sources.base import field_name
-
-log = logging.getLogger(__name__)
 
 PIECE = 1 << 13
 """Rows that are converted to Python objects at a time."""
@@ -28,23 +24,40 @@ ONE_CHUNK = 1 << 30
 """Bytes of a table up to which Arrow may put a column into one chunk; a chunk of text is limited to 2 GiB."""
 
 
-def clean_batches(batches: Iterable[pa.RecordBatch], text_fields: list[str]) -> Iterator[pa.Table]:
-    """Clean all values except ids; drop columns of numeric lists or binary data unless they are in `text_fields`.
+def clean_batches(
+    batches: Iterable[pa.RecordBatch], fields: Collection[str], columns: dict[str, None] | None = None
+) -> Iterator[pa.Table]:
+    """Keep the ids and some fields, and clean the values of these.
+
+    Args:
+        batches: raw rows.
+        fields: names of the fields to keep, in the raw files or as columns.
+        columns: filled with the names of all columns, in the order in which they appear; but columns of numeric lists
+            or binary data are only listed if they are kept.
 
     Raises:
         DataError: there is no column `source_id`.
     """
+    columns = {} if columns is None else columns
     for batch in batches:
-        columns: dict[str, pa.Array] = {}
+        kept: dict[str, pa.Array] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            safe = name if name == "source_id" or name.startswith("field_") else field_name(name)
             if name == "source_id":
-                columns[name] = column
-            elif name in text_fields or not _is_bulk(column.type):
-                safe = name if name.startswith("field_") else field_name(name)
-                columns[safe] = pa.array([_clean(value) for value in column.to_pylist()], column.type)
-        if "source_id" not in columns:
+                kept[name] = column
+            elif is_field(name, safe, fields):
+                kept[safe] = pa.array([_clean(value) for value in column.to_pylist()], column.type)
+            elif _is_bulk(column.type):
+                continue
+            columns[safe] = None
+        if "source_id" not in kept:
             raise DataError(f"the items have no source_id, only {listed(batch.schema.names)}")
-        yield pa.table(columns)
+        yield pa.table(kept)
+
+
+def is_field(name: str, column: str, fields: Collection[str]) -> bool:
+    """Return whether `fields` contains a field by its name in the raw files or by its column."""
+    return name in fields or column in fields or column in map(field_name, fields)
 
 
 def _is_bulk(kind: pa.DataType) -> bool:
@@ -63,33 +76,14 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def deduplicate_items(tables: Iterable[pa.Table]) -> tuple[pa.Table, int]:
-    """Keep one row per item (rule 1 of the catalog); return the rows by source id, and the number of dropped rows.
-
-    Raises:
-        DataError: there are no items, or the types of the tables' columns do not match.
-    """
-    parts = [part for part in tables if part.num_rows]
-    if not parts:
-        raise DataError("there are no items")
-    try:
-        table = pa.concat_tables(parts, promote_options="permissive")
-    except pa.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"the item files have incompatible columns: {reason[:300]}") from None
-    del parts
-    with timed(f"one row per item of {table.num_rows:,}"):
-        return _fullest_rows(table)
-
-
-def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
+def fullest_rows(table: pa.Table) -> pa.Table:
+    """Keep one row per item (rule 1 of the catalog), in the order of the source ids."""
     coded = pc.cast(table["source_id"], pa.large_string()).combine_chunks().dictionary_encode()
     codes, names = np.asarray(coded.indices), coded.dictionary
     first = np.full(len(names), -1, np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
     chosen = first
-    duplicates = len(codes) - len(names)
-    if duplicates:
+    if len(codes) > len(names):
         is_duplicate = np.bincount(codes, minlength=len(names))[codes] > 1
         rows = np.flatnonzero(is_duplicate)
         best: dict[int, tuple[tuple[int, str], int]] = {}
@@ -102,14 +96,7 @@ def _fullest_rows(table: pa.Table) -> tuple[pa.Table, int]:
                     best[codes[row]] = key, row
         for code, (_, row) in best.items():
             chosen[code] = row
-        if duplicates > len(codes) / 4:
-            log.warning(
-                "%s of %s item rows are duplicates, of which one row per item is kept; if each row is one property of "
-                "an item, set data.property and data.value",
-                f"{duplicates:,}",
-                f"{len(codes):,}",
-            )
-    return take_rows(table, chosen[np.asarray(pc.sort_indices(names))]), duplicates
+    return take_rows(table, chosen[np.asarray(pc.sort_indices(names))])
 
 
 def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
@@ -152,19 +139,6 @@ def texts_array(values: Sequence[str | None]) -> list[pa.Array]:
     """Return texts as a column of strings, in more than one chunk if they have more than 2 GiB."""
     made = pa.array(values, pa.string())
     return made.chunks if isinstance(made, pa.ChunkedArray) else [made]
-
-
-def num_distinct(column: pa.ChunkedArray) -> int:
-    """Count the distinct values of a column that is not nested; in a large one by their hashes, to save memory."""
-    if not pa.types.is_string(column.type) or column.nbytes <= ONE_CHUNK:
-        count: int = pc.count_distinct(column).as_py()
-        return count
-    hashes = [
-        np.fromiter(map(hash, chunk.slice(begin, PIECE).to_pylist()), np.int64)
-        for chunk in column.chunks
-        for begin in range(0, len(chunk), PIECE)
-    ]
-    return len(np.unique(np.concatenate(hashes)))
 
 
 def _completeness(row: dict[str, Any]) -> tuple[int, str]:

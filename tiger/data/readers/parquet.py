@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -38,18 +38,23 @@ class ParquetTable:
         self.selected = wanted.selected(names)
         self.columns = {name: item_type(schema.field(name).type) for name in self.selected}
 
+    def select(self, fields: Collection[str]) -> None:
+        """Read only these and the needed columns from now on."""
+        self.selected = [name for name in self.selected if name in fields or name in self.wanted.needed]
+
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
         """Yield the rows with the selected columns.
 
         Raises:
             DataError: the file is damaged.
         """
-        number = 1
+        number, span = self.file.first_number, self.file.span
         rows = 1 << 10 if self.wanted.everything else BATCH_ROWS
         try:
             with self.file.open() as stream, pq.ParquetFile(stream) as parquet:
                 size, total = self.file.size(), max(parquet.metadata.num_rows, 1)
-                for batch in parquet.iter_batches(rows, columns=self.selected):
+                groups = None if span is None else list(range(span.begin, span.end))
+                for batch in parquet.iter_batches(rows, row_groups=groups, columns=self.selected):
                     batch = batch.select(self.selected)
                     yield Block(np.arange(number, number + batch.num_rows), batch)
                     number += batch.num_rows

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from pyarrow import fs as pafs
 
@@ -18,11 +18,28 @@ from tiger.core.errors import ConfigError, DataError, TigerError
 from tiger.core.storage import Folder, explain
 from tiger.data.download import download
 
+Role = Literal["items", "interactions"]
+"""The two tables of a data set."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A section of a file: bytes [begin, end) of a text file, which begins with a line, or row groups of Parquet.
+
+    Attributes:
+        begin, end: bytes, or row groups.
+        number: number of its first line or row in the file, from 1.
+    """
+
+    begin: int
+    end: int
+    number: int
+
 
 class RawFile:
-    """One raw file; `str()` is its name in messages."""
+    """One raw file, or a section of it; `str()` is its name in messages."""
 
-    def __init__(self, filesystem: Any, path: str, label: str, key: str = "") -> None:
+    def __init__(self, filesystem: Any, path: str, label: str, key: str = "", span: Span | None = None) -> None:
         """Refer to a file, without opening it.
 
         Args:
@@ -30,8 +47,29 @@ class RawFile:
             path: the file's path on `filesystem`.
             label: the file's name in messages.
             key: the configuration key that names the file, for messages.
+            span: the section that readers read; None: the whole file.
         """
-        self.filesystem, self.path, self.label, self.key = filesystem, path, label, key
+        self.filesystem, self.path, self.label, self.key, self.span = filesystem, path, label, key, span
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle no credentials: the receiving process connects with its own."""
+        scheme, separator, _ = self.label.partition("://")
+        where = f"{scheme}://{self.path}" if separator else self.path
+        return _unpickled, (where, self.path, self.label, self.key, self.span)
+
+    def section(self, span: Span) -> RawFile:
+        """Return a section of this file."""
+        return RawFile(self.filesystem, self.path, self.label, self.key, span)
+
+    @property
+    def whole(self) -> RawFile:
+        """The file without its span."""
+        return self if self.span is None else RawFile(self.filesystem, self.path, self.label, self.key)
+
+    @property
+    def first_number(self) -> int:
+        """Number of the first line or row that is read, from 1."""
+        return 1 if self.span is None else self.span.number
 
     @classmethod
     def local(cls, path: str | Path) -> RawFile:
@@ -102,6 +140,10 @@ class RawFile:
         return DataError(f"{self.label}: cannot be read: {explain(error, '://' in self.label)}{correct}")
 
 
+def _unpickled(where: str, path: str, label: str, key: str, span: Span | None) -> RawFile:
+    return RawFile(Folder(where).filesystem, path, label, key, span)
+
+
 def raw_file(file: Path | RawFile) -> RawFile:
     """Return a local path as a `RawFile`, and a `RawFile` unchanged."""
     return file if isinstance(file, RawFile) else RawFile.local(file)
@@ -109,16 +151,24 @@ def raw_file(file: Path | RawFile) -> RawFile:
 
 @dataclass(frozen=True)
 class Files:
-    """Raw files of a source, in reading order; each is a `RawFile`, or a `Path` for a local file."""
+    """Raw files of a source, in reading order; each is a `RawFile`, or a `Path` for a local file.
+
+    Attributes:
+        items: files of the items.
+        interactions: files of the interactions.
+        partial: whether these are only some of the files, or sections of them.
+    """
 
     items: list[Any]
     interactions: list[Any]
+    partial: bool = False
 
-    def roles(self) -> Iterator[tuple[str, RawFile]]:
+    def roles(self) -> Iterator[tuple[Role, RawFile]]:
         """Yield (role, file) of every file, in reading order; their digests are part of the fingerprint."""
-        for role, files in (("items", self.items), ("interactions", self.interactions)):
-            for file in files:
-                yield role, raw_file(file)
+        for item_file in self.items:
+            yield "items", raw_file(item_file)
+        for file in self.interactions:
+            yield "interactions", raw_file(file)
 
 
 def expand(names: list[str], key: str) -> list[RawFile]:

@@ -38,7 +38,8 @@ class RowCounts:
         table: name of the table in messages.
         kept: rows that are used.
         entries_left_out: entries of lists in rows (`data.history`) that are not used, by reason.
-        examples: the first row of each reason, at most `EXAMPLES`.
+        first: the first row that was skipped for each reason.
+        in_order: events whose time is their position in the files.
         lines: physical lines of text tables, to reconcile them with the rows.
         extra_lines: lines that are not rows: headers, blank lines, continuations of quoted fields.
     """
@@ -48,7 +49,8 @@ class RowCounts:
     skipped: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     entries_left_out: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)
+    in_order: int = 0
     lines: int = 0
     extra_lines: int = 0
 
@@ -59,8 +61,8 @@ class RowCounts:
     def skip(self, path: Any, number: int, reason: str, detail: str = "") -> None:
         """Count row or line `number` (from 1) of `path` as unreadable; the first one of each reason is an example."""
         self.skipped[reason] += 1
-        if self.skipped[reason] == 1 and len(self.examples) < EXAMPLES:
-            self.examples.append(f"{path}:{number}: {reason}" + (f" ({detail})" if detail else ""))
+        if self.skipped[reason] == 1:
+            self.first[reason] = f"{path}:{number}: {reason}" + (f" ({detail})" if detail else "")
 
     def leave_out(self, rows: int, reason: str) -> None:
         """Count rows as left out on request."""
@@ -71,6 +73,17 @@ class RowCounts:
         """Count entries of lists as left out."""
         if entries:
             self.entries_left_out[reason] += entries
+
+    def add(self, other: RowCounts) -> None:
+        """Add the counts of rows that follow those of this table."""
+        self.skipped.update(other.skipped)
+        self.first = other.first | self.first
+        self.left_out.update(other.left_out)
+        self.entries_left_out.update(other.entries_left_out)
+        self.kept += other.kept
+        self.in_order += other.in_order
+        self.lines += other.lines
+        self.extra_lines += other.extra_lines
 
     @property
     def read(self) -> int:
@@ -119,12 +132,18 @@ class RowCounts:
         if bad:
             log.warning("%s: skipped %s%s", self.table, self._most_common(self.skipped), self._first())
 
+    @property
+    def examples(self) -> list[str]:
+        """The first row of each of the most common reasons, at most `EXAMPLES`."""
+        found = (self.first.get(reason) for reason in _by_count(self.skipped))
+        return [example for example in found if example is not None][:EXAMPLES]
+
     def _first(self) -> str:
         return "; first: " + " | ".join(self.examples) if self.examples else ""
 
     @staticmethod
     def _most_common(counts: Counter[str]) -> str:
-        return ", ".join(f"{count:,} x {reason}" for reason, count in counts.most_common(EXAMPLES))
+        return ", ".join(f"{count:,} x {reason}" for reason, count in list(_by_count(counts).items())[:EXAMPLES])
 
     @classmethod
     def from_record(cls, table: str, record: Mapping[str, Any]) -> RowCounts:
@@ -134,19 +153,24 @@ class RowCounts:
             kept=record["kept"],
             skipped=Counter(record["skipped"]),
             left_out=Counter(record.get("left_out", {})),
-            examples=list(record["examples"]),
+            first=dict(zip(record["skipped"], record["examples"], strict=False)),
         )
 
     def record(self) -> dict[str, Any]:
         """Return the counts as a record for the manifest."""
-        record: dict[str, Any] = {"read": self.read, "kept": self.kept, "skipped": dict(self.skipped)}
+        record: dict[str, Any] = {"read": self.read, "kept": self.kept, "skipped": _by_count(self.skipped)}
         if self.left_out:
-            record["left_out"] = dict(self.left_out)
+            record["left_out"] = _by_count(self.left_out)
         if self.entries_left_out:
-            record["entries_left_out"] = dict(self.entries_left_out)
+            record["entries_left_out"] = _by_count(self.entries_left_out)
         if self.lines:
             record |= {"lines": self.lines, "extra_lines": self.extra_lines}
         return record | {"examples": self.examples}
+
+
+def _by_count(counts: Counter[str]) -> dict[str, int]:
+    """Return counts by reason, the most common first: an order that does not depend on how the rows were read."""
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def listed(names: Any) -> str:

@@ -241,7 +241,7 @@ def widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
         return one
     if pa.types.is_null(one):
         return other
-    levels = max(_level(one), _level(other))
+    levels = max(list_levels(one), list_levels(other))
     if levels == 2:
         return pa.list_(pa.list_(pa.string()))
     if levels == 1:
@@ -249,8 +249,9 @@ def widen(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     return pa.string()  # also for integers with floats: 17 and 17.0 are `17`, and long numbers keep all digits
 
 
-def _level(kind: pa.DataType) -> int:
-    return 1 + _level(kind.value_type) if pa.types.is_list(kind) else 0
+def list_levels(kind: pa.DataType) -> int:
+    """Return how deep lists are nested in a type: 0 for a single value."""
+    return 1 + list_levels(kind.value_type) if pa.types.is_list(kind) else 0
 
 
 def as_field(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -272,7 +273,7 @@ def as_field(column: pa.Array, kind: pa.DataType) -> pa.Array:
         return pc.cast(column, kind)
     if pa.types.is_list(kind) and not pa.types.is_string(_leaf_category(kind)):
         return pc.cast(column, kind)
-    level = _level(kind)
+    level = list_levels(kind)
     values = _pairs_as_objects(column.type, column.to_pylist())
     return pa.array([field_value(value, level) for value in values], kind)
 

@@ -18,7 +18,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +29,14 @@ from tiger.core.errors import DataError
 from tiger.data.download import download
 from tiger.data.readers.raw_files import files_in
 from tiger.data.readers.row_counts import listed
+from tiger.data.readers.sections import Scan, text_sections
 from tiger.data.sources.base import (
     INTERACTIONS,
     DatasetConfig,
     Files,
     InvalidRow,
+    RawFile,
+    Role,
     RowCounts,
     batches,
     expand,
@@ -55,6 +58,8 @@ ITEMS = pa.schema(
         ("features", pa.list_(pa.string())),
     ]
 )
+
+_TEXTS = ("title", "brand", "categories", "description", "features")
 
 _FILE, _FIVE_CORE = re.compile(r"\.jsonl?(\.gz)?$"), re.compile(r"_5\.jsonl?(\.gz)?$")
 
@@ -103,8 +108,7 @@ def locate(config: Config, cache: Path) -> Files:
         DataError: a file or folder is missing, or the folder contains no metadata or no reviews.
     """
     if config.items and config.interactions:
-        names = (config.items, "data.items"), (config.interactions, "data.interactions")
-        return log_files(Files(*(expand(each, key) for each, key in names)))
+        return log_files(Files(expand(config.items, "data.items"), expand(config.interactions, "data.interactions")))
     if config.path is None:
         items, interactions = (url.format(category=config.category) for url in _URLS[config.version])
         return log_files(Files([download(items)], [download(interactions)]))
@@ -122,13 +126,36 @@ def locate(config: Config, cache: Path) -> Files:
     return log_files(Files(items_found, reviews))
 
 
-def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+def parts(config: DatasetConfig, role: Role, files: list[RawFile], scans: list[Scan]) -> list[RawFile] | None:
+    """Return sections of the files that can be read independently, in order; None: they are read as a whole."""
+    if role == "items" and not any(map(_is_usable, itertools.islice(lines(files[0]), 1_000))):
+        return None  # reading all of it tells whether any row can be used
+    return [section for file, scanned in zip(files, scans, strict=True) for section in text_sections(file, scanned)]
+
+
+def _is_usable(line: tuple[int, bytes | None]) -> bool:
+    try:
+        return any(_item(parse_record(line[1]))[name] for name in _TEXTS)
+    except InvalidRow:
+        return False
+
+
+def read_items(
+    config: DatasetConfig, files: Files, ledger: RowCounts, fields: Collection[str] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yield metadata rows with schema ITEMS, in file order.
 
+    Args:
+        config: the options.
+        files: the files to read.
+        ledger: counts of rows.
+        fields: the fields to return; an empty batch with all fields comes first then. None: all.
+
     Raises:
-        DataError: no row has a title, brand, category, description or feature; lists the fields that were found.
+        DataError: no row of all files has a title, brand, category, description or feature; lists the fields that were
+            found.
     """
-    fields: Counter[str] = Counter()
+    found_fields: Counter[str] = Counter()
     usable = 0
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -137,25 +164,29 @@ def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.R
             for number, line in lines(path):
                 try:
                     record = parse_record(line)
-                    fields.update(str(key) for key in record)
+                    found_fields.update(str(key) for key in record)
                     row = _item(record)
                 except InvalidRow as reason:
                     ledger.skip(path, number, str(reason), reason.detail)
                     continue
                 ledger.keep()
-                usable += any(row[name] for name in ("title", "brand", "categories", "description", "features"))
+                usable += any(row[name] for name in _TEXTS)
                 yield row
 
-    yield from batches(rows(), ITEMS)
-    if fields and not usable:
-        found = ", ".join(f"{name} ({count:,})" for name, count in fields.most_common(20))
+    schema = ITEMS
+    if fields is not None:
+        yield pa.RecordBatch.from_pylist([], schema=ITEMS)
+        schema = pa.schema([field for field in ITEMS if field.name == "source_id" or field.name in fields])
+    yield from batches(rows(), schema)
+    if found_fields and not usable and not files.partial:
+        found = ", ".join(f"{name} ({count:,})" for name, count in found_fields.most_common(20))
         raise DataError(
             f"{', '.join(map(str, files.items))}: no row has an item id and a title, brand, categories or "
             f"description; fields found: {found}. Another format? Read it with data.kind=tables"
         )
 
 
-def read_interactions(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
+def read_interactions(config: DatasetConfig, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
     """Yield reviews with schema INTERACTIONS, in file order."""
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -7,6 +7,14 @@ A source is a module in this folder (or in any installed package, by its dotted 
     read_items(config, files, ledger)                   -> record batches with `source_id` and any text fields
     read_interactions(config, files, ledger)            -> record batches of schema INTERACTIONS
 
+and, so that large files are read by several processes, optionally
+
+    parts(config, role, files, scans) -> [RawFile]      sections of the files of a table; reading them one after another
+                                                        must yield the rows of reading all, see `readers/sections.py`
+    marks(config, role) -> bytes                        bytes that the scans of the files look for
+    item_types(config, files) -> {file: {field: type}}  if the fields of items may differ between files or sections
+    read_items(config, files, ledger, fields, types)    the fields to read, and what `item_types` returned of all files
+
 Readers count every row in `ledger` as kept, skipped or left out, and stream: no reader buffers more than a batch of
 rows (except for JSON documents and properties in long format, which are read as a whole). `source_id` and all fields
 are raw here; `catalog.py` cleans, filters and numbers them. Fields whose names are reserved for the catalog are renamed
@@ -25,7 +33,7 @@ from pydantic import Field
 from tiger.core.config import PluginConfig
 from tiger.data.readers.lines import MAX_LINE_BYTES, lines, parse_record
 from tiger.data.readers.meter import Meter, metered
-from tiger.data.readers.raw_files import Files, RawFile, expand, raw_file
+from tiger.data.readers.raw_files import Files, RawFile, Role, expand, raw_file
 from tiger.data.readers.row_counts import InvalidRow, RowCounts
 from tiger.data.readers.times import unix_micros
 from tiger.data.readers.values import identifier
@@ -38,6 +46,7 @@ __all__ = [
     "InvalidRow",
     "Meter",
     "RawFile",
+    "Role",
     "RowCounts",
     "batches",
     "expand",

@@ -103,6 +103,7 @@ def locate(config: Config, cache: Path) -> Files:
     return files
 
 
+parts = amazon.parts
 read_items = amazon.read_items
 read_interactions = amazon.read_interactions
 

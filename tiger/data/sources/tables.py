@@ -1,16 +1,17 @@
 """User-provided files: Parquet, CSV and other text tables, JSON lines or JSON documents, with configurable columns.
 
-All columns of the item files are kept as fields, so that `catalog.text_fields` can list any of them by its name in the
-file. Files of one table are concatenated by column name: order may differ, missing columns are null, types are widened.
-Ids and times are read by the same rules in all formats (`values.py`, `times.py` in `tiger/data/readers`). Text tables
-contain text: only an empty field is missing. Lists become lists of text, nested objects lists of `key: value`.
+`catalog.text_fields` can list any column of the item files by its name in the file. Files of one table are concatenated
+by column name: order may differ, missing columns are null, types are widened. Ids and times are read by the same
+rules in all formats (`values.py`, `times.py` in `tiger/data/readers`). Text tables contain text: only an empty field is
+missing. Lists become lists of text, nested objects lists of `key: value`.
 """
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -24,17 +25,30 @@ from tiger.data.readers.filters import Filter
 from tiger.data.readers.formats import find_format
 from tiger.data.readers.interactions import EventReader, ids_of, one_line, skip_rows
 from tiger.data.readers.json_table import JsonTable
+from tiger.data.readers.merge import is_field
 from tiger.data.readers.meter import paused_meter
 from tiger.data.readers.parquet import ParquetTable
 from tiger.data.readers.pivot import pivot
+from tiger.data.readers.sections import Scan, parquet_sections, text_sections
 from tiger.data.readers.table import Block, Wanted
 from tiger.data.readers.times import TimeRule
 from tiger.data.readers.values import as_field, widen
-from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts, expand, field_name, log_files, raw_file
+from tiger.data.sources.base import (
+    DatasetConfig,
+    Files,
+    RawFile,
+    Role,
+    RowCounts,
+    expand,
+    field_name,
+    log_files,
+    raw_file,
+)
 
 log = logging.getLogger(__name__)
 
-Role = Literal["items", "interactions"]
+Types = Mapping[str, pa.DataType]
+FileTypes = Mapping[str, Types]
 _FORMATS = Literal["parquet", "csv", "json"]
 
 
@@ -196,6 +210,9 @@ class Table(Protocol):
 
     columns: dict[str, pa.DataType]
 
+    def select(self, fields: Collection[str]) -> None:
+        """Read only these and the needed columns from now on."""
+
     def blocks(self, ledger: RowCounts) -> Iterator[Block]:
         """Yield the rows in file order; count unreadable ones in `ledger`."""
 
@@ -209,12 +226,12 @@ def locate(config: Config, cache: Path) -> Files:
     return log_files(Files(expand(config.items, "data.items"), expand(config.interactions, "data.interactions")))
 
 
-def _open(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+def _open(config: Config, role: Role, file: RawFile, types: FileTypes | None = None) -> tuple[Table, Wanted]:
     with paused_meter():  # detection reads the beginning of a file, and a JSON document as a whole
-        return _opened(config, role, file)
+        return _opened(config, role, file, types)
 
 
-def _opened(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
+def _opened(config: Config, role: Role, file: RawFile, types: FileTypes | None) -> tuple[Table, Wanted]:
     wanted = config.wanted(role)
     form = config.of(role, "format", None) or find_format(file, wanted.encoding)
     if form == "parquet":
@@ -223,7 +240,7 @@ def _opened(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
         return DelimitedTable(file, wanted), wanted
     key = next(iter(wanted.needed))
     if role == "items":
-        return JsonTable(file, wanted, (key, "value")), wanted
+        return JsonTable(file, wanted, (key, "value"), None if types is None else types.get(str(file), {})), wanted
     table = JsonTable(file, wanted, (key, (*config.histories(), "history")[0]))
     if not config.history and table.holds_histories():
         log.info("%s: a document with a list of items per user", file)
@@ -232,12 +249,73 @@ def _opened(config: Config, role: Role, file: RawFile) -> tuple[Table, Wanted]:
     return table, wanted
 
 
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def parts(config: Config, role: Role, files: list[RawFile], scans: list[Scan]) -> list[RawFile] | None:
+    """Return sections of the files that can be read independently, in order; None: they are read as a whole."""
+    if role == "items" and config.property is not None:
+        return None
+    return [
+        section for file, scanned in zip(files, scans, strict=True) for section in _cut(config, role, file, scanned)
+    ]
+
+
+def _cut(config: Config, role: Role, file: RawFile, scanned: Scan) -> list[RawFile]:
+    wanted = config.wanted(role)
+    form = config.of(role, "format", None) or find_format(file, wanted.encoding)
+    if form == "parquet":
+        return parquet_sections(file)
+    if codecs.lookup(wanted.encoding).name != "utf-8" or len(scanned.begins) < 2:
+        return [file]
+    if form == "csv":  # a quote may hide line breaks, and only reading from the beginning tells where it opens
+        return [file] if wanted.quote.encode() in scanned.marks and wanted.quote else text_sections(file, scanned)
+    table, _ = _open(config, role, file, {})
+    cannot = not isinstance(table, JsonTable) or table.document or not table.has_needed()
+    return [file] if cannot else text_sections(file, scanned)
+
+
+def marks(config: Config, role: Role) -> bytes:
+    """Return the bytes whose occurrence in a file decides whether it is cut."""
+    return config.wanted(role).quote.encode()
+
+
 # --- items ------------------------------------------------------------------------------------------------------
 
 
-def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.RecordBatch]:
-    """Yield item rows, all of one schema: `source_id` and the other columns of the files, in file order."""
-    opened = [(raw_file(file), *_open(config, "items", raw_file(file))) for file in files.items]
+def item_types(config: Config, files: Files) -> FileTypes:
+    """Return the fields of the items and their types, by the name of the file."""
+    if config.property is not None:
+        return {}
+    return {str(file): _open(config, "items", raw_file(file))[0].columns for file in files.items}
+
+
+def join_types(types: Iterable[Types]) -> dict[str, pa.DataType]:
+    """Return the common types of fields, in the order in which they appear."""
+    joined: dict[str, pa.DataType] = {}
+    for own in types:
+        for name, kind in own.items():
+            joined[name] = widen(joined.get(name, pa.null()), kind)
+    return joined
+
+
+def read_items(
+    config: Config,
+    files: Files,
+    ledger: RowCounts,
+    fields: Collection[str] | None = None,
+    types: FileTypes | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Yield item rows in file order, `source_id` and the other columns of the files; all of one schema.
+
+    Args:
+        config: the options.
+        files: the files to read.
+        ledger: counts of rows.
+        fields: the fields to read; an empty batch with all fields comes first then. None: all.
+        types: what `item_types` returns of all files, if these are only some of them.
+    """
+    opened = [(raw_file(file), *_open(config, "items", raw_file(file), types)) for file in files.items]
     name = config.items_id or config.item_id
     if config.property is not None and config.value is not None:
         rule = TimeRule(config.time, config.time_unit, tuple(config.time_format), config.years)
@@ -245,13 +323,15 @@ def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.R
         with one_line(", ".join(str(file) for file, *_ in opened[:3])):
             yield from pivot(source, name, config.property, config.value, config.properties, rule, ledger)
         return
-    fields: dict[str, pa.DataType] = {}
-    for _, table, _ in opened:
-        for column, kind in table.columns.items():
-            fields[column] = widen(fields.get(column, pa.null()), kind)
-    fields.pop(name, None)
-    fields = {column: pa.string() if pa.types.is_null(kind) else kind for column, kind in fields.items()}
-    schema = pa.schema([("source_id", pa.string()), *((field_name(each), kind) for each, kind in fields.items())])
+    kinds = join_types((table.columns for _, table, _ in opened) if types is None else types.values())
+    kinds.pop(name, None)
+    kinds = {column: pa.string() if pa.types.is_null(kind) else kind for column, kind in kinds.items()}
+    if fields is not None:
+        yield pa.RecordBatch.from_pylist([], schema=_schema(kinds))
+        kinds = {column: kind for column, kind in kinds.items() if is_field(column, field_name(column), fields)}
+        for _, table, _ in opened:
+            table.select(kinds)
+    schema = _schema(kinds)
     for file, table, _ in opened:
         with one_line(file):
             for block in table.blocks(ledger):
@@ -259,8 +339,12 @@ def read_items(config: Config, files: Files, ledger: RowCounts) -> Iterator[pa.R
                 good = np.asarray(ids.is_valid())
                 skip_rows(ledger, file, block.numbers, ~good, f"no {name}")
                 ledger.keep(int(good.sum()))
-                columns = [ids, *(_field(file, block.rows, column, kind) for column, kind in fields.items())]
+                columns = [ids, *(_field(file, block.rows, column, kind) for column, kind in kinds.items())]
                 yield pa.RecordBatch.from_arrays(columns, schema=schema).filter(pa.array(good))
+
+
+def _schema(kinds: Types) -> pa.Schema:
+    return pa.schema([("source_id", pa.string()), *((field_name(name), kind) for name, kind in kinds.items())])
 
 
 def _field(file: RawFile, rows: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:

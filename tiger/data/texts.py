@@ -1,0 +1,48 @@
+"""A column of texts as a sequence of Python strings that are made when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import pyarrow as pa
+
+_AT_ONCE = 1 << 13
+
+
+class TextColumn(Sequence[str]):
+    """An Arrow column of texts: a list of 10 million Python strings takes a gigabyte more than their characters."""
+
+    def __init__(self, column: pa.ChunkedArray | pa.Array) -> None:
+        """Keep the column, without nulls."""
+        self.column = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TextColumn: ...
+
+    def __getitem__(self, index: int | slice) -> str | TextColumn:
+        if isinstance(index, slice):
+            begin, end, step = index.indices(len(self))
+            return TextColumn(self.column.take(pa.array(range(begin, end, step), pa.int64())))
+        text: str = self.column[int(index)].as_py()
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.column.chunks:
+            for begin in range(0, len(chunk), _AT_ONCE):
+                yield from chunk.slice(begin, _AT_ONCE).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} texts>"
