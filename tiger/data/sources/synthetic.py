@@ -166,7 +166,7 @@ class Shop:
         brands = int(np.clip(count // 300, 4, len(_BRAND_FIRST) * len(_BRAND_SECOND)))
         kind = np.arange(count) % (departments * _STEPS)
         sizes = (brands, len(_SCENTS), len(_CONDITIONS), len(_SIZES))
-        values = np.stack([_zipf(random, size, count, 0.5) for size in sizes])
+        values = np.stack([_zipf(random, size, count, 0.4) for size in sizes])
         new = (random.random(count) < config.new_item_fraction) & (np.arange(count) >= departments * _STEPS)
         launch = np.where(new, _PERIOD - 1 - random.integers(0, _LAUNCHES, count), 0)
         keys = _keys(kind, values, brands)
@@ -282,8 +282,8 @@ def _occurrences(columns: list[Ints]) -> Ints:
 def _customers(shop: Shop, count: int, random: np.random.Generator) -> tuple[Ints, Ints]:
     """Draw the type that customers buy next [U], and their tastes [4, U]."""
     sizes = (shop.brands, len(_SCENTS), len(_CONDITIONS), len(_SIZES))
-    kind = _zipf(random, shop.departments, count, 0.7) * _STEPS + random.integers(0, _STEPS, count)
-    return kind, np.stack([_zipf(random, size, count, 0.7) for size in sizes])
+    kind = _zipf(random, shop.departments, count, 0.4) * _STEPS + random.integers(0, _STEPS, count)
+    return kind, np.stack([_zipf(random, size, count, 0.4) for size in sizes])
 
 
 def _review_lines(shop: Shop, config: Config) -> Iterator[str]:
