@@ -43,6 +43,7 @@ _MODEL_FOLDER = re.compile(r"(^|/)[a-z_]+-[0-9a-f]{8}/?$")
 TOOLS = {
     "check": "tiger.evaluation.health",
     "explore": "tiger.report.semantic_ids",
+    "export": "tiger.export",
     "report": "tiger.pipeline.report",
 }
 """Verbs that read finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
