@@ -20,6 +20,7 @@ def main() -> None:
         unpinned = Path(folder) / "pyproject.toml"
         unpinned.write_text(PINS.sub("constraint-dependencies = [\n]", text))
         command = ["uv", "pip", "compile", str(unpinned), "--universal", "--all-extras", "--group", f"{unpinned}:dev"]
+        command += ["--group", f"{unpinned}:docs"]
         command += ["--python-version", "3.11", "--no-annotate", "--no-header", "--quiet"]
         resolved = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = [line.strip().replace('"', "'") for line in resolved.splitlines() if "==" in line]

@@ -12,6 +12,7 @@ import tiger.pipeline.evaluate
 import tiger.pipeline.item_vectors
 import tiger.pipeline.prepare
 import tiger.pipeline.recommend
+import tiger.pipeline.report
 import tiger.pipeline.semantic_ids
 import tiger.pipeline.train
 import tiger.pipeline.tune
@@ -65,6 +66,7 @@ def identities(run: RunConfig) -> dict[str, str]:
         tiger.pipeline.train.train_model(run, catalog, ids)
         tiger.pipeline.evaluate.evaluate(run, model)
         tiger.pipeline.recommend.recommend(run, model)
+        tiger.pipeline.report.report(run, stand_in("evaluation"), stand_in("recommendations"))
         tiger.pipeline.tune.tune(run, tuning_config(), embeddings)
     return found
 

@@ -42,7 +42,9 @@ _MODEL_FOLDER = re.compile(r"(^|/)[a-z_]+-[0-9a-f]{8}/?$")
 
 TOOLS = {
     "check": "tiger.evaluation.health",
-    "report": "tiger.report.semantic_ids",
+    "explore": "tiger.report.semantic_ids",
+    "export": "tiger.export",
+    "report": "tiger.pipeline.report",
     "swap": "tiger.on_ray.swap",
 }
 """Verbs that work on finished artifacts, without a configuration: the module's `main(arguments)` runs them."""
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def jobs() -> list[str]:
     """Return the verbs that run a stage, sorted: the modules of `tiger.pipeline`."""
-    return sorted(module.name for module in pkgutil.iter_modules(tiger.pipeline.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(tiger.pipeline.__path__) if module.name not in TOOLS)
 
 
 def run_job(verb: str, arguments: Sequence[str]) -> None:

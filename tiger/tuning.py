@@ -5,7 +5,6 @@ The search space is a TOML file next to the configuration, such as `beauty-cpu.t
 
 from __future__ import annotations
 
-import html
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -182,42 +181,28 @@ def table(rows: list[dict[str, Any]], keys: list[str]) -> list[str]:
     return format_table(cells)
 
 
-def picture(trials: list[dict[str, Any]], keys: list[str]) -> str:
+def plot_trials(trials: list[dict[str, Any]], keys: list[str]) -> str:
     """Plot the objective against each tuned key, one panel per key, as SVG; the best trial is filled."""
-    width, height, margin = 240, 180, 40
+    from tiger.report.figures import COLORS, picture, standalone  # matplotlib takes a second to import
+
     scored = [trial for trial in trials if trial["objective"] is not None]
     best = max(scored, key=lambda trial: trial["objective"])
-    low, high = (bound(trial["objective"] for trial in scored) for bound in (min, max))
-    panels = []
-    for index, key in enumerate(keys):
-        values = [trial[key] for trial in scored]
-        if all(isinstance(value, (int, float)) for value in values) and len(set(values)) > 1:
-            numbers = np.array(values, float)
-            if numbers.min() > 0 and numbers.max() / numbers.min() > 10:
-                numbers = np.log(numbers)
-            shares = (numbers - numbers.min()) / (numbers.max() - numbers.min())
-            ends = (f"{min(values):.3g}", f"{max(values):.3g}")
-        else:
-            names = sorted({str(value) for value in values})
-            shares = np.array([(names.index(str(value)) + 0.5) / len(names) for value in values])
-            ends = (names[0], names[-1] if len(names) > 1 else "")
-        dots = "".join(
-            f'<circle cx="{margin + share * (width - 2 * margin):.1f}" '
-            f'cy="{height - margin - (trial["objective"] - low) / max(high - low, 1e-9) * (height - 2 * margin):.1f}" '
-            f'r="4" stroke="#1f6feb" fill="{"#1f6feb" if trial is best else "none"}"/>'
-            for share, trial in zip(shares, scored, strict=True)
-        )
-        panels.append(
-            f'<g transform="translate({index % 3 * width},{index // 3 * height})">'
-            f'<rect x="{margin}" y="{margin - 10}" width="{width - 2 * margin}" height="{height - 2 * margin + 10}" '
-            f'fill="none" stroke="#ccc"/><text x="{width / 2}" y="20" text-anchor="middle">{html.escape(key)}</text>'
-            f'<text x="{margin}" y="{height - 22}">{html.escape(ends[0])}</text>'
-            f'<text x="{width - margin}" y="{height - 22}" text-anchor="end">{html.escape(ends[1])}</text>'
-            f'<text x="{margin - 4}" y="{margin}" text-anchor="end">{high:.2f}</text>'
-            f'<text x="{margin - 4}" y="{height - margin}" text-anchor="end">{low:.2f}</text>{dots}</g>'
-        )
-    columns, rows = min(3, len(keys)), -(-len(keys) // 3)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" height="{rows * height}" '
-        f'font-family="sans-serif" font-size="10">{"".join(panels)}</svg>\n'
-    )
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    size = {"width": 3.2 * columns, "height": 2.6 * rows, "sharey": True}
+    with picture("Objective by tuned key", rows, columns, **size) as drawn:
+        for axes, key in zip(drawn.axes, keys, strict=False):
+            values = [trial[key] for trial in scored]
+            is_number = all(isinstance(value, (int, float)) for value in values)
+            places = values if is_number else [str(value) for value in values]
+            for trial, place in zip(scored, places, strict=True):
+                fill, order = (COLORS[0], 3) if trial is best else ("none", 2)
+                dot = axes.plot([place], [trial["objective"]], "o", color=COLORS[0], markerfacecolor=fill, zorder=order)
+                dot[0].set_gid(f"trial-{key}")
+            if is_number and min(values) > 0 and max(values) / min(values) > 10:
+                axes.set_xscale("log")
+            axes.set(title=key)
+        for axes in drawn.axes[len(keys) :]:
+            axes.set_visible(False)
+        drawn.axes[0].set_ylabel("objective")
+    return standalone(drawn.svg)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ import pytest
 from tests.raw_data import EXAMPLES, ITEMS, REVIEWS, amazon_folder, read, tables, write
 from tiger.core.config import load_plugin, shipped_plugins
 from tiger.core.errors import ConfigError, DataError
+from tiger.data.sources import synthetic
 from tiger.data.sources.base import (
     INTERACTIONS,
     MAX_LINE_BYTES,
@@ -333,3 +336,59 @@ def test_synthetic_titles_are_distinct_and_the_metadata_are_no_json(tmp_path: Pa
     path = load_plugin("tiger.data.sources", "synthetic").locate(DatasetConfig.resolve(values), tmp_path).items[0]
     with pytest.raises(json.JSONDecodeError):
         json.loads(next(lines(path))[1] or b"")
+
+
+def _shop(folder: Path, **values: object) -> tuple[synthetic.Shop, list[str], list[list[int]], list[list[int]]]:
+    """Return a shop, the titles of its items, and items and days of every customer."""
+    config = DatasetConfig.resolve({"kind": "synthetic", **values})
+    assert isinstance(config, synthetic.Config)
+    table, events, *_ = read({"kind": "synthetic", **values}, folder)
+    items: dict[str, list[int]] = {}
+    days: dict[str, list[int]] = {}
+    for user, item, time in zip(*(events[name].to_pylist() for name in ("user", "item", "time")), strict=True):
+        items.setdefault(user, []).append(int(item[1:]))
+        days.setdefault(user, []).append((time // 1_000_000 - synthetic._START) // synthetic._DAY)
+    return synthetic.Shop.generate(config), table["title"].to_pylist(), list(items.values()), list(days.values())
+
+
+def test_synthetic_customers_follow_a_routine_by_what_titles_say(tmp_path: Path) -> None:
+    """Without noise the type of a purchase is the routine's next one, and properties that matter agree with the taste.
+
+    Slow truth: one value of brand, scent, skin and size per customer explains all purchases.
+    """
+    shop, titles, histories, _ = _shop(tmp_path, items=2000, users=200, noise=0.0)
+    agree = total = 0
+    for history in histories:
+        kinds = shop.kind[history]
+        for before, after in itertools.pairwise(kinds.tolist()):
+            assert after % 6 == (before + 1) % 6
+            assert after // 6 == before // 6 or before % 6 == 5  # another department only after the last step
+        told: dict[int, set[int]] = {}
+        for item in history:
+            for matter in synthetic._MATTERS[shop.kind[item] % 6]:
+                told.setdefault(int(matter), set()).add(int(shop.values[matter, item]))
+        agree += sum(len(values) == 1 for values in told.values())
+        total += len(told)
+    assert agree / total > 0.8  # others met a type of which no item agrees with the taste
+    for item, title in enumerate(titles):
+        assert synthetic._SCENTS[shop.values[1, item]] in title
+        assert synthetic._SIZES[shop.values[3, item]] in title
+
+
+def test_synthetic_new_items_are_not_bought_before_their_launch(tmp_path: Path) -> None:
+    shop, _, histories, days = _shop(tmp_path, items=2000, users=2000)
+    bought = [(item, day) for history, at in zip(histories, days, strict=True)
+              for item, day in zip(history, at, strict=True)]  # fmt: skip
+    assert all(shop.launch[item] <= day for item, day in bought)
+    new = shop.launch > 0
+    assert 0.03 < new.mean() < 0.07
+    assert sum(new[item] for item, _ in bought) > 50
+    counts = np.sort(np.bincount([item for item, _ in bought], minlength=2000))
+    assert counts[-200:].sum() > 4 * counts[:600].sum()  # a tenth of the items, and the long tail
+
+
+def test_synthetic_pure_noise_has_no_routine(tmp_path: Path) -> None:
+    shop, _, histories, _ = _shop(tmp_path, items=600, users=1000, noise=1.0)
+    steps = [pair for history in histories for pair in itertools.pairwise(history)]
+    routine = np.mean([shop.kind[b] % 6 == (shop.kind[a] + 1) % 6 for a, b in steps])
+    assert 0.12 < routine < 0.22  # one of six

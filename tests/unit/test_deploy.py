@@ -6,8 +6,10 @@ line and `tiger.core.config.load`. What runs in a pod or on AWS is not tested he
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -26,13 +28,20 @@ import yaml
 
 from tests.manifests import variants, with_options
 from tests.paths import ROOT
+from tiger.cli import TOOLS
 from tiger.core.config import dump_toml, load
 from tiger.run import CONFIGS, RunConfig
 from tiger.tuning import TuningConfig
 
 SCHEMAS = Path(os.environ.get("TIGER_KUBERAY", ROOT.parent / "shared/data/kuberay"))
 MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
-DOCUMENTED = [ROOT / "README.md", ROOT / "cluster.yaml", *MANIFESTS, *sorted(CONFIGS.glob("*.toml"))]
+DOCUMENTED = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "cluster.yaml",
+    *MANIFESTS,
+    *sorted(CONFIGS.glob("*.toml")),
+]
 
 GPU_PRESETS = {"beauty"}
 OBJECT_STORE = 0.3 / 0.95
@@ -250,7 +259,7 @@ def test_uv_has_one_pinned_version_when_images_and_nodes_install_it() -> None:
 
 @dataclass(frozen=True)
 class Documented:
-    """A command as it is written in a file: `program` is `ray` or `jobs.NAME`."""
+    """A command as it is written in a file: `program` is `ray`, `jobs.NAME`, or `tiger` for a tool."""
 
     file: str
     program: str
@@ -266,11 +275,13 @@ def _documented(path: Path) -> Iterator[Documented]:
     text = re.sub(r"(?m)^ *# ?", "", path.read_text())
     text = re.sub(r"\\\n\s*", " ", text)  # continued lines
     end = r"[^`|;&#>)\n]*"
-    job = rf"(?:ray job submit(?P<submit>{end}?) -- )?python -m jobs\.(?P<job>\w+)(?P<rest>{end})"
+    job = rf"(?:ray job submit(?P<submit>{end}?) -- )?(?:python -m jobs\.|uv run tiger )(?P<job>\w+)(?P<rest>{end})"
     for match in re.finditer(job, text):
         if match["job"] != "NAME":  # "python -m jobs.NAME [config] [key=value ...]"
             through = None if match["submit"] is None else tuple(shlex.split(match["submit"]))
-            yield Documented(path.name, f"jobs.{match['job']}", tuple(shlex.split(match["rest"])), through)
+            program = "tiger" if match["job"] in TOOLS else f"jobs.{match['job']}"
+            verb = (match["job"],) if program == "tiger" else ()
+            yield Documented(path.name, program, (*verb, *shlex.split(match["rest"])), through)
     for match in re.finditer(rf"(?<![\w.-])ray (?=(?:up|down|dashboard|get-auth-token|start|stop)\b)({end})", text):
         name, *arguments = shlex.split(match[1])
         if arguments or name == "stop":  # others without arguments are mentioned, not meant to be run
@@ -278,16 +289,17 @@ def _documented(path: Path) -> Iterator[Documented]:
 
 
 COMMANDS = [command for path in DOCUMENTED for command in _documented(path)]
-JOBS = [command for command in COMMANDS if command.program != "ray"]
+JOBS = [command for command in COMMANDS if command.program not in ("ray", "tiger")]
+OF_TOOLS = [command for command in COMMANDS if command.program == "tiger"]
 SUBMITTED = [command for command in JOBS if command.through is not None]
 OF_RAY = [command for command in COMMANDS if command.program == "ray"]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files that documented commands name: the README's own example, and a winner as `jobs.tune` writes it."""
+    """Files that documented commands name: the example of docs/data.md, and a winner as `jobs.tune` writes it."""
     folder = tmp_path_factory.mktemp("documented")
-    (example,) = re.findall(r"(?s)```toml\n(# mine\.toml\n.*?)```", (ROOT / "README.md").read_text())
+    (example,) = re.findall(r"(?s)```toml\n(# mine\.toml\n.*?)```", (ROOT / "docs/data.md").read_text())
     (folder / "mine.toml").write_text(example)
     best = load(RunConfig, "beauty-cpu", [], CONFIGS)
     (folder / "best.toml").write_text(dump_toml(best.model_dump(mode="json", serialize_as_any=True)))
@@ -302,6 +314,10 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
     searched = [argument for argument in arguments if argument.startswith("tuning.")]
     arguments = [argument for argument in arguments if argument not in searched]
     name = arguments.pop(0) if arguments and "=" not in arguments[0] else "sample"
+    if re.search(r"model-[0-9a-f]{8}$", name):  # the folder of a trained model
+        module = importlib.import_module(command.program.replace("jobs.", "tiger.pipeline."))
+        assert all(argument.partition(".")[0] in module.SECTIONS_ON_MODEL for argument in arguments)
+        name = "sample"
     if command.program == "jobs.tune":
         space = [argument.removeprefix("tuning.") for argument in searched]
         assert load(TuningConfig, str(CONFIGS / f"{name}.tune.toml"), space, CONFIGS).space
@@ -312,10 +328,10 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
 
 
 def test_commands_are_found_in_every_file_that_documents_them() -> None:
-    assert {command.file for command in JOBS} >= {"README.md", "cluster.yaml", "rayjob.yaml"}
+    assert {command.file for command in JOBS} >= {"README.md", "clusters.md", "data.md", "cluster.yaml", "rayjob.yaml"}
     assert {command.program for command in JOBS} >= {"jobs.pipeline", "jobs.serve", "jobs.tune", "jobs.evaluate"}
     assert {command.arguments[0] for command in OF_RAY} >= {"up", "dashboard", "get-auth-token", "start"}
-    assert {command.file for command in SUBMITTED} >= {"README.md", "cluster.yaml"}
+    assert {command.file for command in SUBMITTED} >= {"clusters.md", "cluster.yaml"}
 
 
 @pytest.mark.parametrize("command", JOBS, ids=str)
@@ -327,6 +343,19 @@ def test_container_command_is_accepted_by_the_configuration_loader(written: dict
     (command,) = [json.loads(value) for name, value in _instructions() if name == "CMD"]
     assert command[:2] == ["python", "-m"]
     _loaded(Documented("Containerfile", command[2], tuple(command[3:])), written)
+
+
+@pytest.mark.parametrize("command", OF_TOOLS, ids=str)
+def test_documented_tool_has_the_options_that_are_written(
+    command: Documented, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *arguments = command.arguments
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(TOOLS[verb]).main(["--help"])
+    printed = capsys.readouterr().out
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument in printed
 
 
 @pytest.mark.parametrize("command", OF_RAY, ids=str)
@@ -347,7 +376,7 @@ def _largest_clusters() -> dict[str, tuple[int, int]]:
     on_aws = sum(kind["max_workers"] * kind["resources"].get("GPU", 0) for kind in types)
     aws = on_aws, max(kind["resources"]["CPU"] for kind in types if kind.get("min_workers"))
     kubernetes = sum(group["maxReplicas"] * _gpus(group) for group in groups), int(_resources(groups[0])["cpu"])
-    return {"cluster.yaml": aws, "README.md": aws, "rayjob.yaml": kubernetes}
+    return {"cluster.yaml": aws, "clusters.md": aws, "rayjob.yaml": kubernetes}
 
 
 @pytest.mark.parametrize("command", JOBS, ids=str)

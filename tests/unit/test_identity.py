@@ -25,7 +25,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "data.users": ("301", "catalog"),
     "data.mean_length": ("8", "catalog"),
     "data.noise": ("0.2", "catalog"),
-    "data.items_per_group": ("4", "catalog"),
+    "data.new_item_fraction": ("0.1", "catalog"),
     "data.seed": ("1", "catalog"),
     "catalog.text_fields": ('["title"]', "catalog"),
     "catalog.k_core": ("4", "catalog"),

@@ -1,4 +1,4 @@
-"""The rules of the layout: layers import downward only, Ray stays in tiger/on_ray, and README's tree is complete."""
+"""The rules of the layout: layers import downward only, Ray stays in tiger/on_ray, and the tree of docs is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = (
     {"tokenizers", "models"},
     {"evaluation"},
     {"report"},
-    {"serving"},
+    {"serving", "export"},
     {"run"},
     {"tuning"},
     {"on_ray"},
@@ -57,13 +57,13 @@ def test_layers_name_every_component() -> None:
     assert {component(path) for path in SOURCES} - {"__init__"} == set().union(*LAYERS)
 
 
-def test_readme_tree_names_every_component() -> None:
-    tree = re.search(r"```\n(tiger/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert tree, "the README has no tree of the layout"
+def test_tree_of_the_docs_names_every_component() -> None:
+    tree = re.search(r"```\n(tiger/\n.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert tree, "docs/architecture.md has no tree of the layout"
     named = set(re.findall(r"^  (\w+)(?:\.py|/) ", tree[1], re.MULTILINE))
     assert named == {component(path) for path in SOURCES} - {"__init__", "__main__"} | {"configs"}
     for folder in re.findall(r"^(\w+)/ ", tree[1], re.MULTILINE):
-        assert (ROOT / folder).is_dir(), f"README names {folder}/, which does not exist"
+        assert (ROOT / folder).is_dir(), f"docs/architecture.md names {folder}/, which does not exist"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiger.metrics.codes import category_agreement, gini
-from tiger.report.semantic_ids import CodedItems, distinctive_words, figures, largest_groups, main, of_parquet, page
+from tiger.report.semantic_ids import (
+    CodedItems,
+    distinctive_words,
+    figures,
+    largest_groups,
+    main,
+    of_parquet,
+    page,
+    prefix_tree,
+)
 
 
 def test_gini_against_the_definition() -> None:
@@ -103,7 +112,7 @@ def test_the_page_holds_every_prefix_and_escapes_titles() -> None:
 
 
 def test_a_page_says_what_it_leaves_out() -> None:
-    assert "smaller ones, with" in page(shop(), widest=5)
+    assert "smaller ones, with" in prefix_tree(shop(), widest=[5])
 
 
 def test_codes_from_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
+import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tiger.core.storage import Folder
 from tiger.metrics.codes import code_metrics, nearest_neighbors, neighbor_prefix_agreement
 from tiger.on_ray import tune_journal, tune_sampler
 from tiger.run import RunConfig
-from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, picture, require_possible, table
+from tiger.tuning import TuningConfig, TuningStageConfig, Weights, apply, judge, plot_trials, require_possible, table
 
 SEARCHES = sorted(CONFIGS.glob("*.tune.toml"))
 BAD = HealthError("tokenizer: the loss is not finite")
@@ -264,11 +264,13 @@ def test_uniqueness_bought_with_noise_does_not_win() -> None:
     assert scores["honest"][0] > scores["noise"][0]
 
 
-def test_the_picture_has_a_panel_a_key_and_a_dot_a_trial() -> None:
+def test_the_plot_has_a_panel_per_key_and_a_dot_per_trial() -> None:
     trials = [{"a": 0.001 * 10**n, "b": ["x", "y"][n % 2], "objective": n / 4} for n in range(4)]
-    svg = picture([*trials, {"a": 1, "b": "x", "objective": None}], ["a", "b"])
-    assert svg.count("<circle") == 8
-    assert len(re.findall('fill="#1f6feb"', svg)) == 2
+    svg = plot_trials([*trials, {"a": 1, "b": "x", "objective": None}], ["a", "b"])
+    assert [svg.count(f'id="trial-{key}"') for key in ("a", "b")] == [4, 4]
+    xml.etree.ElementTree.fromstring(svg)
+    for words in (">a<", ">b<", ">x<", ">y<", "--ink:"):
+        assert words in svg
 
 
 def test_the_table_stands_in_columns_and_leaves_out_what_a_trial_has_not() -> None:

@@ -24,6 +24,7 @@ import tiger
 from tiger.core.config import Config, fingerprint
 from tiger.core.errors import ArtifactError, SecurityError
 from tiger.core.hashing import sha256
+from tiger.core.memory import watch_memory
 from tiger.core.publishing import ATTEMPT, publish, tidy
 from tiger.core.storage import MANIFEST, PARTIAL, SCRATCH, Folder, in_one_line
 from tiger.core.versions import installed_versions
@@ -216,7 +217,8 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
     begin = time.monotonic()
     log.info("%s: started (%s)", given["kind"], folder.uri)
     draft = Draft(folder, given["fingerprint"])
-    make(draft)
+    with watch_memory() as peak:
+        make(draft)
     folder.delete_partials()
     manifest = given | {
         "metrics": draft.metrics,
@@ -224,6 +226,7 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
         "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
         "versions": {"tiger": tiger.__version__} | installed_versions(),
         "seconds": round(time.monotonic() - begin, 1),
+        "peak_memory_bytes": peak.bytes,
     }
     return manifest | {"digest": _digest(manifest)}
 
@@ -280,6 +283,7 @@ _MADE_BY = {  # kind: verb, as the stages of tiger.pipeline declare them
     "model": "train",
     "evaluation": "evaluate",
     "recommendations": "recommend",
+    "report": "report",
     "tuning": "tune",
 }
 

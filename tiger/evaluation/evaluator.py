@@ -26,6 +26,8 @@ LIST_LENGTH = max(CUTOFFS)
 _CUTOFF = 10  # of metrics that are reported at one cutoff
 _LENGTHS, _POPULARITIES = (3, 5, 10, 20), (0, 4, 9, 19, 49)  # upper edges of the groups that are reported
 
+_UNSEEN = "0 to 0"  # the group of targets without interactions in training
+
 
 class EvaluationConfig(Config):
     """What is evaluated, and on whom."""
@@ -105,6 +107,23 @@ class SplitResult(BaseModel):
                     f"recall@{_CUTOFF}, {first} minus {other.replace('_', ' ')}: {difference:+.4f} "
                     f"({low:+.4f} to {high:+.4f}, paired)"
                 )
+        return "\n".join(lines)
+
+    def short_table(self, name: str) -> str:
+        """Format one line per method: two metrics with an interval, and Recall@10 of items unknown to training."""
+        first = next(iter(self.methods.values()))
+        shown = [metric for metric in (f"recall@{_CUTOFF}", f"ndcg@{_CUTOFF}") if metric in first.metrics]
+        shown = shown or list(first.metrics)[:1]
+        unseen = first.by_target_popularity.get(_UNSEEN)
+        heads = f"{shown[0]:>10}  {'95% interval':<18}" + "".join(f"{metric:>9}" for metric in shown[1:])
+        lines = [f"{f'{name}, {self.users:,} users':<24}{heads}" + (f"{'new items':>12}" if unseen else "")]
+        for method, result in self.methods.items():
+            low, high = result.ci95[shown[0]]
+            line = f"{method.replace('_', ' '):<24}{result.metrics[shown[0]]:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}"
+            line += "".join(f"{result.metrics[metric]:>9.4f}" for metric in shown[1:])
+            lines.append(line + (f"{result.by_target_popularity[_UNSEEN].recall:>12.4f}" if unseen else ""))
+        if unseen:
+            lines.append(f"new items: recall@{_CUTOFF} of {unseen.users:,} users whose next item training has not seen")
         return "\n".join(lines)
 
 

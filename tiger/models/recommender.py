@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import build
 from tiger.core.errors import ConfigError, DataError
+from tiger.core.storage import MANIFEST, Folder
 from tiger.data.catalog import Catalog
 from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.decoding import DecodingConfig
+from tiger.models.exported import HUB, download, is_exported, load_exported
 from tiger.models.sampling import hash_users, limit_per_group, sample_top_k
 from tiger.training.weights import load_weights
 
@@ -97,15 +99,19 @@ class Recommender(ABC):
 
     @staticmethod
     def load(run: str | Artifact, device: str | None = None) -> Recommender:
-        """Open a model artifact of any family.
+        """Open a model artifact of any family, or an exported model.
 
         Args:
-            run: the artifact or its folder.
+            run: the artifact or its folder, a folder that `tiger export` has written, or `hf://USER/NAME`.
             device: where to compute; None: the GPU if there is one.
 
         Raises:
             ArtifactError: it is missing, incomplete, altered, or not a model.
+            ResourceError: the hub does not have it or cannot be reached.
         """
+        if isinstance(run, str) and (exported := _exported(run)):
+            found: Recommender = load_exported(exported, default_device(device))
+            return found
         artifact = open_artifact(run, expected_kind="model") if isinstance(run, str) else run
         artifact.verify()
         if "semantic_ids" in artifact.inputs:
@@ -115,8 +121,7 @@ class Recommender(ABC):
         family = load_family(config)
         module = family.build(config, data) if hasattr(family, "build") else nn.Module()
         load_weights(module, artifact.folder)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        recommender: Recommender = family.recommender(module, config, data, place)
+        recommender: Recommender = family.recommender(module, config, data, default_device(device))
         recommender.catalog = data.catalog
         return recommender
 
@@ -329,6 +334,17 @@ class _Lists:
 
 def _is_empty(histories: list[Rows]) -> npt.NDArray[np.bool_]:
     return np.array([not len(history) for history in histories], bool)
+
+
+def default_device(device: str | None) -> torch.device:
+    """Return the device of this name; None: the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _exported(run: str) -> Folder | None:
+    """Return the folder of an exported model, downloaded if needed; None if it is something else."""
+    folder = download(run) if run.startswith(HUB) else Folder(run)
+    return folder if not folder.exists(MANIFEST) and is_exported(folder) else None
 
 
 def _draws(users: Sequence[str] | None, rows: int) -> npt.NDArray[np.int64]:

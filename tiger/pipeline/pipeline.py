@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 
 from tiger.core.artifacts import Artifact
+from tiger.evaluation.evaluator import EvaluationResult
 from tiger.pipeline.embed import embed
-from tiger.pipeline.evaluate import evaluate
+from tiger.pipeline.evaluate import RESULT, evaluate
 from tiger.pipeline.item_vectors import build_item_vectors
 from tiger.pipeline.prepare import prepare
 from tiger.pipeline.recommend import print_examples, recommend
+from tiger.pipeline.report import PAGE, report
 from tiger.pipeline.semantic_ids import build_semantic_ids
 from tiger.pipeline.train import train_model
 from tiger.run import RunConfig
@@ -29,8 +31,12 @@ def run_pipeline(run: RunConfig) -> Artifact:
     model = train_model(run, catalog, embeddings, ids)  # histories as semantic IDs -> a model that generates the next
     metrics = evaluate(run, model)  # how often it finds what users took next
     recommendations = recommend(run, model)  # what they may take next
+    page = report(run, metrics, recommendations)  # all of it on one HTML page
+    log.info("%s", summary([*metrics.lineage(), recommendations, page], run.scale.dollars_per_hour))
     print_examples(recommendations)
-    log.info("%s", summary([*metrics.lineage(), recommendations], run.scale.dollars_per_hour))
+    result = EvaluationResult.model_validate(metrics.folder.read_json(RESULT))
+    log.info("%s", result.splits["test"].short_table("test"))
+    log.info("report: %s/%s", page.folder.uri, PAGE)
     return metrics
 
 

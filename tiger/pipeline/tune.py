@@ -14,7 +14,7 @@ from tiger.embedding.vectors import load_embeddings
 from tiger.on_ray.tune import tune_tokenizer
 from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.run import RunConfig
-from tiger.tuning import TuningConfig, TuningStageConfig, apply, picture, table
+from tiger.tuning import TuningConfig, TuningStageConfig, apply, plot_trials, table
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run_trials(draft: Draft, run: RunConfig, config: TuningStageConfig, embeddin
     best = apply(run, winner, num_evaluations=None)
     draft.folder.write_table("trials.parquet", trials)
     draft.folder.write_bytes("best.toml", dump_toml(best.model_dump(mode="json", serialize_as_any=True)).encode())
-    draft.folder.write_bytes("tuning.svg", picture(rows, list(tuning.space)).encode())
+    draft.folder.write_bytes("tuning.svg", plot_trials(rows, list(tuning.space)).encode())
     whole = len(rows) * run.tokenizer.training.epochs  # 0 for a tokenizer that has nothing to train
     spent = sum(row["epochs"] or 0 for row in rows) / whole if whole else 0.0
     draft.metrics = {

@@ -1,7 +1,7 @@
-"""Report the quality of semantic IDs: metrics, and an HTML explorer of their prefixes.
+"""Explore semantic IDs: metrics of their quality, and an HTML page of their prefixes.
 
-    python -m tiger.report.semantic_ids RUN [--page FILE.html]
-    python -m tiger.report.semantic_ids CODES.parquet [--page FILE.html]
+    tiger explore RUN [--page FILE.html]
+    tiger explore CODES.parquet [--page FILE.html]
 
 RUN is a semantic_ids artifact, or the folder that contains one. CODES.parquet is any Parquet file with a column `codes`
 (lists of equal length) and optionally `item_id`, `title`, `category`, `vector`.
@@ -14,7 +14,7 @@ import html
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,26 +142,27 @@ def title_words(name: str) -> set[str]:
     return {word.lower() for word in _WORD.findall(name)}
 
 
-def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
-    """Render the tree of prefixes as one HTML page without scripts: sizes, distinctive words, categories, titles.
+def prefix_tree(items: CodedItems, examples: int = 5, widest: Sequence[int] = (300,)) -> str:
+    """Render the tree of prefixes as nested HTML lists to be opened: sizes, distinctive words, categories, titles.
 
     Args:
         items: the items.
         examples: maximum titles per tuple of codes.
-        widest: maximum children per prefix, largest first; the number of omitted ones is shown.
+        widest: maximum children per prefix by level, largest first; the last number is for all further levels. The
+            number of omitted ones is shown.
     """
     among = Counter(word for name in items.names for word in title_words(name))
     order = np.argsort(packed(items.codes), kind="stable")
 
     def children(rows: npt.NDArray[np.int64], depth: int) -> Iterator[str]:
-        codes = items.codes[rows, depth]
+        codes, most = items.codes[rows, depth], widest[min(depth, len(widest) - 1)]
         starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
         groups = sorted(np.split(rows, starts[1:]), key=len, reverse=True)
-        for group in groups[:widest]:
+        for group in groups[:most]:
             yield node(group, depth + 1)
-        if len(groups) > widest:
-            left = sum(map(len, groups[widest:]))
-            yield f"<p>{len(groups) - widest} smaller ones, with {left:,} items, are not shown</p>"
+        if len(groups) > most:
+            left = sum(map(len, groups[most:]))
+            yield f"<p>{len(groups) - most} smaller ones, with {left:,} items, are not shown</p>"
 
     def node(rows: npt.NDArray[np.int64], depth: int) -> str:
         prefix = ", ".join(str(code) for code in items.codes[rows[0], :depth])
@@ -178,6 +179,11 @@ def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
         head = f"<code>{prefix}</code> <b>{len(rows):,}</b> {about}"
         return f"<details><summary>{head}</summary>{''.join(children(rows, depth))}</details>"
 
+    return "".join(children(order, 0))
+
+
+def page(items: CodedItems) -> str:
+    """Render the whole tree of prefixes and the metrics as one HTML page without scripts."""
     style = (
         "body{font:14px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
         "details details,details p{margin-left:1.5em}p{margin:.1em 0}i{color:#57606a}"
@@ -190,7 +196,7 @@ def page(items: CodedItems, examples: int = 5, widest: int = 300) -> str:
         f"<h1>Semantic IDs of {len(items.codes):,} items</h1>"
         "<p>Each line is a prefix: its codes, the number of items with it, the distinctive words of their titles, and "
         "their most frequent category.</p>"
-        f"{''.join(children(order, 0))}<h2>Metrics</h2><pre>{html.escape(report(items))}</pre></html>\n"
+        f"{prefix_tree(items)}<h2>Metrics</h2><pre>{html.escape(report(items))}</pre></html>\n"
     )
 
 
@@ -267,7 +273,7 @@ def _categories(table: pa.Table) -> list[str | None] | None:
 def main(arguments: list[str]) -> int:
     """Print the report and, with `--page`, write the HTML page; return the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m tiger.report.semantic_ids", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "tiger explore", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("source", help="a run, a semantic_ids artifact, or a Parquet file with a column `codes`")
     parser.add_argument("--page", metavar="FILE.html", help="write an HTML explorer of the prefixes")
