@@ -159,7 +159,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "scale.training.cpus": ("2", ""),
     "scale.training.gpus": ("0", ""),
     "scale.collective_seconds": ("60", ""),
-    "scale.dollars_per_hour": ("1.5", ""),
+    "scale.dollars_per_hour": ("1.5", "report"),
     "scale.in_process_megabytes": ("0", ""),
     "scale.max_failures": ("1", ""),
     "tracking.tensorboard": ("boards", ""),
