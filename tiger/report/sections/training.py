@@ -31,20 +31,23 @@ def _model(run: FinishedRun) -> str:
         for level, (axes, name) in enumerate(zip(drawn.axes, losses, strict=False)):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=COLORS[0], markersize=3)
+            top = max(values)
             for kind, style in (("uniform", "--"), ("popularity", ":")):
                 if level < len(references.get(kind, ())):
                     _reference(axes, references[kind][level], kind, style)
-            axes.set(title=f"Loss, level {level + 1}" if levels else "Loss", xlabel="step", ylim=(0, None))
+                    top = max(top, references[kind][level])
+            # room for the label above the highest line
+            axes.set(title=f"Loss, level {level + 1}" if levels else "Loss", xlabel="step", ylim=(0, 1.15 * top))
         axes = drawn.axes[-1]
         for color, name in zip(COLORS, ("recall@10", "ndcg@10"), strict=False):
             steps, values = _curve(records, name)
-            axes.plot(steps, values, "o-", color=color, markersize=3, label=name)
+            axes.plot(steps, values, "o-", color=color, markersize=3)
+            axes.annotate(name, (steps[-1], values[-1]), (0, -9), textcoords="offset points", ha="right", va="top")
         popular = run.result.splits["valid"].methods.get("popularity")
         if popular and "recall@10" in popular.metrics:
             _reference(axes, popular.metrics["recall@10"], "popularity, recall@10", ":")
         axes.axvline(metrics["best_step"], color=MUTED, linewidth=0.8)
         axes.set(title="Validation", xlabel="step", ylim=(0, None))
-        axes.legend(loc="lower right")
     name = method_name(next(iter(run.methods)))
     early = " It stopped early." if metrics["stopped_early"] else ""
     caption = (
