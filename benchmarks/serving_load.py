@@ -44,6 +44,7 @@ class Load:
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     wall: float = 0.0
 
     @property
@@ -56,6 +57,7 @@ class Load:
             f"{len(self.seconds):,} answers in {self.wall:.1f} s = {len(self.seconds) / self.wall:.0f}/s, "
             f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, max {most:.0f} ms, "
             f"{self.failed} others {dict(self.statuses)}"
+            + "".join(f"\n    {reason}" for reason in list(self.reasons)[:3])
         )
 
 
@@ -105,6 +107,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: bytes, load: Load)
         async with session.post(f"{url}/recommend", data=body, headers=BODY) as response:
             content = await response.read()
         load.statuses[str(response.status)] += 1
+        if response.status not in (200, 429):
+            load.reasons[content.decode(errors="replace")[:80]] += 1
         if response.status == 200:
             load.seconds.append(time.monotonic() - begin)
             load.models[json.loads(content)["model"]] += 1

@@ -28,7 +28,7 @@ class Page:
     """A tab."""
 
     def __init__(self, socket: Any) -> None:
-        self.socket, self.number = socket, 0
+        self.socket, self.number, self.loaded = socket, 0, False
         self.problems: list[str] = []
         """Errors of scripts, of the console, and of the Content-Security-Policy."""
         for domain in ("Page", "Runtime", "Log"):
@@ -46,6 +46,7 @@ class Page:
 
     def _note(self, message: Any) -> None:
         given = message.get("params", {})
+        self.loaded |= message["method"] == "Page.loadEventFired"
         if message["method"] == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(given["exceptionDetails"])[:500])
         elif message["method"] == "Log.entryAdded" and given["entry"]["level"] == "error":
@@ -55,7 +56,10 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
+        self.loaded = False
         self.send("Page.navigate", url=url)
+        while not self.loaded:
+            self._note(json.loads(self.socket.recv(timeout=60)))
 
     def run(self, script: str) -> Any:
         """The value of an expression, which may be a promise."""

@@ -177,7 +177,7 @@ def test_rayservice_names_an_application_that_exists_with_its_arguments() -> Non
     assert served["import_path"] == IMPORT_PATH
     assert application(served["args"])
     (server,) = served["deployments"]
-    assert server["name"] == replica.Server.__name__
+    assert server["name"] == replica.deployment.name
     assert build(replica.ModelConfig, server["user_config"]).model.startswith("s3://")
     for group in _groups(manifest):
         (container,) = _pod(group)["containers"]

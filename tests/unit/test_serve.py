@@ -17,7 +17,7 @@ from tiger.core.config import load
 from tiger.core.errors import ConfigError, ResourceError, SecurityError
 from tiger.core.storage import Folder
 from tiger.models.decoding import DecodingConfig
-from tiger.on_ray.replica import TOKEN_FILE, Server
+from tiger.on_ray.replica import TOKEN_FILE, deployment
 from tiger.on_ray.serve import _reason, application, serve_forever, write_config
 from tiger.run import ResourcesConfig, RunConfig, ServeConfig
 
@@ -93,7 +93,7 @@ def test_a_configuration_for_serve_deploy_says_all(model: Artifact, tmp_path: Pa
     assert config.http_options.ssl_certfile == str(tmp_path / "cert.pem")
     (app,) = config.applications
     (server,) = app.deployments
-    assert server.name == Server.__name__
+    assert server.name == deployment.name
     assert server.user_config == {"model": model.home.uri}
     assert server.autoscaling_config["min_replicas"], server.autoscaling_config["max_replicas"] == (2, 4)
     assert (server.max_queued_requests, server.max_surge_percent) == (64, 100)

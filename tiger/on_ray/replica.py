@@ -97,9 +97,8 @@ class PrometheusMetrics:
         self._current.set(1, {"model": model})
 
 
-@serve.ingress()
-class Server:
-    """Serve deployment class: a `tiger.serving.app.Service`, decoding in batches."""
+class Replica:
+    """The code of the deployment `Server`: a `tiger.serving.app.Service`, decoding in batches."""
 
     model: ServedModel
 
@@ -122,9 +121,10 @@ class Server:
         return build_app(self, self.token, self.allowed_origins)
 
     def check_health(self) -> None:
-        """Fail if the deployment was made without a model; Ray Serve calls this before the first request."""
+        """Fail if the deployment was made without a model; Ray Serve calls this at the start and regularly."""
         if not hasattr(self, "model"):
             raise ConfigError("no model to serve: set user_config of the deployment to {model: URI}")
+        self.metrics.current(self.model.name)  # a gauge that is set once, early, may not be exported
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,10 @@ class Server:
 
 ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # of a replica, for the reason in `_decode`
 
+Server: Any = serve.ingress()(Replica)
+
 deployment: Any = serve.deployment(
+    name="Server",
     ray_actor_options={"runtime_env": {"env_vars": ENVIRONMENT}},
     max_ongoing_requests=2 * BATCH,  # the default of 5 would limit batches to 5 requests
     max_queued_requests=8 * BATCH,  # further requests get 429 at once

@@ -67,7 +67,7 @@ def swap(model: str | None) -> dict[str, Any]:
     serve.context._get_global_client().deploy_apps(
         ServeDeploySchema.model_validate({"applications": list(applications.values())})
     )
-    replicas = _wait_until_used(handle, wanted)
+    replicas = _wait_until_used(handle, name, wanted)
     seconds = round(time.monotonic() - begin, 1)
     log.info("%s answers on %d replicas, %.1f s; to go back: tiger swap --back", wanted, replicas, seconds)
     return {"model": wanted, "previous": current["model"], "replicas": replicas, "seconds": seconds}
@@ -85,7 +85,7 @@ def _prepare(handle: Any, wanted: str, current: str) -> None:
         )
 
 
-def _wait_until_used(handle: Any, wanted: str) -> int:
+def _wait_until_used(handle: Any, application: str, wanted: str) -> int:
     """Wait until all replicas answer with a model; return their number.
 
     Raises:
@@ -93,8 +93,9 @@ def _wait_until_used(handle: Any, wanted: str) -> int:
     """
     deadline = time.monotonic() + LOAD_SECONDS
     while True:
-        states = _states(handle)
-        if states and all(state["model"] == wanted for state in states):
+        server = serve.status().applications[application].deployments["Server"]
+        states = _states(handle)  # without replicas that are being reconfigured or started; then it is not healthy
+        if server.status == "HEALTHY" and states and all(state["model"] == wanted for state in states):
             return len(states)
         refused = [state["swap"] for state in states if state["swap"] and state["swap"]["state"] == "refused"]
         if refused and refused[0]["model"] == wanted:

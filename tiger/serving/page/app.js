@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const TOKEN = "tiger-token";
-const state = { history: [], model: null, status: null, prefix: [], item: null, searches: 0, requests: 0 };
+const state = { history: [], model: null, status: null, prefix: [], item: null, searches: 0, requests: 0, failed: null };
 
 // --- requests ----------------------------------------------------------------------------------------------------
 
@@ -56,12 +56,14 @@ function show(error) {
   $("error").hidden = false;
 }
 
+// Reports an error of an action until the same action succeeds; others leave the message alone.
 function attempt(action) {
   return async (...given) => {
-    $("error").hidden = true;
     try {
       await action(...given);
+      if (state.failed === action) $("error").hidden = true;
     } catch (error) {
+      state.failed = action;
       show(error);
     }
   };
@@ -82,7 +84,7 @@ function make(tag, attributes = {}, ...children) {
 function idButton(id) {
   return make("button", {
     class: "code", type: "button", title: "Browse this prefix", "aria-label": `Semantic ID ${id.join(", ")}: browse its prefix`,
-    onclick: () => { closeItem(); browse(id.slice(0, -1), true); },
+    onclick: () => { closeItem(); browseTo(id); },
   }, id.join(" "));
 }
 
@@ -181,8 +183,8 @@ const recommend = attempt(async () => {
   $("results").replaceChildren(...answer.items.map((item, position) => itemRow(item, {
     rank: position + 1,
     facts: [
-      make("span", { title: "log-probability" }, item.score.toFixed(2)),
       answer.by_popularity ? null : make("span", {}, percent(item.score)),
+      make("span", {}, `score ${item.score.toFixed(2)}`),
       make("span", {}, item.item),
     ].filter(Boolean),
     action: button("Add", `Add ${item.title} to the history`, () => add(item)),
@@ -207,9 +209,10 @@ function showBeam(answer) {
         : make("span", { class: "words" }, each.words.join(", "));
       const code = make("button", {
         class: "code", type: "button", "aria-label": `Prefix ${each.prefix.join(", ")}: browse`,
-        onclick: () => browse(item ? each.prefix.slice(0, -1) : each.prefix, true),
+        onclick: () => (item ? browseTo(each.prefix) : browse(each.prefix, { jump: true })),
       }, String(each.prefix[each.prefix.length - 1]));
-      const line = make("div", { class: "line" }, code, make("span", { class: "percent" }, percent(each.score)), meter(each.score), about);
+      const line = make("div", { class: "line" }, code, make("span", { class: "percent" }, percent(each.score)),
+        meter(each.score), make("div", { class: "about" }, about));
       return make("li", {}, line, branch(each.prefix));
     }));
   };
@@ -244,21 +247,31 @@ function closeItem() {
 
 // --- prefixes ----------------------------------------------------------------------------------------------------
 
-const browse = attempt(async (prefix, jump = false) => {
-  const found = await ask(`prefix?limit=60&codes=${prefix.join(",")}`);
+// The longest prefix of an ID that other items have too.
+const browseTo = attempt(async (id) => {
+  let prefix = id.slice(0, -1);
+  while (prefix.length > 1 && (await ask(`prefix?limit=1&codes=${prefix.join(",")}`)).num_items === 1) prefix = prefix.slice(0, -1);
+  await browse(prefix, { jump: true });
+});
+
+const browse = attempt(async (prefix, { jump = false, limit = 24 } = {}) => {
+  const found = await ask(`prefix?limit=${limit}&codes=${prefix.join(",")}`);
   state.prefix = found.prefix;
   const crumb = (codes, label) => make("li", {}, codes.length === prefix.length
     ? make("span", { class: "code", "aria-current": "location" }, label)
-    : make("button", { class: "code", type: "button", onclick: () => browse(codes, true) }, label));
+    : make("button", { class: "code", type: "button", onclick: () => browse(codes, { jump: true }) }, label));
   $("crumbs").replaceChildren(crumb([], "all"), ...prefix.map((code, index) => crumb(prefix.slice(0, index + 1), String(code))));
   const count = `${found.num_items.toLocaleString("en")} ${found.num_items === 1 ? "item" : "items"}`;
   const parts = found.num_children > 1 || !found.items.length ? `, ${found.num_children} next codes` : "";
   const shown = found.children.length < found.num_children ? `, the ${found.children.length} largest shown` : "";
+  $("prefix-more").hidden = !shown || limit >= 1000;
+  $("prefix-more").textContent = `Show ${found.num_children <= 1000 ? "all" : "1,000 of"} ${found.num_children}`;
+  $("prefix-more").onclick = () => browse(found.prefix, { limit: 1000 });
   $("prefix-note").textContent = count + parts + shown + (found.words.length ? `: ${found.words.join(", ")}` : "");
   const whole = found.items.length > 0;
   $("prefixes").hidden = whole;
   $("prefixes").replaceChildren(...(whole ? [] : found.children.map((child) => make("li", {}, make("button", {
-    type: "button", onclick: () => browse([...found.prefix, child.code], true),
+    type: "button", onclick: () => browse([...found.prefix, child.code], { jump: true }),
     "aria-label": `Code ${child.code}, ${child.num_items} items: ${child.words.join(", ") || child.example}`,
   }, make("span", { class: "code" }, String(child.code)), ` ${child.num_items} · ${child.words.join(", ")}`,
   make("span", { class: "example" }, child.example))))));
@@ -311,11 +324,12 @@ $("token-change").addEventListener("click", () => {
   sessionStorage.removeItem(TOKEN);
   begin();
 });
+let typing = null;
 $("search-form").addEventListener("submit", (event) => {
   event.preventDefault();
+  clearTimeout(typing);
   search();
 });
-let typing = null;
 $("query").addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(search, 200);
@@ -336,7 +350,7 @@ $("item-add").addEventListener("click", () => {
 });
 $("item-browse").addEventListener("click", () => {
   closeItem();
-  browse(state.item.semantic_id.slice(0, -1), true);
+  browseTo(state.item.semantic_id);
 });
 setInterval(() => refreshStatus().catch((error) => {
   if (!$("main").hidden) $("status").replaceChildren(make("span", { class: "failed" }, error.message));

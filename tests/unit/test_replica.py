@@ -1,0 +1,169 @@
+"""What a replica does when Ray Serve gives it another model: load, refuse, take, go back. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from tests.serving import toy_model
+from tiger.core.errors import ArtifactError, ConfigError
+from tiger.on_ray import replica
+from tiger.on_ray.replica import Replica
+from tiger.serving.model import ServedModel
+from tiger.serving.schemas import Request
+
+MODELS = {f"runs/model-{seed}": seed for seed in range(3)}
+
+
+class Counted:
+    """In place of Ray's metrics."""
+
+    def __init__(self) -> None:
+        self.swaps: list[str] = []
+        self.models: list[str] = []
+        self.batches: list[tuple[str, int]] = []
+
+    def swap(self, result: str) -> None:
+        self.swaps.append(result)
+
+    def current(self, model: str) -> None:
+        self.models.append(model)
+
+    def batch(self, model: str, size: int, seconds: float) -> None:
+        self.batches.append((model, size))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Models load once it is set; runs/bad is altered."""
+    open_ = threading.Event()
+    open_.set()
+    ready = {uri: toy_model(12, seed) for uri, seed in MODELS.items()}
+
+    def load(uri: str, device: str) -> ServedModel:
+        open_.wait(20)
+        if uri not in ready:
+            raise ArtifactError(f"{uri}: model.safetensors was altered")
+        return ready[uri]
+
+    monkeypatch.setattr(replica.ServedModel, "load", load)
+    return open_
+
+
+@pytest.fixture
+def server(gate: threading.Event) -> Any:
+    server = object.__new__(Replica)
+    server.threads, server.device, server.metrics = 1, "cpu", Counted()
+    server.swap = server._standby = server._loading = None
+    return server
+
+
+async def settled(server: Any) -> None:
+    if server._loading is not None:
+        await server._loading
+
+
+def test_a_replica_without_a_model_is_not_healthy(server: Any) -> None:
+    with pytest.raises(ConfigError, match="set user_config of the deployment to {model: URI}"):
+        server.check_health()
+    asyncio.run(server.reconfigure({"model": "runs/model-0"}))
+    server.check_health()
+    assert server.model.name == "model-0"
+    with pytest.raises(ConfigError, match="unknown key user_config.modle"):
+        asyncio.run(server.reconfigure({"modle": "runs/model-0"}))
+
+
+def test_a_new_replica_takes_the_previous_model_if_it_refuses_the_new_one(server: Any) -> None:
+    asyncio.run(server.reconfigure({"model": "runs/bad", "previous": "runs/model-1"}))
+    assert server.model.name == "model-1"
+    assert (server.swap.state, server.swap.model) == ("refused", "runs/bad")
+    assert "was altered" in server.swap.reason
+
+
+def test_a_new_replica_without_a_model_to_serve_does_not_start(server: Any) -> None:
+    for config in ({"model": "runs/bad"}, {"model": "runs/bad", "previous": "runs/worse"}):
+        with pytest.raises(ArtifactError, match="was altered"):
+            asyncio.run(server.reconfigure(config))
+
+
+def test_the_old_model_answers_until_the_new_one_is_loaded(server: Any, gate: threading.Event) -> None:
+    """`reconfigure` returns at once: Ray Serve sends a replica no requests while it runs."""
+
+    async def change() -> None:
+        await server.reconfigure({"model": "runs/model-0"})
+        gate.clear()
+        await asyncio.wait_for(server.reconfigure({"model": "runs/model-1", "previous": "runs/model-0"}), 5)
+        await asyncio.sleep(0.05)
+        assert (server.model.name, server.swap.state) == ("model-0", "loading")
+        gate.set()
+        await settled(server)
+        assert (server.model.name, server.swap.state) == ("model-1", "done")
+
+    asyncio.run(change())
+    assert (server.metrics.swaps, server.metrics.models) == (["done"], ["model-0", "model-1"])
+
+
+def test_a_refused_model_changes_nothing(server: Any) -> None:
+    async def change() -> None:
+        await server.reconfigure({"model": "runs/model-0"})
+        await server.reconfigure({"model": "runs/bad", "previous": "runs/model-0"})
+        await settled(server)
+        assert (server.model.name, server.swap.state) == ("model-0", "refused")
+        await server.reconfigure({"model": "runs/model-2"})  # the next one is not affected
+        await settled(server)
+        assert (server.model.name, server.swap.state) == ("model-2", "done")
+
+    asyncio.run(change())
+    assert server.metrics.swaps == ["refused", "done"]
+
+
+def test_a_prepared_model_is_taken_at_once(server: Any, gate: threading.Event) -> None:
+    async def change() -> None:
+        await server.reconfigure({"model": "runs/model-0"})
+        assert "was altered" in await server.prepare("runs/bad")
+        assert await server.prepare("runs/model-1") is None
+        assert server.model.name == "model-0"
+        gate.clear()  # nothing is loaded from here on
+        await server.reconfigure({"model": "runs/model-1", "previous": "runs/model-0"})
+        assert server.model.name == "model-1"
+        assert await server.state() == {
+            "model": "runs/model-1",
+            "name": "model-1",
+            "swap": {"model": "runs/model-1", "state": "done", "reason": None},
+        }
+        gate.set()
+
+    asyncio.run(change())
+
+
+def test_a_change_of_mind_while_a_model_loads(server: Any, gate: threading.Event) -> None:
+    async def change() -> None:
+        await server.reconfigure({"model": "runs/model-0"})
+        gate.clear()
+        await server.reconfigure({"model": "runs/model-1"})
+        await asyncio.sleep(0.01)
+        await server.reconfigure({"model": "runs/model-0"})
+        gate.set()
+        await asyncio.sleep(0.1)
+        assert server.model.name == "model-0"
+        await server.reconfigure({"model": "runs/model-2"})
+        await settled(server)
+        assert server.model.name == "model-2"
+
+    asyncio.run(change())
+
+
+def test_a_batch_around_a_swap_is_decoded_by_the_model_of_each_request(server: Any) -> None:
+    old, new = toy_model(24, 0), toy_model(12, 1)
+    options = replica.DecodingConfig(beam=10)
+    queries = [
+        model.queries(Request(history=[f"i{row}"], k=3), options)[0][0]
+        for row, model in enumerate([old, new, old, new, old])
+    ]
+    found = asyncio.run(Replica._decode.__wrapped__(server, queries))
+    assert server.metrics.batches == [("model-0", 3), ("model-1", 2)]
+    for query, ranked in zip(queries, found, strict=True):
+        assert [item for item, _ in ranked.items] == [item for item, _ in query.model.decode([query])[0].items]
