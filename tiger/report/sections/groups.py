@@ -23,7 +23,7 @@ def render(run: FinishedRun) -> Html:
     panels = {
         "Length of the history": {name: result.by_history_length for name, result in methods.items()},
         "Target's interactions in training": {name: result.by_target_popularity for name, result in methods.items()},
-        "Known and new targets": {name: known_and_new(result) for name, result in methods.items()},
+        "Known or new": {name: known_and_new(result) for name, result in methods.items()},
     }
     with picture("Recall@10 by group of users", columns=3, height=3.3, width_ratios=[5, 6, 3]) as drawn:
         for axes, (title, groups) in zip(drawn.axes, panels.items(), strict=True):
