@@ -19,7 +19,7 @@ def render(run: FinishedRun) -> Html:
         lengths, items = drawn.axes
         values = np.diff(histories.offsets)
         shown = values[values <= np.quantile(values, 0.99)]
-        lengths.hist(shown, bins=np.arange(shown.min(), shown.max() + 2) - 0.5)
+        lengths.hist(shown, bins=[length - 0.5 for length in range(int(shown.min()), int(shown.max()) + 2)])
         lengths.set(title="Users by length of their history, without the longest 1 %", xlabel="items", ylabel="users")
         items.plot(np.arange(1, len(counts) + 1), np.sort(counts)[::-1])
         items.set(title="Items by number of interactions", xlabel="rank of the item", ylabel="interactions")
