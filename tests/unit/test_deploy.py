@@ -36,6 +36,7 @@ from tiger.tuning import TuningConfig
 SCHEMAS = Path(os.environ.get("TIGER_KUBERAY", ROOT.parent / "shared/data/kuberay"))
 MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
 DOCUMENTED = [
+    ROOT / "template/job.yaml",
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "cluster.yaml",

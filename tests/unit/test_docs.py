@@ -84,3 +84,28 @@ def test_readme_is_one_screen_with_both_commands_and_no_placeholder() -> None:
         assert words in text
     for page in PAGES:
         assert not re.search(r"\b(SAMPLE_OUTPUT|SAMPLE_ROWS|PYTHON_OUTPUT|TODO)\b", page.read_text()), page.name
+
+
+def test_log_has_an_index_with_a_verdict_for_every_entry() -> None:
+    spec = importlib.util.spec_from_file_location("log_index", ROOT / ".ci/log_index.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "LOG.md").read_text()
+    assert module.updated(text) == text, "run: uv run python .ci/log_index.py"
+    assert "no verdict" not in module.index(text)
+    assert module.index(text).count("\n") == len(re.findall(r"(?m)^## ", text)) + 2
+
+
+def test_template_names_what_exists() -> None:
+    job = yaml.safe_load((ROOT / "template/job.yaml").read_text())
+    service = yaml.safe_load((ROOT / "template/service.yaml").read_text())
+    for manifest in (job, service):
+        assert (ROOT / "template" / manifest["containerfile"]).is_file()
+        assert (ROOT / "template" / manifest["working_dir"]).resolve() == ROOT
+    deployed = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())["spec"]["serveConfigV2"]
+    (application,) = yaml.safe_load(deployed)["applications"]
+    assert service["applications"][0]["import_path"] == application["import_path"]
+    assert service["applications"][0]["args"].keys() == application["args"].keys()
+    assert service["applications"][0]["deployments"][0]["name"] == application["deployments"][0]["name"]

@@ -22,7 +22,9 @@ def escaped(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+        if value.is_integer() or abs(value) >= 10_000:
+            return f"{value:,.0f}"
+        return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:.4g}"
     return html.escape(str(value))
 
 

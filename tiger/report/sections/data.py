@@ -18,8 +18,9 @@ def render(run: FinishedRun) -> Html:
     with picture("Lengths of histories, and purchases per item", columns=2, height=2.7) as drawn:
         lengths, items = drawn.axes
         values = np.diff(histories.offsets)
-        lengths.hist(values.clip(max=np.quantile(values, 0.99)), bins=min(40, int(np.ptp(values)) + 1))
-        lengths.set(title="Users by length of their history (longest 1 % clipped)", xlabel="items", ylabel="users")
+        shown = values[values <= np.quantile(values, 0.99)]
+        lengths.hist(shown, bins=[length - 0.5 for length in range(int(shown.min()), int(shown.max()) + 2)])
+        lengths.set(title="Users by length of their history, without the longest 1 %", xlabel="items", ylabel="users")
         items.plot(np.arange(1, len(counts) + 1), np.sort(counts)[::-1])
         items.set(title="Items by number of interactions", xlabel="rank of the item", ylabel="interactions")
         items.set(xscale="log", yscale="symlog", ylim=(0, None))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from tiger.data.catalog import Catalog
 from tiger.report.finished import FinishedRun
 from tiger.report.markup import Html, escaped
 
 TITLE = "Example users"
 
 _USERS, _HISTORY, _LIST = 6, 6, 6
+_CHARACTERS = 140  # of a title
 
 
 def render(run: FinishedRun) -> Html | None:
@@ -19,10 +21,10 @@ def render(run: FinishedRun) -> Html | None:
     for user, items, scores in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
         history = catalog.histories.of(user)
         earlier = len(history) - _HISTORY
-        past = "".join(f"<li>{escaped(catalog.titles[item])}</li>" for item in history[-_HISTORY:])
+        past = "".join(f"<li>{_title(catalog, item)}</li>" for item in history[-_HISTORY:])
         more = f"<p>after {earlier} earlier ones</p>" if earlier > 0 else ""
         found = "".join(
-            f"<li>{escaped(catalog.titles[item])} <i>{score:.2f}</i></li>"
+            f"<li>{_title(catalog, item)} <i>{score:.2f}</i></li>"
             for item, score in zip(items[:_LIST], scores[:_LIST], strict=True)
             if item >= 0
         )
@@ -33,3 +35,8 @@ def render(run: FinishedRun) -> Html | None:
         )
     note = "<p>The last items of the first users, oldest first, and their lists with log-probabilities.</p>"
     return Html(note + "".join(parts))
+
+
+def _title(catalog: Catalog, item: int) -> str:
+    title = catalog.titles[item]
+    return escaped(title if len(title) <= _CHARACTERS else f"{title[:_CHARACTERS]}...")

@@ -31,22 +31,22 @@ def _model(run: FinishedRun) -> str:
         for level, (axes, name) in enumerate(zip(drawn.axes, losses, strict=False)):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=COLORS[0], markersize=3)
-            top = max(values)
             for kind, style in (("uniform", "--"), ("popularity", ":")):
                 if level < len(references.get(kind, ())):
                     _reference(axes, references[kind][level], kind, style)
-                    top = max(top, references[kind][level])
-            # room for the label above the highest line
-            axes.set(title=f"Loss, level {level + 1}" if levels else "Loss", xlabel="step", ylim=(0, 1.15 * top))
+            axes.margins(y=0.12)
+            axes.set(title=f"Loss, level {level + 1}" if levels else "Loss", xlabel="step", ylim=(0, None))
         axes = drawn.axes[-1]
         for color, name in zip(COLORS, ("recall@10", "ndcg@10"), strict=False):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=color, markersize=3)
-            axes.annotate(name, (steps[-1], values[-1]), (0, -9), textcoords="offset points", ha="right", va="top")
+            axes.annotate(name, (0.97, values[-1]), xycoords=("axes fraction", "data"), xytext=(0, 4),
+                          textcoords="offset points", ha="right", fontsize=8, color=color)  # fmt: skip
         popular = run.result.splits["valid"].methods.get("popularity")
         if popular and "recall@10" in popular.metrics:
             _reference(axes, popular.metrics["recall@10"], "popularity, recall@10", ":")
         axes.axvline(metrics["best_step"], color=MUTED, linewidth=0.8)
+        axes.margins(y=0.12)
         axes.set(title="Validation", xlabel="step", ylim=(0, None))
     name = method_name(next(iter(run.methods)))
     early = " It stopped early." if metrics["stopped_early"] else ""
@@ -85,5 +85,5 @@ def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
 
 def _reference(axes: Axes, value: float, name: str, style: str) -> None:
     axes.axhline(value, color=MUTED, linestyle=style, linewidth=1.2)
-    axes.annotate(name, (0.02, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                  fontsize=8, color=INK)  # fmt: skip
+    axes.annotate(name, (0.97, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                  ha="right", fontsize=8, color=INK)  # fmt: skip
