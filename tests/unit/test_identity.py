@@ -149,7 +149,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "scale.training.cpus": ("2", ""),
     "scale.training.gpus": ("0", ""),
     "scale.collective_seconds": ("60", ""),
-    "scale.dollars_per_hour": ("1.5", ""),
+    "scale.dollars_per_hour": ("1.5", "report"),
     "scale.max_failures": ("1", ""),
     "tracking.tensorboard": ("boards", ""),
     "tracking.mlflow": ("http://127.0.0.1:5000", ""),
