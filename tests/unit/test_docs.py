@@ -108,4 +108,6 @@ def test_template_names_what_exists() -> None:
     (application,) = yaml.safe_load(deployed)["applications"]
     assert service["applications"][0]["import_path"] == application["import_path"]
     assert service["applications"][0]["args"].keys() == application["args"].keys()
-    assert service["applications"][0]["deployments"][0]["name"] == application["deployments"][0]["name"]
+    (server,), (expected,) = service["applications"][0]["deployments"], application["deployments"]
+    assert server["name"] == expected["name"]
+    assert server["user_config"].keys() == expected["user_config"].keys()
