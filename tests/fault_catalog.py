@@ -189,7 +189,7 @@ FAULTS: dict[str, Fault] = {
     "test_serving_guard::test_a_body_is_read_up_to_its_limit": Fault("serve", "huge bodies", "413, read up to the limit"),
     "test_serve::test_an_open_port_needs_a_token": Fault("serve", "open port without a token", "refuses to start"),
     "test_serve::test_ray_s_other_proxy_ignores_the_host": Fault("serve", "a proxy that opens the port", "refuses to start"),
-    "test_serving_app::test_degenerate_models_are_found": Fault("serve", "models with constant, empty, NaN lists", "refused"),
+    "test_serving_routes::test_degenerate_models_are_found": Fault("serve", "models with constant, empty, NaN lists", "refused"),
     "test_serve::test_a_real_server": Fault("serve", "malformed requests; a copy killed", "4xx with the field; right answers"),
     "test_serve::test_models_are_swapped_under_load": Fault("serve", "an altered model, under load", "refused, old one answers"),
     # --- security

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from starlette.testclient import TestClient
 
 from tests.factories import SIZES, model_of_random_ids, random_ids
 from tiger.models.decoding import DecodingConfig
@@ -91,3 +92,14 @@ class ToyService:
 
     def lists(self, model: str, **numbers: int) -> None:
         self.counted.append((model, numbers))
+
+
+def ask(client: TestClient, status: int = 200, **body: Any) -> Any:
+    """The JSON that POST /recommend answers, with this status."""
+    answer = client.post("/recommend", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def ids(answer: Any) -> list[str]:
+    return [each["item"] for each in answer["items"]]
