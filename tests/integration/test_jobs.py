@@ -129,7 +129,8 @@ def test_a_finished_model_is_evaluated_by_its_folder_next_to_another_family(
     """Overrides of the training are refused: the model is trained."""
     root = str(Path(finished.folder.uri).parent)
     others = [key for key in TINY if not key.startswith("model.")]
-    run = tiger.load_config("sample", [*others, f"root={root}", "model.kind=sasrec", "model.training.epochs=30"])
+    sasrec = ["catalog.k_core=5", "model.kind=sasrec", "model.training.epochs=30"]
+    run = tiger.load_config("sample", [*others, f"root={root}", *sasrec])
     other = tiger.pipeline.train.ensure_model(run)
     model = finished.inputs["model"].folder.uri
     with pytest.raises(SystemExit, match="2"):
