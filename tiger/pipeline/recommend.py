@@ -23,7 +23,7 @@ from tiger.run import RecommendConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5
+_SHOWN = 5  # users, and items of their lists
 _TABLE = "recommendations"
 
 
@@ -125,7 +125,7 @@ def print_examples(recommendations: Artifact) -> None:
 def _show(catalog: Catalog, history: npt.NDArray[Any], items: npt.NDArray[Any], scores: npt.NDArray[Any]) -> str:
     """Format one user's history and recommendations: source ids, titles, scores."""
     lines = [f"  history {catalog.source_ids[item]:<12} {catalog.titles[item]:.90}" for item in history[-5:]]
-    for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1):
+    for rank, (item, score) in enumerate(zip(items[:_SHOWN], scores[:_SHOWN], strict=True), 1):
         if item >= 0:
             lines.append(f"  {rank:>2}. {score:>7.2f} {catalog.source_ids[item]:<12} {catalog.titles[item]:.80}")
     return "\n".join(lines)
