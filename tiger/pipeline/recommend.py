@@ -33,7 +33,7 @@ from tiger.run import RecommendConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5
+_SHOWN = 5  # users, and items of their lists
 _USERS, _COUNTS = "users.parquet", "users.json"
 
 
@@ -167,7 +167,7 @@ def print_examples(recommendations: Artifact) -> None:
     scores = shown["scores"].to_pylist() if "scores" in shown.column_names else [[None] * items.shape[1]] * len(shown)
     for row, user in enumerate(shown["user"].to_pylist()):
         lines = [f"  history {name:<12} {title:.90}" for name, title in _named(names, histories[row])]
-        for rank, (name, title) in enumerate(_named(names, items[row][items[row] >= 0])):
+        for rank, (name, title) in enumerate(_named(names, items[row][items[row] >= 0][:_SHOWN])):
             score = "" if scores[row][rank] is None else f"{scores[row][rank]:>7.2f} "
             lines.append(f"  {rank + 1:>2}. {score}{name:<12} {title:.80}")
         log.info("user %s\n%s", user, "\n".join(lines))
