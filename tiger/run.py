@@ -25,7 +25,7 @@ from tiger.models.base import ModelConfig
 from tiger.models.decoding import DecodingConfig
 from tiger.models.tiger.config import TigerConfig
 from tiger.semantic_ids.assignment import SemanticIdsConfig
-from tiger.tokenizers import rkmeans, rqvae
+from tiger.tokenizers import rqvae
 from tiger.tokenizers.base import TokenizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -99,7 +99,10 @@ class ResourcesConfig(Config):
         None, ge=0, description="price of the cluster, to report the cost of each stage"
     )
     in_process_megabytes: int = Field(
-        512, ge=0, description="megabytes of raw data, uncompressed, up to which they are prepared without Ray"
+        512,
+        ge=0,
+        description="megabytes of raw data (uncompressed), or of vectors, that the driver itself works on; above it, "
+        "tasks do",
     )
     max_failures: int = Field(3, ge=0, description="maximum restarts of training after the loss of a worker or node")
 
@@ -126,11 +129,6 @@ class RunConfig(Config):
     def _sections_fit(self) -> RunConfig:
         """Reject sections that cannot be used together, before the first stage."""
         tokenizer, ids = self.tokenizer, self.semantic_ids
-        if isinstance(tokenizer, rkmeans.Config) and tokenizer.streaming and ids.collision_policy == "nearest_free":
-            raise ValueError(
-                "semantic_ids.collision_policy = nearest_free requires the vectors in memory, but tokenizer.streaming "
-                "= true does not load them; set semantic_ids.collision_policy = extra_code"
-            )
         sizes = [tokenizer.codebook_size] * tokenizer.num_levels
         if math.prod(sizes) >= 2**63:
             raise ValueError(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiger.core import external_sort
 from tiger.core.config import build
 from tiger.core.errors import DataError
 from tiger.core.runner import InProcess
@@ -24,7 +25,7 @@ from tiger.data import profile
 from tiger.data.catalog import CatalogConfig, make
 from tiger.data.histories import read_histories
 from tiger.data.prepare import build as building
-from tiger.data.prepare import external_sort, interactions
+from tiger.data.prepare import interactions
 from tiger.data.prepare.raw import Unchecked
 from tiger.data.readers.row_counts import RowCounts
 from tiger.data.sources.base import INTERACTIONS

@@ -135,7 +135,6 @@ IMPOSSIBLE = {
         "tokenizer.num_levels=8",
     ): "tokenizer.num_levels = 8 of tokenizer.codebook_size = 256 codes give 2^63 tuples or more",
     ("tokenizer.num_levels=7",): "a collision level of semantic_ids.collision_codes = 256 give 2^63 tuples or more",
-    ("tokenizer.kind=rkmeans", "tokenizer.streaming=true"): "set semantic_ids.collision_policy = extra_code",
     ("tokenizer.kmeans_sample=256", "tokenizer.codebook_size=2048"): "kmeans_sample = 256 is less than codebook_size",
     tuple(f"x{number}=1" for number in range(30)): "unknown key x9; and 20 more",
     ("a=1\nroot=2",): "unknown key a",
@@ -157,7 +156,7 @@ def test_what_can_be_used_together_is_not_refused() -> None:
     for overrides in (
         ["tokenizer.num_levels=7", "semantic_ids.collision_policy=error"],
         ["tokenizer.num_levels=7", "semantic_ids.collision_codes=127"],
-        ["tokenizer.kind=rkmeans", "tokenizer.streaming=true", "semantic_ids.collision_policy=extra_code"],
+        ["tokenizer.kind=rkmeans", "tokenizer.streaming=true", "semantic_ids.collision_policy=nearest_free"],
         ["tokenizer.kmeans_sample=256", "tokenizer.codebook_size=256"],
     ):
         load(RunConfig, None, overrides, CONFIGS)

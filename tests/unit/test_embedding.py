@@ -27,6 +27,8 @@ from tiger.embedding import external
 from tiger.embedding.encoder import EmbeddingConfig, EmbedShard, TextEncoder, batch_by_tokens
 from tiger.embedding.external import VectorJoin, own_item_ids
 from tiger.embedding.vectors import count_embeddings, load_embeddings, precision_figures, sample_embeddings, unusable
+from tiger.on_ray import map as ray_map
+from tiger.on_ray.map import plan_shards
 from tiger.run import RunConfig
 
 
@@ -312,3 +314,26 @@ def test_every_job_refuses_vectors_that_are_not_there_before_its_first_stage(
     assert ended.value.code == 3
     assert "/no/such/file.parquet does not exist; correct embedding.import_path" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/catalog-*"))
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+
+
+def test_small_row_groups_are_joined_in_large_tables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes of text and by rows, whatever machine plans them; every row group is in one shard, in order."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 200)))) for _ in range(600)]
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"item_id": range(600), "text": texts}), path, row_group_size=3)
+    metadata = pq.read_metadata(path)
+    single = [[group] for group in range(200)]
+    assert plan_shards(metadata) == plan_shards(metadata, "text") == single
+    monkeypatch.setattr(ray_map, "_SHARDS", 20)
+    assert plan_shards(metadata) == single
+    joined = plan_shards(metadata, "text")
+    assert [group for groups in joined for group in groups] == list(range(200))
+    assert 20 <= len(joined) <= 30
+    monkeypatch.setattr(ray_map, "_SHARD_ROWS", 6)
+    assert max(map(len, plan_shards(metadata, "text"))) == 2
+    monkeypatch.setattr(ray_map, "_SHARD_BYTES", 1)
+    assert plan_shards(metadata, "text") == single

@@ -27,6 +27,7 @@ from tiger.core.hashing import sha256
 from tiger.core.memory import watch_memory
 from tiger.core.publishing import ATTEMPT, publish, tidy
 from tiger.core.storage import MANIFEST, PARTIAL, SCRATCH, Folder, in_one_line
+from tiger.core.threads import in_threads
 from tiger.core.versions import installed_versions
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,12 @@ class Artifact:
             ArtifactError: a file is missing, altered, or not part of this artifact; names it.
         """
         found = self.folder.files()
-        for name, expected in self.manifest["files"].items():
+        for name in self.manifest["files"]:
             if name not in found:
                 raise ArtifactError(f"{self.folder.uri}: {name} is missing; delete the folder and run the stage again")
-            self.folder.verify(name, expected["sha256"])
+        recorded = self.manifest["files"].items()
+        for _ in in_threads(lambda pair: self.folder.verify(pair[0], pair[1]["sha256"]), recorded):
+            pass
         _require_no_others(self.folder, found, self.manifest["files"])
 
 
@@ -220,10 +223,12 @@ def _fill(folder: Folder, given: dict[str, Any], attempt: str | None, make: Call
     with watch_memory() as peak:
         make(draft)
     folder.delete_partials()
+    sizes = folder.files()
+    digests = in_threads(folder.digest, sizes)
     manifest = given | {
         "metrics": draft.metrics,
         "health": draft.health,
-        "files": {name: {"bytes": size, "sha256": folder.digest(name)} for name, size in folder.files().items()},
+        "files": {name: {"bytes": sizes[name], "sha256": sha256} for name, sha256 in zip(sizes, digests, strict=True)},
         "versions": {"tiger": tiger.__version__} | installed_versions(),
         "seconds": round(time.monotonic() - begin, 1),
         "peak_memory_bytes": peak.bytes,

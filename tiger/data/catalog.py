@@ -30,11 +30,11 @@ from pydantic import Field
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError
+from tiger.core.external_sort import MemoryStore
 from tiger.core.runner import InProcess
 from tiger.core.storage import Folder
 from tiger.data.histories import Histories, read_histories
 from tiger.data.prepare.build import DROPPED_INTERACTIONS, ONE_RANGE, UNKNOWN, build_catalog, check_unknown
-from tiger.data.prepare.external_sort import MemoryStore
 from tiger.data.prepare.raw import Batches, Unchecked
 from tiger.data.readers.row_counts import RowCounts
 from tiger.data.texts import TextColumn

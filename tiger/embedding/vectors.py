@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from tiger.core import node_cache
 from tiger.core.errors import ArtifactError
 from tiger.core.precision import Choice
 from tiger.core.storage import Folder
+from tiger.core.threads import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ def precision_figures(folder: Folder) -> dict[str, Any]:
         {"precision": "bfloat16", "precision_speedup": 1.83}, the latter if it was measured and is equal in all shards;
         {"precision": {"bfloat16": 11, "float32": 1}} if shards differ. Shards without a record count as "unknown".
     """
-    shards = [pq.read_metadata(folder.join(name), filesystem=folder.filesystem).metadata for name in _files(folder)]
+    shards = [footer.metadata for footer in in_threads(lambda name: _footer(folder, name), _files(folder))]
     records = [{name: (shard or {}).get(name.encode(), b"").decode() for name in _RECORDED} for shard in shards]
     counts = Counter(record["precision"] or "unknown" for record in records)
     if len(counts) > 1:
@@ -62,7 +67,7 @@ def load_embeddings(folder: Folder) -> Tensor:
         part = _columns(folder, name, "item_id", "vector")
         rows, ids = matrix(part), np.asarray(part["item_id"]).astype(np.int64)
         if vectors is None or found is None:
-            count = _rows(folder)
+            count = sum(shard.rows for shard in list_shards(folder))
             vectors, found = torch.empty(count, rows.shape[1]), np.zeros(count, bool)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(found)):
             raise _ids_missing(folder)
@@ -74,15 +79,72 @@ def load_embeddings(folder: Folder) -> Tensor:
     return vectors
 
 
-def _rows(folder: Folder) -> int:
-    """Return the number of rows of all shards, from their footers."""
-    rows = 0
-    for name in _files(folder):
+@dataclass(frozen=True)
+class VectorShard:
+    """One file of embeddings, and the number of its rows."""
+
+    name: str
+    rows: int
+
+
+def list_shards(folder: Folder) -> list[VectorShard]:
+    """Return all shards with their numbers of rows, from their footers, each of which is read once.
+
+    Raises:
+        ArtifactError: there is no shard, or one is not a Parquet file.
+    """
+
+    def shard(name: str) -> VectorShard:
         try:
-            rows += pq.read_metadata(folder.join(name), filesystem=folder.filesystem).num_rows
+            return VectorShard(name, _footer(folder, name).num_rows)
         except (pa.ArrowException, OSError):
-            rows += len(_columns(folder, name, "item_id"))  # its error names the file and the reason
-    return rows
+            return VectorShard(name, len(_columns(folder, name, "item_id")))  # its error names the file and the reason
+
+    return list(in_threads(shard, _files(folder)))
+
+
+def _footer(folder: Folder, name: str) -> pq.FileMetaData:
+    return pq.read_metadata(folder.join(name), filesystem=folder.filesystem)
+
+
+def read_shard(folder: Folder, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return item ids [n] and embeddings float32 [n, d] of a shard.
+
+    Raises:
+        ArtifactError: a column is missing, or the file is not a table.
+    """
+    shard = _columns(folder, name, "item_id", "vector")
+    return np.asarray(shard["item_id"]).astype(np.int64), matrix(shard).numpy()
+
+
+def map_embeddings(folder: Folder) -> Tensor:
+    """Return embeddings float32 [N, d], row = item_id: in memory, or of a large catalog mapped from a file per machine.
+
+    Raises:
+        ArtifactError: see `load_embeddings`.
+    """
+    shards = list_shards(folder)
+    dimension = read_shard(folder, shards[0].name)[1].shape[1]
+    rows = sum(shard.rows for shard in shards)
+    size = 4 * rows * dimension
+    if size < node_cache.MAPPED_BYTES:
+        return load_embeddings(folder)
+    content = json.dumps([folder.uri, sorted(folder.files().items()), "vectors"])
+
+    def build(path: Path) -> None:
+        vectors = np.lib.format.open_memmap(path / "vectors.npy", "w+", np.float32, (rows, dimension))
+        found = np.zeros(rows, bool)
+        for items, part in vector_shards(folder):
+            if len(items) and (items.min() < 0 or items.max() >= rows):
+                raise _ids_missing(folder)
+            found[items] = True
+            vectors[items] = part
+        if not found.all():
+            raise _ids_missing(folder)
+        vectors.flush()
+
+    path = node_cache.mapped_folder(content, size, build)
+    return load_embeddings(folder) if path is None else torch.from_numpy(node_cache.load_mapped(path / "vectors.npy"))
 
 
 def _ids_missing(folder: Folder) -> ArtifactError:
@@ -100,9 +162,7 @@ def vector_shards(folder: Folder) -> Iterator[tuple[npt.NDArray[np.int64], npt.N
     Raises:
         ArtifactError: a column is missing, or there is no shard.
     """
-    for name in _files(folder):
-        shard = _columns(folder, name, "item_id", "vector")
-        yield np.asarray(shard["item_id"]).astype(np.int64), matrix(shard).numpy()
+    yield from in_threads(lambda name: read_shard(folder, name), _files(folder), ahead=2)
 
 
 def count_embeddings(folder: Folder) -> int:
@@ -111,12 +171,15 @@ def count_embeddings(folder: Folder) -> int:
     Raises:
         ArtifactError: there are none, a column is missing, or the item ids are not 0 .. N-1, each once.
     """
-    items = np.sort(
-        np.concatenate([np.asarray(_columns(folder, name, "item_id")["item_id"]) for name in _files(folder)])
-    )
-    if not np.array_equal(items, np.arange(len(items))):
+    items = in_threads(lambda name: np.asarray(_columns(folder, name, "item_id")["item_id"]), _files(folder))
+    found = np.zeros(sum(shard.rows for shard in list_shards(folder)), bool)
+    for own in items:
+        if len(own) and (own.min() < 0 or own.max() >= len(found)):
+            raise _ids_missing(folder)
+        found[own] = True
+    if not found.all():
         raise _ids_missing(folder)
-    return len(items)
+    return len(found)
 
 
 def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
@@ -130,8 +193,9 @@ def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
     needed = min(len(files), max(_SAMPLED_FILES, -(-at_most // max(1, len(first)))))
     step = max(1, -(-len(first) * needed // at_most))
     begin, parts = 0, []
-    for index in np.linspace(0, len(files) - 1, needed).round().astype(int):
-        table = _columns(folder, files[index], "vector") if index else first
+    chosen = np.linspace(0, len(files) - 1, needed).round().astype(int)
+    tables = in_threads(lambda index: _columns(folder, files[index], "vector") if index else first, chosen, ahead=4)
+    for table in tables:
         if begin < len(table):
             parts.append(matrix(table.take(np.arange(begin, len(table), step))))
         begin = (begin - len(table)) % step
@@ -139,11 +203,18 @@ def sample_embeddings(folder: Folder, at_most: int) -> Tensor:
     return vectors[:: max(1, -(-len(vectors) // at_most))]  # files may be longer than the first
 
 
+def read_tokens(folder: Folder) -> npt.NDArray[np.int32]:
+    """Return the numbers of tokens of all texts, in the order of the shards."""
+    shards = in_threads(lambda name: np.asarray(_columns(folder, name, "tokens")["tokens"]), _files(folder))
+    return np.concatenate(list(shards))
+
+
 def _files(folder: Folder) -> list[str]:
+    """Return the names of all shards, in the order of their numbers."""
     files = [name for name in folder.files() if name.startswith("vectors/") and name.endswith(".parquet")]
     if not files:
         raise ArtifactError(f"{folder.uri}/vectors contains no file; delete the folder")
-    return files
+    return sorted(files, key=lambda name: (len(name), name))  # part-100000 comes after part-99999
 
 
 def _columns(folder: Folder, file: str, *names: str) -> pa.Table:

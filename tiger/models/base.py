@@ -27,7 +27,7 @@ from tiger.core.config import PluginConfig, load_plugin
 from tiger.data.catalog import Catalog
 from tiger.data.histories import Histories
 from tiger.data.history_blocks import read_blocks
-from tiger.embedding.vectors import load_embeddings
+from tiger.embedding.vectors import map_embeddings
 from tiger.semantic_ids.assignment import SemanticIds
 from tiger.training.loop import TrainingConfig
 
@@ -127,7 +127,7 @@ class StoredData:
     def text_embeddings(self) -> Tensor:
         """Text embeddings of all items: those given, or those that the semantic IDs were made from."""
         given = self.artifacts.get("embeddings")
-        return load_embeddings((given or text_embeddings(self.artifacts["semantic_ids"])).folder)
+        return map_embeddings((given or text_embeddings(self.artifacts["semantic_ids"])).folder)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Resumable shard-wise map of a table on an actor pool.
 
-A *shard* is a row group of the source. Shards are read by tasks, computed by actors that hold an expensive object (a
-model), and written atomically by tasks, each to its own file. So reruns process only missing shards, no shard is
-written twice, and the result does not depend on the number of actors or on lost ones.
+A *shard* is a row group of the source, or several if these are small. Shards are read by tasks, computed by actors
+that hold an expensive object (a model), and written atomically by tasks, each to its own file. So reruns process only
+missing shards, no shard is written twice, and the result does not depend on the number of actors or on lost ones.
 
 Between the operators a shard is one row, with its tables as Arrow IPC bytes, so that Ray Data neither merges nor splits
 shards.
@@ -67,8 +67,9 @@ def map_shards(
     scale: ResourcesConfig | None = None,
     into: str = "",
     unit: str = "rows",
+    size_by: str | None = None,
 ) -> int:
-    """Apply `worker` to every row group of `source/name` and write `target/part-00000.parquet` and so on.
+    """Apply `worker` to every shard of `source/name` and write `target/part-00000.parquet` and so on.
 
     Args:
         source: folder of the table.
@@ -84,6 +85,8 @@ def map_shards(
         into: of a worker with several outputs, the folder inside `target` whose file is written last: a shard is
             finished when that file is there.
         unit: plural name of a row, for the progress line.
+        size_by: the column whose bytes, a measure of the work and memory, determine which row groups are a shard
+            together, see `plan_shards`; None: each is one.
 
     Returns:
         The number of shards that were already finished.
@@ -95,10 +98,11 @@ def map_shards(
     """
     with source.open_input(name) as file:
         metadata = pq.read_metadata(file)
-        sizes = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    shards = plan_shards(metadata, size_by)
+    sizes = [sum(metadata.row_group(index).num_rows for index in groups) for groups in shards]
     marker = target.child(into) if into else target
-    have = {info.base_name for info in marker.entries(recursive=False)}
-    missing = [shard for shard in range(len(sizes)) if shard_name(shard) not in have]
+    have = {file.rpartition("/")[2] for file in marker.files()}
+    missing = [shard for shard in range(len(shards)) if shard_name(shard) not in have]
     if len(missing) < len(sizes):
         log.info("%s: %d of %d shards are already finished", what, len(sizes) - len(missing), len(sizes))
     if not missing:
@@ -127,7 +131,8 @@ def map_shards(
 
     try:
         with watching(what, "ray-data/ray-data.log", details=in_progress, storage=target) as watch:
-            stream = _stream(source, name, columns, metadata, target, into, worker, arguments, missing, plan, attempts)
+            tasks = {shard: shards[shard] for shard in missing}
+            stream = _stream(source, name, columns, metadata, target, into, worker, arguments, tasks, plan, attempts)
             for written in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in written.to_pylist():
                     _raise_error(row, describe)
@@ -146,6 +151,38 @@ def map_shards(
     return len(sizes) - len(missing)
 
 
+_SHARDS = 1024  # number of shards above which row groups are joined
+_SHARD_BYTES = 16 << 20  # maximum bytes of the column by which shards are sized, in shards of joined row groups
+_SHARD_ROWS = 1 << 15  # maximum rows in such shards: 50 MB of vectors with 384 dimensions
+
+
+def plan_shards(metadata: pq.FileMetaData, column: str | None = None) -> list[list[int]]:
+    """Return the row groups of every shard: a function of the table alone, so that a rerun finds the same shards.
+
+    With more than `_SHARDS` row groups, a shard of a single one is mostly overhead. So consecutive ones are joined up
+    to 1 / `_SHARDS` of the bytes of `column`, and at most `_SHARD_BYTES` and `_SHARD_ROWS`.
+
+    Args:
+        metadata: footer of the table.
+        column: the column that determines the sizes; None: every row group is a shard.
+    """
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    if column is None or len(groups) <= _SHARDS:
+        return [[index] for index in range(len(groups))]
+    at = metadata.schema.names.index(column)
+    sizes = [group.column(at).total_uncompressed_size for group in groups]
+    limit = min(_SHARD_BYTES, -(-sum(sizes) // _SHARDS))
+    shards: list[list[int]] = []
+    held = rows = 0
+    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        if not shards or held + size > limit or rows + group.num_rows > _SHARD_ROWS:
+            shards.append([])
+            held = rows = 0
+        shards[-1].append(index)
+        held, rows = held + size, rows + group.num_rows
+    return shards
+
+
 def _stream(
     source: Folder,
     name: str,
@@ -155,13 +192,14 @@ def _stream(
     into: str,
     worker: Callable[..., Worker],
     arguments: dict[str, Any],
-    missing: list[int],
+    tasks: dict[int, list[int]],
     plan: placement.Plan,
     attempts: Any,
 ) -> ray.data.Dataset:
     """Return a dataset with one row per shard that was written or failed: `shard`, `rows`, `error`."""
     # One block per shard, so that every shard is one task of each operator.
-    shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
+    items = [{"shard": shard, "groups": groups} for shard, groups in tasks.items()]
+    shards = ray.data.from_items(items, override_num_blocks=len(items))
     one = {"batch_size": 1, "batch_format": "pyarrow"}
     resources = {"num_gpus": plan.bundle.gpus} if plan.bundle.gpus else {"num_cpus": plan.bundle.cpus}
     # A footer has about 1 kB per shard, so that reading it for every shard takes time quadratic in their number.
@@ -222,7 +260,8 @@ def _table(row: pa.Table, index: int = 0) -> pa.Table:
 def _read(row: pa.Table, uri: str, name: str, columns: list[str], footer: list[ray.ObjectRef]) -> pa.Table:
     shard, folder = row["shard"][0].as_py(), Folder(uri)
     with folder.filesystem.open_input_file(folder.join(name)) as file:
-        table = pq.ParquetFile(file, metadata=_metadata(*footer)).read_row_group(shard, columns=columns)
+        groups = row["groups"][0].as_py()
+        table = pq.ParquetFile(file, metadata=_metadata(*footer)).read_row_groups(groups, columns=columns)
     return _row(shard, {"": table})
 
 

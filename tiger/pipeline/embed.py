@@ -18,7 +18,7 @@ from tiger.core.progress import Progress
 from tiger.data.sources.base import RawFile, expand
 from tiger.embedding.encoder import EmbedShard, encoder_identity
 from tiger.embedding.external import VectorJoin, own_item_ids
-from tiger.embedding.vectors import count_embeddings, precision_figures, sample_embeddings
+from tiger.embedding.vectors import count_embeddings, precision_figures, read_tokens, sample_embeddings
 from tiger.evaluation.health import check_embeddings, require
 from tiger.on_ray.map import map_shards
 from tiger.pipeline.prepare import prepare
@@ -80,10 +80,11 @@ def embed_texts(draft: Draft, run: RunConfig, catalog: Artifact, model: str) -> 
         actors=config.resources,
         what="embed",
         scale=run.scale,
+        size_by="text",
     )
-    draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+    draft.folder.copy_from(catalog.folder, "items.parquet")
     vectors = sample_embeddings(draft.folder, _HEALTH_SAMPLE).numpy()
-    tokens = np.asarray(draft.folder.read_table("vectors", ["tokens"])["tokens"])
+    tokens = read_tokens(draft.folder)
     quantiles = {f"{q:.0%}": float(np.quantile(tokens, q)) for q in (0.5, 0.95, 1)}
     draft.metrics = {
         "items": count_embeddings(draft.folder),
@@ -100,7 +101,7 @@ def join_vectors(draft: Draft, run: RunConfig, catalog: Artifact, files: list[Ra
     items = catalog.folder.read_table("items.parquet", ["source_id"])["source_id"].to_pylist()
     vectors = VectorJoin(items, run.embedding)
     _write_joined(draft, vectors, files)
-    draft.folder.write_bytes("items.parquet", catalog.folder.read_bytes("items.parquet"))
+    draft.folder.copy_from(catalog.folder, "items.parquet")
     draft.metrics["vectors_without_item"] = vectors.unknown
 
 

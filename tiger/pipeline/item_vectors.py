@@ -40,7 +40,7 @@ def fuse_vectors(draft: Draft, run: RunConfig, catalog: Artifact, embeddings: Ar
     fusion = fit_fusion(run.collaborative, embeddings.folder, Catalog(catalog).histories)
     write_fused(fusion, embeddings.folder, draft.folder)
     draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
-    draft.folder.write_bytes("items.parquet", embeddings.folder.read_bytes("items.parquet"))
+    draft.folder.copy_from(embeddings.folder, "items.parquet")
     vectors = sample_embeddings(draft.folder, _CHECKED_VECTORS).numpy()
     draft.metrics = {
         "items": count_embeddings(draft.folder),

@@ -16,6 +16,7 @@ from pyarrow import fs as pafs
 
 from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.config import Config, load_plugin
+from tiger.core.external_sort import FolderStore, MemoryStore
 from tiger.core.progress import Progress
 from tiger.core.runner import InProcess
 from tiger.core.storage import SCRATCH
@@ -24,7 +25,6 @@ from tiger.data.catalog import CatalogConfig
 from tiger.data.download import cache_folder
 from tiger.data.prepare import sources
 from tiger.data.prepare.build import ONE_RANGE, Sizes, build_catalog
-from tiger.data.prepare.external_sort import FolderStore, MemoryStore
 from tiger.data.profile import format_profile
 from tiger.data.readers.sections import Scan
 from tiger.data.sources.base import DatasetConfig, Files, Meter, RawFile, Role, RowCounts, metered

@@ -11,16 +11,20 @@ import numpy.typing as npt
 import torch
 
 from tiger.core.artifacts import Artifact, Draft, stage
+from tiger.core.external_sort import FolderStore
+from tiger.core.storage import SCRATCH, Folder
 from tiger.embedding.vectors import load_embeddings, sample_embeddings
 from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
 from tiger.metrics.codes import code_metrics
-from tiger.on_ray import kmeans as quantize
+from tiger.on_ray.tasks import RayTasks
 from tiger.on_ray.train import train
 from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.run import RunConfig
-from tiger.semantic_ids import assignment as semantic_ids
+from tiger.semantic_ids.assignment import SemanticIds, assign
 from tiger.tokenizers import rkmeans
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig
+from tiger.tokenizers.shards import assign_shards, encode_shards
+from tiger.tokenizers.streaming import fit_streamed
 from tiger.tokenizers.train import TokenizerJob, encode_dataset, load_tokenizer, reconstruction_error
 from tiger.training.weights import write_weights
 
@@ -38,13 +42,19 @@ def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact) -> None:
     config = run.tokenizer
     if _streamed(config):
         assert isinstance(config, rkmeans.Config)
-        write_weights(quantize.fit(config, embeddings.folder), draft.folder)
+        write_weights(fit_streamed(config, embeddings.folder, RayTasks(draft.folder)), draft.folder)
         draft.metrics = {"precision": "float32"}
     else:
         worker_job = TokenizerJob(config, embeddings.folder, draft.folder)
         draft.metrics = train(worker_job, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size)
     tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
-    codes, error, _ = _quantize(config, tokenizer, embeddings)
+    if _fits_memory(run, embeddings):
+        vectors = load_embeddings(embeddings.folder)
+        found = encode_dataset(tokenizer, vectors, torch.device("cpu"))
+        codes, error = found.numpy(), reconstruction_error(tokenizer, vectors, found, torch.device("cpu"))
+    else:
+        encoded = encode_shards(tokenizer, embeddings.folder, RayTasks(draft.folder))
+        codes, error = encoded.codes, encoded.error
     draft.metrics |= {"reconstruction_error": error} | code_metrics(codes, config.codebook_size)
     with torch.no_grad():
         latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
@@ -62,28 +72,51 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
     """Encode all items, and make their codes unique."""
     config = run.tokenizer
     trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
-    codes, error, vectors = _quantize(config, trained, embeddings)
-    nearest = code_metrics(codes, config.codebook_size)
-
-    def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        assert vectors is not None, "RunConfig rejects a streamed tokenizer with collision_policy = nearest_free"
-        return trained.last_level_costs(vectors[items]).numpy()
-
-    ids = semantic_ids.assign(codes, config.codebook_size, run.semantic_ids, costs)
+    if _fits_memory(run, embeddings):
+        nearest, ids, error = _assign_in_memory(run, trained, embeddings.folder)
+    else:
+        nearest, ids, error = _assign_on_ray(run, trained, embeddings.folder, draft)
     ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
-    assigned = ids.codes[:, : ids.levels].astype(np.int64)
-    if vectors is not None:
-        error = reconstruction_error(trained, vectors, torch.from_numpy(assigned), torch.device("cpu"))
+    assigned = ids.codes[:, : ids.levels]
     draft.metrics = {
         "items": len(ids),
         "codes_per_item": len(ids.level_sizes),
-        "moved_items": int((assigned != codes).any(axis=1).sum()),
+        "moved_items": int((assigned != nearest).any(axis=1).sum()),
         "largest_group": int(ids.collisions.max()) + 1,
-        "unique_ratio_of_nearest_codes": nearest["unique_ratio"],
+        "unique_ratio_of_nearest_codes": code_metrics(nearest, config.codebook_size)["unique_ratio"],
         "reconstruction_error": error,
         **code_metrics(assigned, config.codebook_size),
     }
     draft.health = require(check_semantic_ids(ids.collisions))
+
+
+def _assign_in_memory(
+    run: RunConfig, tokenizer: Tokenizer, embeddings: Folder
+) -> tuple[npt.NDArray[np.integer], SemanticIds, float]:
+    """Return the nearest codes [N, L], unique IDs, and the reconstruction error of these."""
+    vectors = load_embeddings(embeddings)
+    codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
+
+    def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        return tokenizer.last_level_costs(vectors[items]).numpy()
+
+    ids = assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
+    assigned = torch.from_numpy(ids.codes[:, : ids.levels].astype(np.int64))
+    return codes, ids, reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
+
+
+def _assign_on_ray(
+    run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, draft: Draft
+) -> tuple[npt.NDArray[np.integer], SemanticIds, float]:
+    """Return what `_assign_in_memory` returns, by tasks that hold the vectors of some items each."""
+    runner = RayTasks(draft.folder)
+    scratch = draft.folder.child(f"{SCRATCH}/codes")
+    scratch.delete()  # of an earlier attempt
+    with_vectors = run.semantic_ids.collision_policy == "nearest_free"
+    store = FolderStore(scratch)
+    encoded = encode_shards(tokenizer, embeddings, runner, store, with_vectors)
+    assigned = assign_shards(tokenizer, encoded, run.semantic_ids, runner, store)
+    return encoded.codes, assigned.ids, assigned.error
 
 
 def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:
@@ -95,16 +128,10 @@ def _streamed(config: TokenizerConfig) -> bool:
     return isinstance(config, rkmeans.Config) and config.streaming
 
 
-def _quantize(
-    config: TokenizerConfig, tokenizer: Tokenizer, embeddings: Artifact
-) -> tuple[npt.NDArray[np.int64], float, torch.Tensor | None]:
-    """Return the nearest codes [N, L] of all items, their reconstruction error, and the vectors if in memory."""
-    if _streamed(config):
-        codes, error = quantize.encode(tokenizer, embeddings.folder)
-        return codes, error, None
-    vectors = load_embeddings(embeddings.folder)
-    tensor = encode_dataset(tokenizer, vectors, torch.device("cpu"))
-    return tensor.numpy(), reconstruction_error(tokenizer, vectors, tensor, torch.device("cpu")), vectors
+def _fits_memory(run: RunConfig, embeddings: Artifact) -> bool:
+    """Return whether the vectors are encoded in this process rather than by tasks."""
+    size = 4 * embeddings.metrics["items"] * embeddings.metrics["dimension"]
+    return size <= run.scale.in_process_megabytes << 20 and not _streamed(run.tokenizer)
 
 
 def job(run: RunConfig) -> Artifact:

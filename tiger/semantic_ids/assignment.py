@@ -1,14 +1,16 @@
 """Codes -> semantic IDs: one unique tuple per item.
 
 Collisions (items with equal codes) are resolved by policy: reassign items to the nearest free codes of the last level,
-append a code that numbers them, or raise an error. It is implemented with sorting on one machine: 10 million items take
-seconds, and the result is deterministic given the codes, regardless of how they were computed.
+append a code that numbers them, or raise an error. Collisions are between items with the same first codes, so that the
+items of different prefixes are resolved independently (`resolve`), by several tasks for large catalogs; the result is
+deterministic given the codes, regardless of how they were computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -20,10 +22,12 @@ from pydantic import Field
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError, DataError
+from tiger.core.row_groups import write_row_groups
 from tiger.core.storage import Folder
 
 Costs = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
 
+_GROUP_ROWS = 1 << 20  # items per row group of ids.parquet
 _COSTS_AT_ONCE = 16_384  # items whose costs are in memory at a time
 
 
@@ -161,20 +165,21 @@ class SemanticIds:
         levels = folder.read_json("levels.json")
         return cls(codes, tuple(levels["level_sizes"]), levels["levels"])
 
+    def _row_groups(self, source_ids: pa.ChunkedArray) -> Iterator[pa.Table]:
+        width, unique = self.codes.shape[1], self.unique_before
+        for begin in range(0, len(self), _GROUP_ROWS):
+            end = min(begin + _GROUP_ROWS, len(self))
+            columns = {
+                "item_id": np.arange(begin, end, dtype=np.int32),
+                "source_id": source_ids.slice(begin, end - begin),
+                "codes": pa.FixedSizeListArray.from_arrays(pa.array(self.codes[begin:end].ravel()), width),
+                "unique": unique[begin:end],
+            }
+            yield pa.table(columns)
+
     def write(self, folder: Folder, source_ids: pa.ChunkedArray) -> None:
         """Write ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json."""
-        width = self.codes.shape[1]
-        folder.write_table(
-            "ids.parquet",
-            pa.table(
-                {
-                    "item_id": np.arange(len(self), dtype=np.int32),
-                    "source_id": source_ids,
-                    "codes": pa.FixedSizeListArray.from_arrays(pa.array(self.codes.ravel()), width),
-                    "unique": self.unique_before,
-                }
-            ),
-        )
+        write_row_groups(folder, "ids.parquet", self._row_groups(source_ids))
         folder.write_json("levels.json", {"level_sizes": list(self.level_sizes), "levels": self.levels})
 
 
@@ -195,32 +200,108 @@ def assign(
         DataError: the policy is `error` and items share codes, or more items share one tuple than the collision level
             has codes; reports the group and some of its items.
     """
+    resolved = resolve(codes, codebook_size, config, costs)
+    return make_ids(resolved.codes, resolved.collisions, [resolved.sharing], codebook_size, config)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Items that share their codes, of all items or of those of some prefixes.
+
+    Attributes:
+        items: number of items that share their codes with others.
+        largest: size of the largest group.
+        named: the largest group, the first one of several in the order of codes, for messages.
+    """
+
+    items: int
+    largest: int
+    named: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Codes after the reassignment of `nearest_free`, and numbers of the items that still share them.
+
+    Attributes:
+        codes: int16 [N, L].
+        collisions: int32 [N], 0, 1, ... within a group of equal codes, in the order of the items.
+        sharing: the groups.
+    """
+
+    codes: npt.NDArray[np.int16]
+    collisions: npt.NDArray[np.int32]
+    sharing: Sharing
+
+
+def resolve(
+    codes: npt.NDArray[np.integer],
+    codebook_size: int,
+    config: SemanticIdsConfig,
+    costs: Costs | None = None,
+    items: npt.NDArray[np.integer] | None = None,
+) -> Resolved:
+    """Resolve the collisions of all items whose codes begin with some prefixes of L - 1 codes.
+
+    Args:
+        codes: [N, L], in the order of the items.
+        codebook_size: number of codes per level.
+        config: the collision policy.
+        costs: rows [n] -> cost of every last-level code for each, see `assign`.
+        items: item ids [N], for messages; None: 0 .. N-1.
+    """
     if config.collision_policy == "nearest_free":
         if costs is None:
             raise ValueError("collision_policy = nearest_free requires the costs of the last level's codes")
         codes = separate(codes, codebook_size, costs, config.items_per_id)
     order, starts, sizes = _groups(packed(codes))
+    collision = np.empty(len(codes), np.int32)
+    collision[order] = np.arange(len(codes)) - np.repeat(starts, sizes)
     largest = int(sizes.argmax())
-    if sizes[largest] > 1 and config.collision_policy == "error":
+    members = order[starts[largest] : starts[largest] + sizes[largest]]
+    shown = (members if items is None else items[members])[:5].tolist()
+    named = f"{len(members):,} items with {tuple(codes[members[0]].tolist())}, including {shown}"
+    sharing = Sharing(int(sizes[sizes > 1].sum()), int(sizes[largest]), named)
+    return Resolved(codes.astype(np.int16), collision, sharing)
+
+
+def make_ids(
+    codes: npt.NDArray[np.int16],
+    collisions: npt.NDArray[np.int32],
+    sharing: Sequence[Sharing],
+    codebook_size: int,
+    config: SemanticIdsConfig,
+) -> SemanticIds:
+    """Return the IDs of all items from the parts of `Resolved`, with a collision level if one is needed.
+
+    Args:
+        codes: of all items.
+        collisions: of all items.
+        sharing: of the parts, in the order of their codes.
+        codebook_size: number of codes per level.
+        config: the collision policy.
+
+    Raises:
+        DataError: see `assign`.
+    """
+    largest = max(sharing, key=lambda part: part.largest)
+    if largest.largest > 1 and config.collision_policy == "error":
         raise DataError(
-            f"{int(sizes[sizes > 1].sum()):,} items share their codes with others, and semantic_ids.collision_policy "
-            f"is error; the largest group is {_named(codes, order, starts, sizes, largest)}"
+            f"{sum(part.items for part in sharing):,} items share their codes with others, and "
+            f"semantic_ids.collision_policy is error; the largest group is {largest.named}"
         )
-    if sizes[largest] > config.collision_codes:
+    if largest.largest > config.collision_codes:
         fix = "increase semantic_ids.collision_codes or tokenizer.codebook_size"
         if config.collision_policy == "extra_code":
             fix = "set semantic_ids.collision_policy = nearest_free, or increase semantic_ids.collision_codes"
         raise DataError(
-            f"{sizes[largest]:,} items share their codes, but the collision level has {config.collision_codes} codes "
-            f"(semantic_ids.collision_codes): {_named(codes, order, starts, sizes, largest)}: are their texts equal? "
-            f"If they should be, {fix}"
+            f"{largest.largest:,} items share their codes, but the collision level has {config.collision_codes} codes "
+            f"(semantic_ids.collision_codes): {largest.named}: are their texts equal? If they should be, {fix}"
         )
     level_sizes = (codebook_size,) * codes.shape[1]
-    if config.collision_policy != "extra_code" and sizes[largest] == 1:
-        return SemanticIds(codes.astype(np.int16), level_sizes, codes.shape[1])
-    collision = np.empty(len(codes), np.int16)
-    collision[order] = np.arange(len(codes)) - np.repeat(starts, sizes)
-    unique = np.concatenate([codes.astype(np.int16), collision[:, None]], axis=1)
+    if config.collision_policy != "extra_code" and largest.largest == 1:
+        return SemanticIds(codes, level_sizes, codes.shape[1])
+    unique = np.concatenate([codes, collisions.astype(np.int16)[:, None]], axis=1)
     return SemanticIds(unique, (*level_sizes, config.collision_codes), codes.shape[1])
 
 
@@ -279,14 +360,3 @@ def _groups(
     ordered = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(keys)])
     return order, starts, np.diff(np.append(starts, len(keys)))
-
-
-def _named(
-    codes: npt.NDArray[np.integer],
-    order: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
-    sizes: npt.NDArray[np.int64],
-    group: int,
-) -> str:
-    items = order[starts[group] : starts[group] + sizes[group]]
-    return f"{len(items):,} items with {tuple(codes[items[0]].tolist())}, including {items[:5].tolist()}"

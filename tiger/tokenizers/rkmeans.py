@@ -1,7 +1,7 @@
 """Residual k-means: each level is k-means on the residuals of the earlier levels.
 
 It needs no gradients and takes seconds on a CPU without dead codes: the baseline for learned tokenizers (OneRec's
-RQ-KMeans, arXiv 2502.18965, section 3). For catalogs larger than memory `on_ray/kmeans.py` fits it over a Ray Dataset.
+RQ-KMeans, arXiv 2502.18965, section 3). For catalogs larger than memory `streaming.py` fits it shard by shard.
 """
 
 from __future__ import annotations

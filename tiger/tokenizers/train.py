@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tiger.core.artifacts import open_artifact
 from tiger.core.errors import HealthError
 from tiger.core.storage import Folder
-from tiger.embedding.vectors import load_embeddings
+from tiger.embedding.vectors import map_embeddings
 from tiger.metrics.codes import code_metrics
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig, build, check_codebook_size
 from tiger.training import loop as training
@@ -37,7 +37,7 @@ def fit_tokenizer(
     hooks: Callbacks | None = None,
     judge: Judge | None = None,
 ) -> tuple[Tokenizer, FitResult]:
-    """Train a tokenizer on embeddings float32 [N, d], equal on every worker.
+    """Train a tokenizer on embeddings float32 [N, d], equal on every worker, which may be mapped from a file.
 
     Args:
         config: options of the tokenizer.
@@ -52,7 +52,8 @@ def fit_tokenizer(
         HealthError: a vector or the loss is not finite.
     """
     check_codebook_size(config, len(vectors))
-    if len(bad := (~torch.isfinite(vectors).all(dim=1)).nonzero().flatten()):
+    finite = torch.cat([torch.isfinite(chunk).all(dim=1) for chunk in vectors.split(_CHUNK)])
+    if len(bad := (~finite).nonzero().flatten()):
         raise HealthError(f"embeddings of {len(bad)} items are not finite, including {bad[:5].tolist()}; embed again")
     torch.manual_seed(config.seed)
     tokenizer = build(config, vectors.shape[1]).to(device)
@@ -64,7 +65,12 @@ def fit_tokenizer(
         tokenizer.initialize(sample, generator)
     training.broadcast(tokenizer)
     schedule = config.training.schedule(len(vectors), config.seed)
-    standardized = torch.cat([tokenizer.standardize(chunk.to(device)).cpu() for chunk in vectors.split(_CHUNK)])
+
+    mean, scale = tokenizer.mean.cpu(), tokenizer.scale.cpu()
+
+    def standardize(rows: Tensor) -> Tensor:
+        """Standardize some rows at a time, on the CPU: a copy of all would take as much memory as the vectors."""
+        return (rows - mean) / scale
 
     def on_epoch_start(epoch: int) -> None:
         if (
@@ -80,14 +86,14 @@ def fit_tokenizer(
         order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(len(vectors)))
         for rows in order.split(config.training.batch_size):
             own, weights = training.share(rows)
-            yield Batch((standardized.index_select(0, own),), weights, float(len(rows)))
+            yield Batch((standardize(vectors.index_select(0, own)),), weights, float(len(rows)))
 
     result = training.fit(
         tokenizer,
         batches,
         schedule,
         device=device,
-        validate=_validation(config, tokenizer, standardized, device, judge),
+        validate=_validation(config, tokenizer, vectors, device, judge),
         objective="objective",
         on_epoch_start=on_epoch_start,
         hooks=hooks,
@@ -97,20 +103,30 @@ def fit_tokenizer(
 
 
 def _validation(
-    config: TokenizerConfig, tokenizer: Tokenizer, standardized: Tensor, device: torch.device, judge: Judge | None
+    config: TokenizerConfig, tokenizer: Tokenizer, vectors: Tensor, device: torch.device, judge: Judge | None
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Return the function that `fit` validates with: the reconstruction error and metrics of all codes."""
+    """Return the function that `fit` validates with: the reconstruction error and metrics of all codes.
+
+    Every worker encodes its part of the vectors.
+    """
 
     def validate(module: nn.Module) -> dict[str, float]:
-        found, error = [], 0.0
+        codes = torch.zeros(len(vectors), tokenizer.levels, dtype=torch.int32)
+        error = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
-            for chunk in standardized.split(_VALIDATION_CHUNK):
-                found.append(tokenizer.encode_normalized(chunk.to(device)))
-                error += float((tokenizer.decode_normalized(found[-1]) - chunk.to(device)).square().sum())
-        codes = torch.cat(found).cpu().numpy()
-        metrics = {"reconstruction_error": error / standardized.numel()} | code_metrics(codes, config.codebook_size)
+            for begin in range(0, len(vectors), _VALIDATION_CHUNK * training.world_size()):
+                begin += _VALIDATION_CHUNK * training.rank()
+                chunk = tokenizer.standardize(vectors[begin : begin + _VALIDATION_CHUNK].to(device))
+                if len(chunk):
+                    found = tokenizer.encode_normalized(chunk)
+                    codes[begin : begin + len(chunk)] = found.cpu()
+                    error += float((tokenizer.decode_normalized(found) - chunk).square().sum())
+        shared = [training.all_reduce_sum(tensor.to(device)).cpu() for tensor in (codes, error)]
+        codes, error = shared
+        metrics = {"reconstruction_error": float(error) / vectors.numel()}
+        metrics |= code_metrics(codes.numpy(), config.codebook_size)
         metrics["objective"] = -metrics["reconstruction_error"]
-        return metrics | (judge(codes, metrics) if judge else {})
+        return metrics | (judge(codes.numpy().astype(np.int64), metrics) if judge else {})
 
     return validate
 
@@ -141,7 +157,7 @@ class TokenizerJob(TrainingJob):
 
     def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
         """Train; return the best validation metrics."""
-        vectors = load_embeddings(open_artifact(self.embeddings).folder)
+        vectors = map_embeddings(open_artifact(self.embeddings).folder)
         tokenizer, result = fit_tokenizer(self.config, vectors, device=device, hooks=callbacks)
         return save_training_result(tokenizer, result, self.target)
 

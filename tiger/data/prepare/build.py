@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tiger.core.errors import DataError
+from tiger.core.external_sort import KeyRange, Run, TableStore, choose_ranges
 from tiger.core.progress import timed
 from tiger.core.row_groups import groups_of, regroup, write_row_groups
 from tiger.core.runner import Runner
 from tiger.core.storage import Folder
 from tiger.data.histories import write_histories
-from tiger.data.prepare.external_sort import KeyRange, Run, TableStore, choose_ranges
 from tiger.data.prepare.interactions import (
     HistoryCounts,
     HistoryRule,

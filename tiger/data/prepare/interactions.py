@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiger.core.external_sort import KeyRange, Run, TableStore, read_range, write_run
 from tiger.data.histories import Histories, history_table
-from tiger.data.prepare.external_sort import KeyRange, Run, TableStore, read_range, write_run
 from tiger.data.prepare.raw import RawData
 from tiger.data.prepare.rules import count_times, dense, in_core, in_order, split_points, unrepeated
 from tiger.data.profile import Quantiles

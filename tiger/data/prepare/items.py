@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiger.core.errors import DataError
-from tiger.data.prepare.external_sort import KeyRange, Run, TableStore, read_range, write_run
+from tiger.core.external_sort import KeyRange, Run, TableStore, read_range, write_run
 from tiger.data.prepare.raw import RawData
 from tiger.data.profile import ColumnCounts, Quantiles, count_columns
 from tiger.data.readers.merge import PIECE, clean_batches, fullest_rows, take_rows, texts_array

@@ -1,4 +1,4 @@
-"""Sorted runs: tables that are larger than memory, sorted by a column of texts and cut into ranges of it.
+"""Sorted runs: tables that are larger than memory, sorted by a column of texts or integers and cut into ranges of it.
 
 Every task that reads raw rows writes them as *runs*, tables sorted by the key, whose row groups are small. The driver
 knows the first key of every row group, and chooses the ranges so that they are of similar size; a task then merges the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +70,8 @@ class FolderStore:
 
     def write(self, name: str, table: pa.Table, group_rows: int | None = None) -> None:
         """Write a file; see `TableStore.write`."""
-        texts = [each.name for each in table.schema if not pa.types.is_primitive(each.type)]
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary)
+        texts = [each.name for each in table.schema if any(is_kind(each.type) for is_kind in kinds)]
         with self.folder.create(f"{name}.parquet", durable=False) as stream:
             pq.write_table(
                 table, stream, compression="lz4", use_dictionary=texts or False, write_statistics=False,
@@ -102,7 +103,7 @@ class Run:
     """
 
     name: str
-    first: tuple[str, ...]
+    first: tuple[Any, ...]
     weights: tuple[int, ...]
 
 
@@ -119,8 +120,8 @@ def write_run(store: TableStore, name: str, table: pa.Table, key: str, group_row
 class KeyRange:
     """Keys from `begin` (None: from the first one) until before `end` (None: to the last one)."""
 
-    begin: str | None = None
-    end: str | None = None
+    begin: Any = None
+    end: Any = None
 
     def filter(self, table: pa.Table, key: str) -> pa.Table:
         """Return the rows whose key is in this range."""
@@ -141,7 +142,7 @@ def choose_ranges(runs: Sequence[Run], size: int) -> list[KeyRange]:
     groups = sorted(pair for run in runs for pair in zip(run.first, run.weights, strict=True))
     total = sum(weight for _, weight in groups)
     count = max(1, round(total / size))
-    cuts: list[str] = []
+    cuts: list[Any] = []
     before = 0
     for key, weight in groups:
         if before * count >= (len(cuts) + 1) * total and len(cuts) < count - 1 and (not cuts or key != cuts[-1]):
