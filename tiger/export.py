@@ -104,8 +104,8 @@ def model_card(model: Artifact, evaluation: EvaluationResult | None) -> str:
     catalog = Catalog(model.inputs["catalog"])
     counts, data = catalog.artifact.metrics, catalog.artifact.manifest["config"]["data"]
     name = data.get("category") or data["kind"]
-    history = catalog.histories.of(0)[:2]
-    example = json.dumps([catalog.source_ids[item] for item in history])
+    counts_of = catalog.histories.training_counts(catalog.n_items)  # no user's own history becomes the example
+    example = json.dumps([catalog.source_ids[item] for item in np.argsort(-counts_of, kind="stable")[:2]])
     kind = model.manifest["config"]["kind"]
     lines = [
         "---", "library_name: tiger-on-ray", "tags: [recommendation, generative-retrieval, semantic-ids, tiger]", "---",
