@@ -89,7 +89,7 @@ def shop_run(folder: Path, numbers: list[int], *more: str, clicks_seed: int = 0)
         "data.kind=tables", f"data.items={json.dumps([str(items)])}", f"data.interactions={json.dumps([str(clicks)])}",
         "data.item_id=sku", "data.user_id=customer", "data.time=at", "data.time_unit=order",
         'catalog.text_fields=["name", "maker"]', "catalog.k_core=0", f"embedding.import_path={vectors}",
-        "embedding.vectors_id=sku", "collaborative.rank=8", "tokenizer.codebook_size=16", "tokenizer.num_levels=2",
+        "embedding.vectors_id=sku", "collaborative.rank=8", "tokenizer.codebook_size=32", "tokenizer.num_levels=2",
         "tokenizer.training.epochs=10", "model.d_model=16", "model.num_heads=2", "model.head_dim=8", "model.d_ff=32",
         "model.num_layers=1", "model.training.epochs=6", "model.training.batch_size=64",
         "model.training.warmup_steps=10", "model.training.learning_rate=1e-2", "model.training.precision=float32",

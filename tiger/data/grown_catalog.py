@@ -161,9 +161,12 @@ def merge_items(published: pa.Table, batches: Iterable[pa.RecordBatch], config: 
     if not sum(len(table) for table in rows):
         return MergedItems(published, 0, np.zeros(0, np.int64), 0, [])
     given, duplicates = deduplicate_items(rows)
-    table = add_texts(given, find_text_columns(config.text_fields, given.column_names))
-    ignored = sorted(set(table.column_names) - set(published.column_names))
-    table = _with_schema(table, published.schema)
+    columns = find_text_columns(config.text_fields, given.column_names)
+    ignored = sorted(set(given.column_names) - set(published.column_names))
+    made = {"item_id", "text", *({"category_leaf"} if "category_leaf" not in given.column_names else ())}
+    fields = [field for field in published.schema if field.name not in made]
+    table = add_texts(_as_published(given, fields), columns)
+    table = _as_published(table, list(published.schema))
     at = pc.index_in(table["source_id"], value_set=published["source_id"])
     updates, new = table.filter(at.is_valid()), table.filter(at.is_null())
     order = np.arange(len(published))
@@ -175,18 +178,33 @@ def merge_items(published: pa.Table, batches: Iterable[pa.RecordBatch], config: 
     return MergedItems(merged, len(new), known, duplicates, ignored)
 
 
-def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def _as_published(table: pa.Table, fields: list[pa.Field]) -> pa.Table:
+    """Return the columns of the published items, null where the table does not have them.
+
+    Text in place of a number is read as one, and text in place of a list as a list of it.
+    """
     columns = []
-    for field in schema:
+    for field in fields:
         if field.name not in table.column_names:
             columns.append(pa.nulls(len(table), field.type))
             continue
+        column = table[field.name].combine_chunks()
         try:
-            columns.append(table[field.name].cast(field.type))
+            while _depth(column.type) < _depth(field.type):
+                ends = np.cumsum(np.asarray(column.is_valid()), dtype=np.int32)
+                offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
+                column = pa.ListArray.from_arrays(offsets, column.drop_null(), mask=column.is_null())
+            columns.append(column.cast(field.type))
         except pa.ArrowException as error:
             reason = str(error).partition("\n")[0][:200]
             raise DataError(
                 f"append.items: the column {field.name} has type {table[field.name].type}, that of the catalog "
                 f"{field.type}: {reason}"
             ) from None
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def _depth(kind: pa.DataType) -> int:
+    """Return how many lists a type is nested in."""
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return 1 + _depth(kind.value_type) if nested else 0
