@@ -209,7 +209,7 @@ def _overview() -> str:
             "usage: tiger VERB [config | model] [key=value ...] [--debug]; see tiger VERB --help\n",
             *lines,
             f"\nconfig is a TOML file or one of: {', '.join(_shipped_configs())} (default: {DEFAULT_CONFIG})",
-            "model is the folder of a trained model, for evaluate, recommend and serve: runs/model-1a2b3c4d",
+            "model is the folder of a trained model, for append, evaluate, recommend and serve: runs/model-1a2b3c4d",
         ]
     )
 

@@ -20,6 +20,7 @@ from tiger.data.sources import synthetic
 from tiger.data.sources.base import DatasetConfig
 from tiger.embedding.collaborative import CollaborativeConfig
 from tiger.embedding.encoder import EmbeddingConfig
+from tiger.evaluation.drift import DriftLimits
 from tiger.evaluation.evaluator import EvaluationConfig
 from tiger.models.base import ModelConfig
 from tiger.models.decoding import DecodingConfig
@@ -35,13 +36,18 @@ CONFIGS = Path(__file__).parent / "configs"
 class RecommendConfig(Config):
     """To whom and what is recommended, given whole histories; `decoding` has the options of the lists."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"allowed_items_file", "histories"})  # their content is
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"allowed_items_file", "histories", "semantic_ids"}
+    )  # their content is
 
     users: int | None = Field(100, ge=1, description="first users of the catalog by id to recommend to; none: all")
     histories: list[str] = Field(
         [],
         description="interaction files with the histories of users to recommend to, instead of the catalog's users: "
         "paths, folders, globs, URLs, s3:// or gs:// URIs; read by the keys of data, as the model's own were",
+    )
+    semantic_ids: str | None = Field(
+        None, description="folder of the semantic IDs of an append (tiger append), to recommend its items, too"
     )
     fields: list[Literal["ids", "titles", "scores"]] = Field(
         ["ids", "scores"], description="columns of the lists in addition to the item indices: ids, titles, scores"
@@ -50,6 +56,31 @@ class RecommendConfig(Config):
     allowed_items_file: str | None = Field(
         None, description="file of allowed item ids (source ids), one per line, UTF-8; none: all items are allowed"
     )
+
+
+class AppendConfig(Config):
+    """Items that come after the training (`tiger append`); published semantic IDs do not change."""
+
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset(
+        {"items", "interactions", "deleted_file", "onto"}
+    )  # their content is
+
+    items: list[str] = Field(
+        [],
+        description="files of new items, and of published ones whose fields have changed: paths, folders, globs, URLs, "
+        "s3:// or gs:// URIs; read by the keys of data, as the model's own were",
+    )
+    interactions: list[str] = Field(
+        [],
+        description="interaction files with the new items, to measure how well the model finds them",
+    )
+    deleted_file: str | None = Field(
+        None, description="file of item ids (source ids) not to recommend any more, one per line, UTF-8"
+    )
+    onto: str | None = Field(
+        None, description="semantic IDs of an earlier append (their folder) to continue; none: the model's own"
+    )
+    limits: DriftLimits = DriftLimits()
 
 
 class ServeConfig(Config):
@@ -111,6 +142,11 @@ class RunConfig(Config):
     """One run of the pipeline."""
 
     root: str = Field("runs", min_length=1, description="folder of all artifacts: a path, or s3://, gs://, ...")
+    warm_start: str | None = Field(
+        None,
+        description="folder of a trained model, or of the semantic IDs of an append to one, from which the next "
+        "training starts: vectors, codebooks, semantic IDs and weights are aligned to it",
+    )
     data: Annotated[SerializeAsAny[DatasetConfig], BeforeValidator(DatasetConfig.resolve)] = synthetic.Config()
     catalog: CatalogConfig = CatalogConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -121,6 +157,7 @@ class RunConfig(Config):
     decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     recommend: RecommendConfig = RecommendConfig()
+    append: AppendConfig = AppendConfig()
     serve: ServeConfig = ServeConfig()
     scale: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -153,11 +154,11 @@ def test_histories_in_files_give_the_lists_of_the_catalogs_users(
         rows = [json.loads(line) for line in file]
     known = set(catalog.source_ids)  # others are outside the k-core
     num_unknown = sum(row["asin"] not in known for row in rows)
-    csv = tmp_path / "clicks.csv"
+    clicks = tmp_path / "clicks.csv"
     lines = [f"{row['reviewerID']};{row['asin']};{row['unixReviewTime']}" for row in rows]
-    csv.write_text("\n".join(["customer;sku;at", *lines[::-1], "newcomer;not an item;1", "nobody;;5"]) + "\n")
+    clicks.write_text("\n".join(["customer;sku;at", *lines[::-1], "newcomer;not an item;1", "nobody;;5"]) + "\n")
     table_keys = ["data.kind=tables", "data.user_id=customer", "data.item_id=sku", "data.time=at"]
-    for file, keys in ((reviews, []), (csv, table_keys)):
+    for file, keys in ((reviews, []), (clicks, table_keys)):
         given = [model.folder.uri, f'recommend.histories=["{file}"]', *keys, "data.max_bad_row_fraction=1"]
         tiger.cli.run_job("recommend", [*given, "decoding.resources.max_workers=1"])
         printed = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -170,6 +171,45 @@ def test_histories_in_files_give_the_lists_of_the_catalogs_users(
             assert (printed["unknown"], printed["users_without_items"]) == (num_unknown + 1, 1)
             assert printed["rows"]["skipped"] == {"no customer or sku": 1}
         assert {user: lists[user] for user in expected} == expected
+
+
+def test_items_of_a_file_are_appended_recommended_and_evaluated(
+    finished: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies of known items come under new ids: embedded, they are found where the originals are."""
+    model = finished.inputs["model"]
+    catalog = Catalog(model.inputs["catalog"])
+    rows = [["sku", "title", "brand", "categories", "price", "description"]]
+    for row in catalog.items.slice(0, 30).to_pylist():
+        price, text = str(row["price"] or ""), row["description"] or ""
+        rows.append([f"new-{row['source_id']}", row["title"], row["brand"], row["categories"][0][-1], price, text])
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    keys = ["data.kind=tables", "data.item_id=sku", f'append.items=["{tmp_path}/new.csv"]']
+    tiger.cli.run_job("append", [model.folder.uri, *keys])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["items"], printed["new_items"]) == (catalog.n_items + 30, 30)
+    appended = printed["artifact"]
+    recommender = Recommender.load(model, semantic_ids=appended)
+    assert recommender.catalog is not None
+    assert recommender.catalog.source_ids[-30:] == [row[0] for row in rows[1:]]
+    assert recommender.catalog.items["price"].slice(300).to_pylist() == catalog.items["price"].slice(0, 30).to_pylist()
+    ids = recommender.trie.codes.numpy()
+    assert (ids[300:, 0] == ids[:30, 0]).mean() > 0.8  # equal texts, but for the categories
+    options = ["decoding.resources.max_workers=1", "decoding.exclude_seen=false", "decoding.new_item_boost=8"]
+    tiger.cli.run_job(
+        "recommend", [model.folder.uri, f"recommend.semantic_ids={appended}", 'recommend.fields=["ids"]', *options]
+    )
+    artifact = open_artifact(json.loads(capsys.readouterr().out.splitlines()[-1])["artifact"])
+    lists = artifact.folder.read_table("recommendations")["ids"].to_pylist()
+    assert any(name.startswith("new-") for row in lists for name in row)
+    tiger.cli.run_job(
+        "evaluate", [model.folder.uri, f"evaluation.semantic_ids={appended}", "evaluation.max_users=100", options[0]]
+    )
+    result = open_artifact(json.loads(capsys.readouterr().out.splitlines()[-1])["artifact"])
+    assert result.inputs["semantic_ids"].folder.uri == appended
+    methods = EvaluationResult.model_validate(result.folder.read_json("evaluation.json")).splits["test"].methods
+    assert methods["tiger"].metrics["recall@50"] > methods["popularity"].metrics["recall@50"]
 
 
 def test_a_run_is_loaded_by_its_model(finished: Artifact) -> None:

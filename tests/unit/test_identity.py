@@ -19,6 +19,7 @@ TOKENIZER = "tokenizer tuning"
 KEYS: dict[str, tuple[str, str]] = {
     # key: (another value, the stages whose own identity it changes; what follows from them changes by their inputs)
     "root": ("elsewhere", ""),
+    "warm_start": ("", "item_vectors tokenizer semantic_ids model"),  # its content counts, see test_append
     "data.kind": ("", "catalog"),  # see test_another_source_is_another_catalog
     "data.max_bad_row_fraction": ("0.5", ""),
     "data.items": ("201", "catalog"),
@@ -130,14 +131,28 @@ KEYS: dict[str, tuple[str, str]] = {
     "evaluation.metrics": ('["recall"]', "evaluation"),
     "evaluation.baselines": ('["popularity"]', "evaluation"),
     "evaluation.compare_with": ("", "evaluation"),  # the fingerprints of the models count
+    "evaluation.semantic_ids": ("", "evaluation"),  # it is an input
     "evaluation.max_users": ("100", "evaluation"),
     "evaluation.num_exact_users": ("100", "evaluation"),
     "evaluation.seed": ("1", "evaluation"),
     "recommend.users": ("50", "recommendations"),
     "recommend.histories": ("", "recommendations"),  # their content counts, see test_histories_count_by_content
+    "recommend.semantic_ids": ("", "recommendations"),  # it is an input
     "recommend.fields": ('["titles"]', "recommendations"),
     "recommend.json_lines": ("true", "recommendations"),
     "recommend.allowed_items_file": ("", "recommendations"),  # its content counts, see test_a_filter_counts_by_content
+    # Appends are made for a finished model; what changes their identity is in test_append.
+    "append.items": ("", ""),
+    "append.interactions": ("", ""),
+    "append.deleted_file": ("", ""),
+    "append.onto": ("", ""),
+    "append.limits.max_error_ratio": ("2", ""),
+    "append.limits.max_far_fraction": ("0.5", ""),
+    "append.limits.max_prefix_churn": ("0.5", ""),
+    "append.limits.max_moved_fraction": ("0.5", ""),
+    "append.limits.max_crowded_fraction": ("0.5", ""),
+    "append.limits.max_growth": ("1", ""),
+    "append.limits.min_recall_ratio": ("1", ""),
     "serve.host": ("127.0.0.2", ""),
     "serve.port": ("8001", ""),
     "serve.token_file": ("token", ""),

@@ -85,6 +85,7 @@ def test_a_long_history_widens_no_other_list(
 ) -> None:
     """Among short histories, one of 5,000 items has a search of its own, of its own length."""
     monkeypatch.setattr("tiger.models.recommender._ITEMS_AT_ONCE", 1000)
+    monkeypatch.setattr("tiger.models.recommender._WIDE", 10)
     rng = np.random.default_rng(7)
     histories = [rng.integers(0, 40, rng.integers(1, 30)) for _ in range(30)]
     histories.insert(11, rng.integers(0, 40, 5000))

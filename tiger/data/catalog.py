@@ -76,6 +76,11 @@ class Catalog:
         self.artifact = artifact
         self.n_items: int = artifact.metrics["items"]
 
+    @property
+    def items_folder(self) -> Folder:
+        """The folder with items.parquet."""
+        return self.artifact.folder
+
     @cached_property
     def items(self) -> pa.Table:
         """items.parquet: one row per item, in the order of item ids."""

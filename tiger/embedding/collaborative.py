@@ -9,7 +9,7 @@ known about them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 from tiger.core.config import Config
+from tiger.core.errors import ConfigError
 from tiger.core.storage import Folder
 from tiger.data.histories import Histories
 from tiger.embedding.vectors import vector_column, vector_shards
@@ -84,14 +85,88 @@ class Fusion:
         rotated: Matrix = fused @ self.rotation
         return rotated
 
+    def of_new_items(self, text: Matrix) -> Matrix:
+        """Return item vectors float32 [n, d + r] of items without purchases: their texts predict co-occurrence."""
+        none = np.zeros((1, self.prediction.shape[1]), np.float32)
+        unknown = replace(self, cooccurrence=none, counts=np.zeros(1, np.int64))
+        fused: Matrix = unknown(np.zeros(len(text), np.int64), text)
+        return fused
 
-def fit_fusion(config: CollaborativeConfig, embeddings: Folder, histories: Histories) -> Fusion:
+
+def load_fusion(config: dict[str, Any], folder: Folder) -> Fusion:
+    """Return how the items of an artifact were fused, for new items: without those of its own.
+
+    Args:
+        config: values of a `CollaborativeConfig`.
+        folder: folder of the item vectors.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in folder.read_tensors("fusion.safetensors").items()}
+    rank = arrays["prediction"].shape[1]
+    return Fusion(
+        CollaborativeConfig.model_validate(config), **arrays, cooccurrence=np.zeros((0, rank), np.float32),
+        counts=np.zeros(0, np.int64),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KnownFactors:
+    """Co-occurrence vectors of an earlier training.
+
+    Attributes:
+        items: int64 [c], items of the new training that had one.
+        vectors: float32 [c, r], theirs.
+    """
+
+    items: npt.NDArray[np.int64]
+    vectors: Matrix
+
+
+def factors_of(fused: Folder, config: dict[str, Any]) -> Matrix:
+    """Return the co-occurrence parts of fused vectors, float32 [items, r]: what their tokenizer was trained on.
+
+    Args:
+        fused: folder of item vectors.
+        config: values of their `CollaborativeConfig`.
+    """
+    fusion = load_fusion(config, fused)
+    dim = len(fusion.text_mean)
+    parts = sorted(vector_shards(fused), key=lambda part: int(part[0][0]))
+    vectors = np.concatenate([vectors for _, vectors in parts])[
+        np.argsort(np.concatenate([items for items, _ in parts]))
+    ]
+    factors: Matrix = (vectors @ fusion.rotation.T)[:, dim:] / np.float32(np.sqrt(fusion.config.weight))
+    return factors
+
+
+def align(vectors: Matrix, known: KnownFactors) -> Matrix:
+    """Rotate co-occurrence vectors [items, r] onto those of an earlier training.
+
+    A factorization is determined up to a rotation, and codebooks of before know one of them (orthogonal Procrustes
+    problem, Schoenemann 1966).
+
+    Raises:
+        ConfigError: the numbers of dimensions differ.
+    """
+    if vectors.shape[1] != known.vectors.shape[1]:
+        raise ConfigError(
+            f"warm_start: co-occurrence vectors have {vectors.shape[1]} dimensions, those of before "
+            f"{known.vectors.shape[1]}; set collaborative.rank to that of before"
+        )
+    left, _, right = np.linalg.svd(vectors[known.items].T.astype(np.float64) @ known.vectors)
+    aligned: Matrix = (vectors @ (left @ right)).astype(np.float32)
+    return aligned
+
+
+def fit_fusion(
+    config: CollaborativeConfig, embeddings: Folder, histories: Histories, known: KnownFactors | None = None
+) -> Fusion:
     """Learn how to fuse text embeddings with the training parts of histories; nothing later is read.
 
     Args:
         config: weight, rank, window and penalties.
         embeddings: a folder of text embeddings. They are read shard by shard, twice.
         histories: users' items; only their training parts are read.
+        known: co-occurrence vectors of an earlier training to align with.
     """
     num_items, text_sum = 0, np.zeros(1)
     for _, text in vector_shards(embeddings):
@@ -99,12 +174,14 @@ def fit_fusion(config: CollaborativeConfig, embeddings: Folder, histories: Histo
     text_mean = (text_sum / num_items).astype(np.float32)
     counts = histories.training_counts(num_items)
     cooccurrence = _factors(_count_pairs(histories, num_items, config.window), config.rank, config.seed)
+    if known is not None:
+        cooccurrence = align(cooccurrence, known)
     dim = len(text_mean)
     gram, product = config.ridge * np.eye(dim + 1), np.zeros((dim + 1, cooccurrence.shape[1]))
-    known: npt.NDArray[np.bool_] = np.linalg.norm(cooccurrence, axis=1) > 0
+    has_pairs: npt.NDArray[np.bool_] = np.linalg.norm(cooccurrence, axis=1) > 0
     for items, text in vector_shards(embeddings):
         x = _with_constant(_unit(text - text_mean)).astype(np.float64)
-        weighted = x * (counts[items] * known[items])[:, None]
+        weighted = x * (counts[items] * has_pairs[items])[:, None]
         gram += weighted.T @ x
         product += weighted.T @ cooccurrence[items]
     prediction = np.linalg.solve(gram, product).astype(np.float32)

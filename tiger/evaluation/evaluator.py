@@ -32,7 +32,7 @@ _UNSEEN = "0 to 0"  # the group of targets without interactions in training
 class EvaluationConfig(Config):
     """What is evaluated, and on whom."""
 
-    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"compare_with"})  # artifacts count by content
+    unfingerprinted: ClassVar[frozenset[str]] = frozenset({"compare_with", "semantic_ids"})  # they count by content
 
     metrics: list[str] = Field(
         ["recall", "ndcg", "mrr"],
@@ -45,6 +45,10 @@ class EvaluationConfig(Config):
     )
     compare_with: list[str] = Field(
         [], description="folders of further models of the same catalog, such as SASRec's, evaluated on the same users"
+    )
+    semantic_ids: str | None = Field(
+        None,
+        description="folder of the semantic IDs of an append (tiger append), whose items are then in the lists",
     )
     max_users: int | None = Field(None, ge=1, description="users per split, sampled by seed; none: all")
     num_exact_users: int = Field(

@@ -15,13 +15,14 @@ from torch import nn
 from tiger.core.artifacts import open_artifact
 from tiger.core.config import build
 from tiger.core.storage import Folder
+from tiger.data.grown_catalog import available_items
 from tiger.data.histories import Split
 from tiger.data.history_blocks import SPLITS, slices
 from tiger.data.user_tables import shard_files
 from tiger.evaluation.evaluator import LIST_LENGTH, MethodRanks, SplitUsers
 from tiger.metrics.lists import ListSums, sum_lists
 from tiger.metrics.ranking import target_ranks
-from tiger.models.base import ModelConfig, StoredData, load_family, text_embeddings
+from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommendations, Recommender
 from tiger.models.shard import fixed_lists
@@ -42,6 +43,7 @@ class EvaluateShard:
         models: dict[str, str],
         baselines: dict[str, dict[str, Any]],
         options: dict[str, Any],
+        semantic_ids: str | None = None,
         device: torch.device | None = None,
     ) -> None:
         """Load the models.
@@ -50,13 +52,20 @@ class EvaluateShard:
             models: folders of model artifacts of one catalog, by name; the first one is evaluated.
             baselines: values of a `ModelConfig` of families without training, by name.
             options: values of a `DecodingConfig`.
+            semantic_ids: folder of the semantic IDs of an append to the first model's; None: its own.
             device: where models compute; None as for `Recommender.load`.
         """
         self.options: DecodingConfig = build(DecodingConfig, options).ranked(LIST_LENGTH)
         place = None if device is None else str(device)
-        self.models = {name: Recommender.load(model, place) for name, model in models.items()}
-        first = open_artifact(next(iter(models.values())), expected_kind="model")
-        self.methods = self.models | load_baselines(first.inputs, baselines)
+        first = next(iter(models))
+        self.models = {
+            name: Recommender.load(model, place, semantic_ids=semantic_ids if name == first else None)
+            for name, model in models.items()
+        }
+        inputs = open_artifact(models[first], expected_kind="model").inputs
+        if semantic_ids is not None:
+            inputs = inputs | {"semantic_ids": open_artifact(semantic_ids)}
+        self.methods = self.models | load_baselines(inputs, baselines)
 
     def __call__(self, part: pa.Table) -> dict[str, pa.Table | bytes]:
         """Return the ranks of the users' targets, the sums of the lists, and the lists of models."""
@@ -86,13 +95,13 @@ class EvaluateShard:
 
 def load_baselines(inputs: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> dict[str, Recommender]:
     """Return the recommenders of families without training, by name, for the artifacts that a model was made from."""
-    if "semantic_ids" in inputs and "embeddings" not in inputs:
-        inputs = inputs | {"embeddings": text_embeddings(inputs["semantic_ids"])}
     data = StoredData(inputs)
-    found = {}
+    ids = inputs.get("semantic_ids")
+    found: dict[str, Recommender] = {}
     for name, values in baselines.items():
         config = ModelConfig.resolve(values)
         found[name] = load_family(config).recommender(nn.Module(), config, data, torch.device("cpu"))
+        found[name].available = None if ids is None else available_items(ids)
     return found
 
 

@@ -7,6 +7,10 @@ and, of a family with weights (the others are made from `data` whenever they are
 
     build(config, data) -> module                              before training; the caller has set the seed
     train(module, config, data, *, device, callbacks) -> FitResult     `best` has recall@10, which the pipeline checks
+    grow(module, state, config, data)                          optional: load weights that were trained on `data` into a
+                                                               module of a catalog with appended items
+    warm_start(module, state, config, ids, before) -> int      optional: take weights that were trained with semantic
+                                                               `ids`, in which `before` is the index of every item
 
 `tests/unit/test_model_contract.py` checks what every family promises; `tests/plugins/toy_model.py` is an example.
 """
@@ -19,12 +23,14 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from tiger.core.artifacts import Artifact
 from tiger.core.config import PluginConfig, load_plugin
 from tiger.data.catalog import Catalog
+from tiger.data.grown_catalog import chain, open_catalog
 from tiger.data.histories import Histories
 from tiger.data.history_blocks import read_blocks
 from tiger.embedding.vectors import map_embeddings
@@ -101,8 +107,8 @@ class StoredData:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The catalog."""
-        return Catalog(self.artifacts["catalog"])
+        """The catalog, with the items of appends if the semantic IDs are those of one."""
+        return open_catalog(self.artifacts["catalog"], self.artifacts.get("semantic_ids"))
 
     @property
     def num_items(self) -> int:
@@ -126,8 +132,12 @@ class StoredData:
     @cached_property
     def text_embeddings(self) -> Tensor:
         """Text embeddings of all items: those given, or those that the semantic IDs were made from."""
-        given = self.artifacts.get("embeddings")
-        return map_embeddings((given or text_embeddings(self.artifacts["semantic_ids"])).folder)
+        if "embeddings" in self.artifacts:
+            return map_embeddings(self.artifacts["embeddings"].folder)
+        trained, *appends = chain(self.artifacts["semantic_ids"])
+        parts = [map_embeddings(text_embeddings(trained).folder)]
+        parts += [map_embeddings(each.folder) for each in appends if each.metrics["new_items"]]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,9 @@ class InMemoryData:
 
 
 def text_embeddings(semantic_ids: Artifact) -> Artifact:
-    """Return the text embeddings that semantic IDs come from, directly or with co-occurrence added."""
-    inputs = semantic_ids.inputs
+    """Return the text embeddings that semantic IDs come from, directly or with co-occurrence added.
+
+    Those of appends are in the artifacts of the appends.
+    """
+    inputs = chain(semantic_ids)[0].inputs
     return inputs["item_vectors"].inputs["embeddings"] if "item_vectors" in inputs else inputs["embeddings"]

@@ -18,20 +18,24 @@ from torch import Tensor, nn
 
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import build
-from tiger.core.errors import ConfigError, DataError
+from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.storage import MANIFEST, Folder
 from tiger.data.catalog import Catalog
+from tiger.data.grown_catalog import available_items, chain, require_chain
 from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.decoding import DecodingConfig
 from tiger.models.exported import HUB, download, is_exported, load_exported
 from tiger.models.sampling import hash_users, limit_per_group, sample_top_k
-from tiger.training.weights import load_weights
+from tiger.training.weights import WEIGHTS, load_weights
 
 _OVERSAMPLING = 4
 """Items per prefix of a beam that a sample, or a limit per first code, chooses from."""
 
 _ITEMS_AT_ONCE = 1 << 16
 """Items of the histories of a batch, with which lists of seen items grow."""
+
+_WIDE = 512
+"""Items up to which lists grow with the longest history of a call; further ones with that of their batch."""
 
 Rows = npt.NDArray[np.int64]
 Search = Callable[[list[Rows], Sequence[str] | None, int, bool], tuple[Tensor, Tensor]]
@@ -96,17 +100,25 @@ class Recommender(ABC):
         """int64 [items], the first code of every item; None for a model without semantic IDs."""
         self.max_history_items: int | None = None
         """Most recent items of a history that are read; None: all."""
+        self.available: npt.NDArray[np.bool_] | None = None
+        """Items that may be recommended, bool [items]: those that are not deleted; None: all."""
 
     @staticmethod
-    def load(run: str | Artifact, device: str | None = None) -> Recommender:
+    def load(
+        run: str | Artifact, device: str | None = None, *, semantic_ids: str | Artifact | None = None
+    ) -> Recommender:
         """Open a model artifact of any family, or an exported model.
 
         Args:
             run: the artifact or its folder, a folder that `tiger export` has written, or `hf://USER/NAME`.
             device: where to compute; None: the GPU if there is one.
+            semantic_ids: semantic IDs of an append to the model's (`tiger append`), or their folder: its new items can
+                be recommended and be part of histories, deleted ones are not recommended, and `catalog` has the ids
+                and titles of all. None: the items of the training.
 
         Raises:
-            ArtifactError: it is missing, incomplete, altered, or not a model.
+            ArtifactError: it is missing, incomplete, altered, or not a model; or the semantic IDs do not continue its
+                own, or it cannot score items that training has not seen.
             ResourceError: the hub does not have it or cannot be reached.
         """
         if isinstance(run, str) and (exported := _exported(run)):
@@ -117,12 +129,20 @@ class Recommender(ABC):
         if "semantic_ids" in artifact.inputs:
             artifact.inputs["semantic_ids"].verify()
         config: ModelConfig = ModelConfig.resolve(artifact.manifest["config"])
-        data = StoredData(artifact.inputs)
         family = load_family(config)
+        trained = data = StoredData(artifact.inputs)
+        if semantic_ids is not None:
+            data = StoredData(artifact.inputs | {"semantic_ids": _open_append(semantic_ids, artifact)})
         module = family.build(config, data) if hasattr(family, "build") else nn.Module()
-        load_weights(module, artifact.folder)
+        if semantic_ids is None:
+            load_weights(module, artifact.folder)
+        elif hasattr(family, "grow"):
+            family.grow(module, artifact.folder.read_tensors(WEIGHTS), config, trained)
+        else:
+            raise ArtifactError(f"model.kind = {config.kind} cannot score items that its training has not seen")
         recommender: Recommender = family.recommender(module, config, data, default_device(device))
         recommender.catalog = data.catalog
+        recommender.available = available_items(data.artifacts["semantic_ids"]) if semantic_ids is not None else None
         return recommender
 
     @abstractmethod
@@ -161,7 +181,7 @@ class Recommender(ABC):
         if changes:
             options = build(DecodingConfig, options.model_dump() | changes, "decoding.")
         self._check(histories, options, users)
-        allowed = None if allowed_items is None else self._filter(allowed_items)
+        allowed = self._filter(allowed_items)
         arrays = [self._indices(history, f"history {row}") for row, history in enumerate(histories)]
         lists = self._fallback(arrays, options.k, allowed)
         for batch in self._batches(arrays, options, users, allowed, 0):
@@ -182,7 +202,7 @@ class Recommender(ABC):
         """
         options = options.ranked(options.k)
         self._check(histories, options, users)
-        allowed = None if allowed_items is None else self._filter(allowed_items)
+        allowed = self._filter(allowed_items)
         arrays = [self._indices(history, f"history {row}") for row, history in enumerate(histories)]
         everything, unseen = (self._fallback(arrays, options.k, allowed) for _ in range(2))
         longest = max((len(np.unique(history)) for history in arrays), default=0)
@@ -230,7 +250,7 @@ class Recommender(ABC):
             # Lists have room for the longest history of a batch: one of thousands of items must not widen many others.
             rows = rows[: max(1, int(np.searchsorted(np.cumsum(lengths[rows]), _ITEMS_AT_ONCE)))]
             first += len(rows)
-            results = options.k + min(longer, int(lengths[rows].max()))
+            results = options.k + (longer if longer <= _WIDE else min(longer, int(lengths[rows].max())))
             if sampled:
                 results = max(options.k, _OVERSAMPLING * options.beam)
             names = None if users is None else [users[row] for row in rows]
@@ -274,8 +294,16 @@ class Recommender(ABC):
         items = candidates[np.argsort(-counts[candidates], kind="stable")][:k]
         return items, np.log((counts[items] + 1) / (counts.sum() + len(counts))).astype(np.float32)
 
-    def _filter(self, allowed: npt.NDArray[np.bool_] | Sequence[int] | Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Return a filter as bool [items]."""
+    def _filter(
+        self, allowed: npt.NDArray[np.bool_] | Sequence[int] | Sequence[str] | None
+    ) -> npt.NDArray[np.bool_] | None:
+        """Return a filter as bool [items], without deleted items; None: all items."""
+        if allowed is None:
+            return self.available
+        mask = self._mask(allowed)
+        return mask if self.available is None else mask & self.available
+
+    def _mask(self, allowed: npt.NDArray[np.bool_] | Sequence[int] | Sequence[str]) -> npt.NDArray[np.bool_]:
         array = np.asarray(allowed)
         if array.dtype == bool:
             if array.shape != (self.num_items,):
@@ -330,6 +358,17 @@ class _Lists:
 
     def recommendations(self, histories: list[Rows], catalog: Catalog | None) -> Recommendations:
         return Recommendations(self.items, self.scores, _is_empty(histories), catalog)
+
+
+def _open_append(semantic_ids: str | Artifact, model: Artifact) -> Artifact:
+    """Open the semantic IDs of an append to those of a model, and verify them."""
+    opened = (
+        open_artifact(semantic_ids, expected_kind="semantic_ids") if isinstance(semantic_ids, str) else semantic_ids
+    )
+    require_chain(opened, model)
+    for each in chain(opened):
+        each.verify()
+    return opened
 
 
 def _is_empty(histories: list[Rows]) -> npt.NDArray[np.bool_]:

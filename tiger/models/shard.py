@@ -31,6 +31,7 @@ class RecommendShard:
         fields: list[str],
         json_lines: bool = False,
         allowed_items: npt.NDArray[np.bool_] | None = None,
+        semantic_ids: str | None = None,
         device: torch.device | None = None,
     ) -> None:
         """
@@ -40,11 +41,13 @@ class RecommendShard:
             fields: further columns: ids, titles, scores.
             json_lines: whether to write the lists as JSON lines, too.
             allowed_items: a filter for all users, bool [items]; None: all items.
+            semantic_ids: folder of the semantic IDs of an append; None: the model's own.
             device: where to compute; None as for `Recommender.load`.
         """
-        self.recommender = Recommender.load(model, None if device is None else str(device))
+        place = None if device is None else str(device)
+        self.recommender = Recommender.load(model, place, semantic_ids=semantic_ids)
         assert self.recommender.catalog is not None
-        self.names = ItemNames(self.recommender.catalog.artifact.folder)
+        self.names = ItemNames(self.recommender.catalog.items_folder)
         self.options = build(DecodingConfig, options)
         self.fields, self.json_lines, self.allowed_items = fields, json_lines, allowed_items
 

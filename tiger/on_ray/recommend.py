@@ -27,6 +27,7 @@ def recommend_users(
     fields: list[str],
     json_lines: bool = False,
     allowed_items: npt.NDArray[np.bool_] | None = None,
+    semantic_ids: Artifact | None = None,
 ) -> None:
     """Recommend to every user of a table; finished shards are skipped.
 
@@ -40,6 +41,7 @@ def recommend_users(
         fields: further columns: ids, titles, scores.
         json_lines: whether to write the lists as JSON lines, too.
         allowed_items: a filter for all users, bool [items]; None: all items.
+        semantic_ids: those of an append to the model's; None: its own.
     """
     map_shards(
         users,
@@ -53,6 +55,7 @@ def recommend_users(
             "fields": fields,
             "json_lines": json_lines,
             "allowed_items": allowed_items,
+            "semantic_ids": None if semantic_ids is None else semantic_ids.folder.uri,
         },
         actors=options.resources,
         what="recommend",
@@ -70,6 +73,7 @@ def evaluate_users(
     baselines: dict[str, ModelConfig],
     options: DecodingConfig,
     scale: ResourcesConfig,
+    semantic_ids: Artifact | None = None,
 ) -> None:
     """Rank the target of every user of a table with all models and baselines; finished shards are skipped.
 
@@ -81,6 +85,7 @@ def evaluate_users(
         baselines: families without training by name.
         options: how lists are made, and the actors that make them.
         scale: GPUs of the run, and how long to wait for them.
+        semantic_ids: those of an append to the first model's; None: its own.
     """
     map_shards(
         users,
@@ -92,6 +97,7 @@ def evaluate_users(
             "models": {each: artifact.folder.uri for each, artifact in models.items()},
             "baselines": {each: family.model_dump(mode="json") for each, family in baselines.items()},
             "options": options.model_dump(mode="json"),
+            "semantic_ids": None if semantic_ids is None else semantic_ids.folder.uri,
         },
         actors=options.resources,
         what="evaluate",

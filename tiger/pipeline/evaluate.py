@@ -11,7 +11,7 @@ from tiger.core import tracking
 from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, open_artifact, stage
 from tiger.core.config import Config
 from tiger.core.errors import ConfigError
-from tiger.data.catalog import Catalog
+from tiger.data.grown_catalog import open_append, open_catalog
 from tiger.data.history_blocks import read_blocks, slices, training_counts
 from tiger.data.user_tables import TARGETS, evaluation_users, take_test_users, write_users
 from tiger.evaluation import evaluator
@@ -50,26 +50,28 @@ def evaluate(run: RunConfig, model: Artifact) -> Artifact:
     source = {f"compare_with/{position}": other.fingerprint for position, other in enumerate(others)}
     config = EvaluationStageConfig(evaluation=run.evaluation, decoding=run.decoding.ranked(LIST_LENGTH))
     baselines = _baselines(run.evaluation, model)
-    return write_evaluation.build(run.root, config, {"model": model}, run, model, others, baselines, source=source)
+    inputs = {"model": model} | open_append(run.evaluation.semantic_ids, model, "evaluation.semantic_ids")
+    return write_evaluation.build(run.root, config, inputs, run, inputs, others, baselines, source=source)
 
 
 @stage("evaluation", verb="evaluate")
 def write_evaluation(
-    draft: Draft, run: RunConfig, model: Artifact, others: list[Artifact], baselines: dict[str, ModelConfig]
+    draft: Draft, run: RunConfig, inputs: dict[str, Artifact], others: list[Artifact], baselines: dict[str, ModelConfig]
 ) -> None:
     """Rank the targets of both splits with every model and baseline, in actors, and compare them.
 
     Of each user only the ranks come here, 12 bytes and 2 per method; of lists only how often they show each item.
     """
-    config, catalog = run.evaluation, model.inputs["catalog"]
-    num_items = Catalog(catalog).n_items
+    config, model, ids = run.evaluation, inputs["model"], inputs.get("semantic_ids")
+    catalog = model.inputs["catalog"]
+    num_items = open_catalog(catalog, ids).n_items
     scratch = draft.folder.child(SCRATCH)
     if not scratch.exists(_USERS):
         sizes, users = evaluation_users(catalog.folder, config.max_users, config.seed)
         write_users(scratch, _USERS, users, sum(sizes.values()), TARGETS)
     models = dict(_named(model, others))
     baselines = {name: family for name, family in baselines.items() if name not in models}
-    evaluate_users(scratch, _USERS, draft.folder, models, baselines, run.decoding, run.scale)
+    evaluate_users(scratch, _USERS, draft.folder, models, baselines, run.decoding, run.scale, ids)
     counts = training_counts((block.histories for block in read_blocks(catalog.folder)), num_items)
     personalized = ModelConfig.resolve(model.manifest["config"]).personalized
     splits: dict[str, SplitResult] = {}
@@ -80,7 +82,7 @@ def write_evaluation(
         log.info("%s", splits[split].table(split))
         tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | {"invalid_beams": first.invalid})
         draft.health += require(check_recommendations(first, personalized))
-    exact = _compare_with_exact(run, model, scratch, len(found["test"][1]))
+    exact = _compare_with_exact(run, model, ids, scratch, len(found["test"][1]))
     result = EvaluationResult(splits=splits, exact_search=exact)
     draft.folder.write_json(RESULT, result.model_dump(mode="json"))
     draft.metrics = {
@@ -130,11 +132,13 @@ def _baselines(config: EvaluationConfig, model: Artifact) -> dict[str, ModelConf
     return found
 
 
-def _compare_with_exact(run: RunConfig, model: Artifact, users: Folder, num_test_users: int) -> dict[str, float]:
+def _compare_with_exact(
+    run: RunConfig, model: Artifact, ids: Artifact | None, users: Folder, num_test_users: int
+) -> dict[str, float]:
     """Compare beam search with scoring every item, for a sample of the test users of a generative model."""
-    num_items = Catalog(model.inputs["catalog"]).n_items
+    num_items = open_catalog(model.inputs["catalog"], ids).n_items
     count = min(run.evaluation.num_exact_users, num_test_users)
-    recommender = Recommender.load(model) if count and num_items <= _EXACT_ITEMS else None
+    recommender = Recommender.load(model, semantic_ids=ids) if count and num_items <= _EXACT_ITEMS else None
     if recommender is None or recommender.groups is None:
         log.info("beam search is not compared with scoring all %s items", f"{num_items:,}")
         return {}

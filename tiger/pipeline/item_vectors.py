@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.data.catalog import Catalog
 from tiger.data.sources import synthetic
-from tiger.embedding.collaborative import fit_fusion, write_fused
+from tiger.embedding.collaborative import KnownFactors, factors_of, fit_fusion, write_fused
 from tiger.embedding.vectors import count_embeddings, sample_embeddings
 from tiger.evaluation.health import check_embeddings, require
+from tiger.models.warm_start import WarmStart
 from tiger.pipeline.embed import adopt, embed
 from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
@@ -28,16 +31,20 @@ def build_item_vectors(run: RunConfig, catalog: Artifact, embeddings: Artifact) 
     if not run.collaborative.weight:
         return embeddings
     source = {"histories": catalog.manifest["files"]["histories.parquet"]["sha256"]}
+    start = None if run.warm_start is None else WarmStart.open(run.warm_start)
     return fuse_vectors.build(
-        run.root, run.collaborative, {"embeddings": embeddings}, run, catalog, embeddings, source=source,
-        read_from={"catalog": catalog},
+        run.root, run.collaborative, {"embeddings": embeddings}, run, catalog, embeddings, start,
+        source=source | (start.source if start else {}), read_from={"catalog": catalog},
     )  # fmt: skip
 
 
 @stage("item_vectors", verb="item_vectors")
-def fuse_vectors(draft: Draft, run: RunConfig, catalog: Artifact, embeddings: Artifact) -> None:
+def fuse_vectors(
+    draft: Draft, run: RunConfig, catalog: Artifact, embeddings: Artifact, start: WarmStart | None
+) -> None:
     """Fuse the text embeddings with the co-occurrence of items in the training parts of the histories."""
-    fusion = fit_fusion(run.collaborative, embeddings.folder, Catalog(catalog).histories)
+    known = None if start is None else _known_factors(start, embeddings)
+    fusion = fit_fusion(run.collaborative, embeddings.folder, Catalog(catalog).histories, known)
     write_fused(fusion, embeddings.folder, draft.folder)
     draft.folder.write_tensors("fusion.safetensors", fusion.tensors())
     draft.folder.copy_from(embeddings.folder, "items.parquet")
@@ -48,6 +55,17 @@ def fuse_vectors(draft: Draft, run: RunConfig, catalog: Artifact, embeddings: Ar
         "items_with_cooccurrence": int(fusion.cooccurrence.any(axis=1).sum()),
     }
     draft.health = require(check_embeddings(vectors))
+
+
+def _known_factors(start: WarmStart, embeddings: Artifact) -> KnownFactors | None:
+    """Return the co-occurrence vectors of the items that the training before had."""
+    before = start.item_vectors
+    if before is None:
+        return None
+    factors = factors_of(before.folder, before.manifest["config"])
+    old = start.items_of(embeddings.folder)
+    items = np.flatnonzero((old >= 0) & (old < len(factors)))
+    return KnownFactors(items, factors[old[items]])
 
 
 def ensure_item_vectors(run: RunConfig) -> Artifact:

@@ -16,6 +16,7 @@ from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, stage
 from tiger.core.config import Config, fingerprint, load_plugin
 from tiger.core.errors import DataError
 from tiger.data.catalog import CatalogConfig
+from tiger.data.grown_catalog import items_folder, open_append
 from tiger.data.history_blocks import read_blocks
 from tiger.data.history_files import HistoryFiles
 from tiger.data.item_names import ItemNames
@@ -53,6 +54,7 @@ class HistoriesStageConfig(RecommendStageConfig):
 def recommend(run: RunConfig, model: Artifact) -> Artifact:
     """Return the recommendations artifact of a model."""
     allowed = _names(run.recommend.allowed_items_file)
+    inputs = {"model": model} | open_append(run.recommend.semantic_ids, model, "recommend.semantic_ids")
     source = {"allowed": fingerprint(sorted(allowed))} if allowed is not None else {}
     config = RecommendStageConfig(recommend=run.recommend, decoding=run.decoding)
     files: list[RawFile] = []
@@ -60,27 +62,27 @@ def recommend(run: RunConfig, model: Artifact) -> Artifact:
         files = expand(run.recommend.histories, "recommend.histories")
         source |= {f"histories/{position}": file.digest() for position, file in enumerate(files)}
         config = HistoriesStageConfig(recommend=run.recommend, decoding=run.decoding, data=run.data)
-    return write_recommendations.build(
-        run.root, config, {"model": model}, run, model, allowed, files, source=source or None
-    )
+    return write_recommendations.build(run.root, config, inputs, run, inputs, allowed, files, source=source or None)
 
 
 @stage("recommendations", verb="recommend")
 def write_recommendations(
-    draft: Draft, run: RunConfig, model: Artifact, allowed: set[str] | None, files: list[RawFile]
+    draft: Draft, run: RunConfig, inputs: dict[str, Artifact], allowed: set[str] | None, files: list[RawFile]
 ) -> None:
     """Recommend to the first users of the catalog, or to those of files, with `allowed` source ids only.
 
     The lists are written by the actors that make them; what comes here is how often they show each item.
     """
-    catalog, options = model.inputs["catalog"], run.decoding
-    names, scratch = ItemNames(catalog.folder), draft.folder.child(SCRATCH)
+    model, ids, options = inputs["model"], inputs.get("semantic_ids"), run.decoding
+    catalog = model.inputs["catalog"]
+    names, scratch = ItemNames(items_folder(catalog, ids)), draft.folder.child(SCRATCH)
     if not scratch.exists(_COUNTS):  # an earlier attempt may have been killed
-        scratch.write_json(_COUNTS, _write_users(scratch, run, catalog, files))
+        scratch.write_json(_COUNTS, _write_users(scratch, run, catalog, names, files))
     counts = scratch.read_json(_COUNTS)
     recommend_users(
         scratch, _USERS, draft.folder, model, options, run.scale,
         fields=list(run.recommend.fields), json_lines=run.recommend.json_lines, allowed_items=_filter(allowed, names),
+        semantic_ids=ids,
     )  # fmt: skip
     sums = ListSums(len(names.ids), options.k)
     for file in shard_files(draft.folder.child(TABLE)):
@@ -90,7 +92,9 @@ def write_recommendations(
     draft.health = require(check_recommendations(sums, personalized, filtered=allowed is not None))
 
 
-def _write_users(scratch: Folder, run: RunConfig, catalog: Artifact, files: list[RawFile]) -> dict[str, object]:
+def _write_users(
+    scratch: Folder, run: RunConfig, catalog: Artifact, names: ItemNames, files: list[RawFile]
+) -> dict[str, object]:
     """Write the table of users, and return what is reported of them."""
     if not files:
         users = min(catalog.metrics["users"], run.recommend.users or catalog.metrics["users"])
@@ -101,7 +105,7 @@ def _write_users(scratch: Folder, run: RunConfig, catalog: Artifact, files: list
     sizes = [(file, file.size()) for file in files]
     rules = CatalogConfig.model_validate(catalog.manifest["config"]["catalog"])
     spills = scratch.child("events")
-    histories = HistoryFiles(ItemNames(catalog.folder), rules, spills, sum(size for _, size in sizes))
+    histories = HistoryFiles(names, rules, spills, sum(size for _, size in sizes))
     interactions = source.read_interactions(run.data, Files([], files), ledger)
     histories.read(read_rows(interactions, sizes, ledger, run.data.max_bad_row_fraction))
     write_users(scratch, _USERS, histories.users(), 0, USERS)
@@ -156,7 +160,7 @@ def _filter(allowed: set[str] | None, names: ItemNames) -> npt.NDArray[np.bool_]
 def print_examples(recommendations: Artifact) -> None:
     """Log the first users' recommendations with titles, and their histories if they are users of the catalog."""
     catalog = recommendations.inputs["model"].inputs["catalog"]
-    names = ItemNames(catalog.folder)
+    names = ItemNames(items_folder(catalog, recommendations.inputs.get("semantic_ids")))
     found = recommendations.folder.read_table(f"{TABLE}/{shard_files(recommendations.folder.child(TABLE))[0]}")
     shown = found.slice(0, _SHOWN)
     histories: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(shown)

@@ -6,46 +6,62 @@ texts.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tiger.core.artifacts import Artifact, Draft, stage
+from tiger.core.errors import ConfigError
 from tiger.core.external_sort import FolderStore
 from tiger.core.storage import SCRATCH, Folder
 from tiger.embedding.vectors import load_embeddings, sample_embeddings
 from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
 from tiger.metrics.codes import code_metrics
+from tiger.models.warm_start import WarmStart
 from tiger.on_ray.tasks import RayTasks
 from tiger.on_ray.train import train
 from tiger.pipeline.item_vectors import ensure_item_vectors
 from tiger.run import RunConfig
 from tiger.semantic_ids.assignment import SemanticIds, assign
+from tiger.semantic_ids.growth import align_ids
 from tiger.tokenizers import rkmeans
+from tiger.tokenizers.append import other_codes, squared_errors
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig
 from tiger.tokenizers.shards import assign_shards, encode_shards
 from tiger.tokenizers.streaming import fit_streamed
 from tiger.tokenizers.train import TokenizerJob, encode_dataset, load_tokenizer, reconstruction_error
 from tiger.training.weights import write_weights
 
+log = logging.getLogger(__name__)
+
 _HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
 
 
 def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
     """Return the tokenizer artifact trained on embeddings."""
-    return fit_tokenizer.build(run.root, run.tokenizer, {embeddings.kind: embeddings}, run, embeddings)
+    start = None if run.warm_start is None else WarmStart.open(run.warm_start)
+    return fit_tokenizer.build(
+        run.root, run.tokenizer, {embeddings.kind: embeddings}, run, embeddings, start,
+        source=start.source if start else None,
+    )  # fmt: skip
 
 
 @stage("tokenizer", verb="semantic_ids")
-def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact) -> None:
+def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact, start: WarmStart | None) -> None:
     """Train the tokenizer, and measure its codes on all items."""
     config = run.tokenizer
     if _streamed(config):
+        if start is not None:
+            raise ConfigError("warm_start continues a tokenizer in memory; set tokenizer.streaming = false")
         assert isinstance(config, rkmeans.Config)
         write_weights(fit_streamed(config, embeddings.folder, RayTasks(draft.folder)), draft.folder)
         draft.metrics = {"precision": "float32"}
     else:
-        worker_job = TokenizerJob(config, embeddings.folder, draft.folder)
+        worker_job = TokenizerJob(
+            config, embeddings.folder, draft.folder, None if start is None else start.tokenizer.folder
+        )
         draft.metrics = train(worker_job, draft.folder, run.scale, "tokenizer", batch_size=config.training.batch_size)
     tokenizer = load_tokenizer(config, draft.folder, embeddings.metrics["dimension"])
     if _fits_memory(run, embeddings):
@@ -64,15 +80,21 @@ def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact) -> None:
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:
     """Return the semantic_ids artifact of a tokenizer and the embeddings that it was trained on."""
     inputs = {"tokenizer": tokenizer, embeddings.kind: embeddings}
-    return write_ids.build(run.root, run.semantic_ids, inputs, run, tokenizer, embeddings)
+    start = None if run.warm_start is None else WarmStart.open(run.warm_start)
+    return write_ids.build(
+        run.root, run.semantic_ids, inputs, run, tokenizer, embeddings, start, source=start.source if start else None
+    )
 
 
 @stage("semantic_ids", verb="semantic_ids")
-def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> None:
-    """Encode all items, and make their codes unique."""
+def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Artifact, start: WarmStart | None) -> None:
+    """Encode all items, and make their codes unique; of a warm start, those that fit keep their published IDs."""
     config = run.tokenizer
     trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
-    if _fits_memory(run, embeddings):
+    kept: dict[str, float] = {}
+    if start is not None:
+        nearest, ids, error, kept = _align(run, start, trained, embeddings.folder)
+    elif _fits_memory(run, embeddings):
         nearest, ids, error = _assign_in_memory(run, trained, embeddings.folder)
     else:
         nearest, ids, error = _assign_on_ray(run, trained, embeddings.folder, draft)
@@ -86,6 +108,7 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
         "unique_ratio_of_nearest_codes": code_metrics(nearest, config.codebook_size)["unique_ratio"],
         "reconstruction_error": error,
         **code_metrics(assigned, config.codebook_size),
+        **kept,
     }
     draft.health = require(check_semantic_ids(ids.collisions))
 
@@ -117,6 +140,30 @@ def _assign_on_ray(
     encoded = encode_shards(tokenizer, embeddings, runner, store, with_vectors)
     assigned = assign_shards(tokenizer, encoded, run.semantic_ids, runner, store)
     return encoded.codes, assigned.ids, assigned.error
+
+
+def _align(
+    run: RunConfig, start: WarmStart, tokenizer: Tokenizer, embeddings: Folder
+) -> tuple[npt.NDArray[np.integer], SemanticIds, float, dict[str, float]]:
+    """Return what `_assign_in_memory` returns, of IDs of which published ones stay as far as they fit, and how many."""
+    vectors = load_embeddings(embeddings)
+    codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
+    published, before = start.published_ids(), start.items_of(embeddings)
+    ids = align_ids(
+        codes, published, before, run.semantic_ids, run.tokenizer.codebook_size,
+        lambda items: tokenizer.last_level_costs(vectors[torch.from_numpy(items)]).numpy(),
+        lambda item: other_codes(tokenizer, vectors[item], codes[item]),
+        lambda items, given: squared_errors(tokenizer, vectors[torch.from_numpy(items)], torch.from_numpy(given)),
+    )  # fmt: skip
+    known = np.flatnonzero(before >= 0)
+    same = np.zeros(len(known), bool)
+    if ids.level_sizes == published.level_sizes:
+        same = (ids.codes[known] == published.codes[before[known]]).all(axis=1)
+    kept = float(same.mean()) if len(known) else 0.0
+    log.info("semantic_ids: %.1f %% of the %s published IDs stay", 100 * kept, f"{len(known):,}")
+    assigned = torch.from_numpy(ids.codes[:, : ids.levels].astype(np.int64))
+    error = reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
+    return codes, ids, error, {"published_items": len(known), "kept_ids": kept}
 
 
 def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:

@@ -10,6 +10,7 @@ from tiger.data.catalog import Catalog
 from tiger.evaluation.health import check_model, popularity_recall, require
 from tiger.models.base import load_family
 from tiger.models.train import ModelJob
+from tiger.models.warm_start import WarmStart
 from tiger.on_ray.train import train
 from tiger.pipeline.embed import embed
 from tiger.pipeline.item_vectors import build_item_vectors
@@ -23,17 +24,19 @@ def train_model(run: RunConfig, *inputs: Artifact) -> Artifact:
     """Return the model artifact trained on the artifacts that its family reads; others are left out."""
     given = {artifact.kind: artifact for artifact in inputs}
     used = {kind: given[kind] for kind in run.model.inputs}
-    return fit_model.build(run.root, run.model, used, run, used)
+    start = None if run.warm_start is None else WarmStart.open(run.warm_start)
+    return fit_model.build(run.root, run.model, used, run, used, start, source=start.source if start else None)
 
 
 @stage("model", verb="train")
-def fit_model(draft: Draft, run: RunConfig, inputs: dict[str, Artifact]) -> None:
+def fit_model(draft: Draft, run: RunConfig, inputs: dict[str, Artifact], start: WarmStart | None) -> None:
     """Train the model on its inputs, by kind, and compare it with guessing and popularity."""
     config = run.model
     if not hasattr(load_family(config), "train"):  # nothing but the configuration has to be kept
         write_weights(nn.Module(), draft.folder)
         return
-    job = ModelJob(config, {kind: artifact.folder for kind, artifact in inputs.items()}, draft.folder)
+    folders = {kind: artifact.folder for kind, artifact in inputs.items()}
+    job = ModelJob(config, folders, draft.folder, None if start is None else start.folder)
     draft.metrics = train(job, draft.folder, run.scale, "model", batch_size=config.training.batch_size)
     if "recall@10" not in draft.metrics:
         raise ConfigError(

@@ -36,6 +36,7 @@ def fit_tokenizer(
     device: torch.device,
     hooks: Callbacks | None = None,
     judge: Judge | None = None,
+    start: Folder | None = None,
 ) -> tuple[Tokenizer, FitResult]:
     """Train a tokenizer on embeddings float32 [N, d], equal on every worker, which may be mapped from a file.
 
@@ -46,6 +47,8 @@ def fit_tokenizer(
         hooks: callbacks for metrics and checkpoints.
         judge: (codes [N, L], validation metrics) -> further metrics, whose `objective` is maximized to choose the best
             weights. By default it is the negative reconstruction error.
+        start: folder of a trained tokenizer of the same sizes to continue from, in place of an initialization: its
+            codes keep their meaning.
 
     Raises:
         ConfigError: the codebook is larger than the catalog.
@@ -59,9 +62,12 @@ def fit_tokenizer(
     tokenizer = build(config, vectors.shape[1]).to(device)
     generator = torch.Generator().manual_seed(config.seed)
     sample = vectors[torch.randperm(len(vectors), generator=generator)[: config.kmeans_sample]].to(device)
-    tokenizer.fit_normalizer(sample)
+    if start is None:
+        tokenizer.fit_normalizer(sample)
+    else:
+        load_weights(tokenizer, start)
     sample = tokenizer.standardize(sample)
-    if training.rank() == 0:
+    if start is None and training.rank() == 0:
         tokenizer.initialize(sample, generator)
     training.broadcast(tokenizer)
     schedule = config.training.schedule(len(vectors), config.seed)
@@ -154,11 +160,12 @@ class TokenizerJob(TrainingJob):
     config: TokenizerConfig
     embeddings: Folder
     target: Folder
+    start: Folder | None = None
 
     def run(self, device: torch.device, callbacks: Callbacks) -> dict[str, Any]:
         """Train; return the best validation metrics."""
         vectors = map_embeddings(open_artifact(self.embeddings).folder)
-        tokenizer, result = fit_tokenizer(self.config, vectors, device=device, hooks=callbacks)
+        tokenizer, result = fit_tokenizer(self.config, vectors, device=device, hooks=callbacks, start=self.start)
         return save_training_result(tokenizer, result, self.target)
 
 

@@ -16,10 +16,12 @@ from tiger.models.decoding import DecodingConfig
 from tiger.models.padding import pad_right
 from tiger.models.recommender import Recommender, Rows, Search
 from tiger.models.sampling import hash_users
+from tiger.models.tiger import growth
 from tiger.models.tiger.batches import pad_histories
 from tiger.models.tiger.beam_search import beam_search, new_item_bonus
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.model import TigerModel
+from tiger.semantic_ids.assignment import SemanticIds
 from tiger.semantic_ids.trie import Trie
 
 
@@ -107,6 +109,19 @@ class TigerRecommender(Recommender):
 def build(config: TigerConfig, data: ModelData) -> TigerModel:
     """Return the model before training, for the items of `data`."""
     return TigerModel(config, Trie(data.semantic_ids), data.text_embeddings if config.softmax == "trie" else None)
+
+
+def grow(module: TigerModel, state: dict[str, Tensor], config: TigerConfig, data: ModelData) -> None:
+    """Give a model of a catalog with appended items the weights of one trained on the items of `data`."""
+    vectors = data.text_embeddings if config.softmax == "trie" else None
+    growth.grow(module, state, Trie(data.semantic_ids), vectors)
+
+
+def warm_start(
+    module: TigerModel, state: dict[str, Tensor], config: TigerConfig, ids: SemanticIds, before: Tensor
+) -> int:
+    """Begin the training of a model from the weights of another one; see `growth.warm_start`."""
+    return growth.warm_start(module, state, Trie(ids), before)
 
 
 def recommender(module: TigerModel, config: TigerConfig, data: ModelData, device: torch.device) -> Recommender:
