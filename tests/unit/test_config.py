@@ -226,3 +226,10 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
         assert f'kind = "{kind}":' in printed
     for key, *_ in describe(TuningConfig):
         assert (f"  tuning.{key} = " in printed) == (job == "tune")
+
+
+def test_none_as_the_help_prints_it_can_be_given() -> None:
+    assert load(RunConfig, None, ["recommend.users=none"], CONFIGS).recommend.users is None
+    assert load(RunConfig, None, ["recommend.users=7"], CONFIGS).recommend.users == 7
+    with pytest.raises(ConfigError, match="decoding.k"):
+        load(RunConfig, None, ["decoding.k=none"], CONFIGS)

@@ -275,6 +275,8 @@ def _documented(path: Path) -> Iterator[Documented]:
     """Yield the commands of a file: in code fences, code spans, comments and values."""
     text = re.sub(r"(?m)^ *# ?", "", path.read_text())
     text = re.sub(r"\\\n\s*", " ", text)  # continued lines
+    for variable, folder in (("$MODEL", "runs/model-1a2b3c4d"), ("$IDS", "runs/semantic_ids-5e6f7a8b")):
+        text = text.replace(variable, folder)
     end = r"[^`|;&#>)\n]*"
     job = rf"(?:ray job submit(?P<submit>{end}?) -- )?(?:python -m jobs\.|uv run tiger )(?P<job>\w+)(?P<rest>{end})"
     for match in re.finditer(job, text):
@@ -319,6 +321,8 @@ def _loaded(command: Documented, written: dict[str, Path]) -> tuple[str, RunConf
         module = importlib.import_module(command.program.replace("jobs.", "tiger.pipeline."))
         assert all(argument.partition(".")[0] in module.SECTIONS_ON_MODEL for argument in arguments)
         name = "sample"
+        if "data.kind=tables" in arguments:  # the files are those of the verb's own section
+            arguments += ['data.items=["-"]', 'data.interactions=["-"]']
     if command.program == "jobs.tune":
         space = [argument.removeprefix("tuning.") for argument in searched]
         assert load(TuningConfig, str(CONFIGS / f"{name}.tune.toml"), space, CONFIGS).space

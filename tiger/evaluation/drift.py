@@ -2,8 +2,9 @@
 
 New items are compared with those of the training, and each metric has what is to be expected without drift:
 
-- distance: the squared error of the new items' nearest codes, next to that of trained items; and the fraction of new
-  items that are further from the codebooks than 95 % of the trained ones;
+- distance: the fraction of new items whose text is further from the nearest trained text than 95 % of the trained ones
+  are from each other; and the squared error of their nearest codes, next to that of trained items. The latter counts
+  only with the former: a tokenizer of few items fits these more closely than any others;
 - prefix churn: the fraction of new items with a prefix that no trained item has. Without drift it is about the
   fraction of trained items that are alone with their prefix (Good 1953);
 - crowding: the fraction of items whose prefix is nearly full, and that of new items without their nearest codes;
@@ -25,10 +26,13 @@ from tiger.metrics.codes import code_metrics
 from tiger.semantic_ids.assignment import SemanticIds, packed
 
 FAR = 0.95
-"""Quantile of the errors of trained items beyond which an item counts as far from the codebooks."""
+"""Quantile of the distances between trained texts beyond which a text counts as far from all of them."""
 
 FULL = 0.9
 """Fraction of the last level's codes from which a prefix counts as crowded."""
+
+_UNUSUAL = 2 * (1 - FAR)
+"""Fraction of far texts from which the error of the codes counts."""
 
 _FEW = 20  # new items below which fractions of them say little
 
@@ -40,7 +44,10 @@ class DriftLimits(Config):
         1.5, gt=0, description="error of new items under their nearest codes / that of trained items"
     )
     max_far_fraction: float = Field(
-        0.3, ge=0, le=1, description="fraction of new items further from the codebooks than 95 % of the trained ones"
+        0.3,
+        ge=0,
+        le=1,
+        description="fraction of new items further from all trained texts than 95 % of these from each other",
     )
     max_prefix_churn: float = Field(
         0.25, ge=0, description="fraction of new items with a new prefix, above what is expected without drift"
@@ -81,6 +88,8 @@ def drift_metrics(
     moved_trained: float,
     errors: npt.NDArray[np.floating],
     trained_errors: npt.NDArray[np.floating],
+    distances: npt.NDArray[np.floating],
+    trained_distances: npt.NDArray[np.floating],
 ) -> dict[str, float]:
     """Return the metrics of an append.
 
@@ -92,6 +101,8 @@ def drift_metrics(
         moved_trained: fraction of trained items for which that holds.
         errors: [n] squared errors of the new items' nearest codes.
         trained_errors: [m] those of a sample of trained items.
+        distances: [n] distance of each new text to the nearest trained one.
+        trained_distances: [m] distance of each trained text to the nearest other one.
     """
     codes, sizes = ids.codes[:, : ids.levels].astype(np.int64), ids.level_sizes[: ids.levels]
     prefixes = packed(codes, sizes) // sizes[-1]
@@ -110,7 +121,7 @@ def drift_metrics(
     if len(new):
         metrics |= {
             "error_ratio": float(errors.mean() / max(float(trained_errors.mean()), 1e-12)),
-            "far_fraction": float((errors > np.quantile(trained_errors, FAR)).mean()),
+            "far_fraction": float((distances > np.quantile(trained_distances, FAR)).mean()),
             "prefix_churn": float((~np.isin(new, trained)).mean()),
             "prefix_churn_trained": float((counts[inverse] == 1).mean()),
             "moved_fraction": float(moved.mean()),
@@ -162,14 +173,14 @@ def _checks_of_new_items(
 ) -> list[tuple[bool, str]]:
     return [
         (
-            metrics["error_ratio"] > limits.max_error_ratio,
+            metrics["error_ratio"] > limits.max_error_ratio and metrics["far_fraction"] > _UNUSUAL,
             f"new texts are {metrics['error_ratio']:.2f} times as far from the codebooks as the trained ones "
             f"(append.limits.max_error_ratio = {limits.max_error_ratio:g})",
         ),
         (
             metrics["far_fraction"] > limits.max_far_fraction,
-            f"{metrics['far_fraction']:.0%} of the new items are further from the codebooks than {FAR:.0%} of the "
-            f"trained ones (append.limits.max_far_fraction = {limits.max_far_fraction:.0%})",
+            f"{metrics['far_fraction']:.0%} of the new texts are further from all trained ones than {FAR:.0%} of these "
+            f"from each other (append.limits.max_far_fraction = {limits.max_far_fraction:.0%})",
         ),
         (
             churn > limits.max_prefix_churn,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tiger.semantic_ids.assignment import packed
 
 _SAMPLE_PAIRS = 20_000
+_ROWS_AT_ONCE = 1024
 
 
 def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
@@ -52,6 +53,27 @@ def nearest_neighbors(
     similarity = unit[items] @ unit.T
     similarity[np.arange(len(items)), items] = -np.inf
     return items, np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+
+
+def nearest_distances(
+    vectors: npt.NDArray[np.float32], queries: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Return the cosine distance of each query [n, d] to the nearest row of vectors [m, d], float32 [n].
+
+    Without queries, that of each row to the nearest other row.
+    """
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    asked = unit
+    if queries is not None:
+        asked = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    parts = []
+    for first in range(0, len(asked), _ROWS_AT_ONCE):
+        similarity = asked[first : first + _ROWS_AT_ONCE] @ unit.T
+        if queries is None:
+            rows = np.arange(len(similarity))
+            similarity[rows, first + rows] = -np.inf
+        parts.append(1 - similarity.max(axis=1))
+    return np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32)
 
 
 def neighbor_prefix_agreement(

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from tiger.core.artifacts import SCRATCH, Artifact, Draft, stage
+from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, stage
 from tiger.core.config import Config, load_plugin
 from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.progress import Progress
@@ -38,10 +39,11 @@ from tiger.data.readers.reading import read_rows
 from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts, expand
 from tiger.embedding.encoder import EmbeddingConfig, EmbedShard, encoder_identity
 from tiger.embedding.external import VectorJoin
-from tiger.embedding.vectors import load_embeddings
+from tiger.embedding.vectors import load_embeddings, sample_embeddings
 from tiger.evaluation.drift import drift_metrics, judge
 from tiger.evaluation.health import check_semantic_ids, require
 from tiger.evaluation.new_items import grown_recommender, recall_of_new_items
+from tiger.metrics.codes import nearest_distances
 from tiger.models.base import text_embeddings
 from tiger.models.decoding import DecodingConfig
 from tiger.on_ray.map import map_shards
@@ -51,7 +53,10 @@ from tiger.tokenizers.append import number_items
 
 log = logging.getLogger(__name__)
 
+Vectors = npt.NDArray[np.float32]
+
 _SHARD_ITEMS = 1024
+_TRAINED_SAMPLE = 10_000  # trained texts with which new ones are compared
 _IN_PROCESS = 4096  # new texts up to which this process embeds them: starting Ray and its actors takes longer
 
 
@@ -135,7 +140,7 @@ def append_items(draft: Draft, run: RunConfig, model: Artifact, base: Artifact, 
     _write_deleted(draft, base, merged, given.deleted)
     metrics = drift_metrics(
         ids, trained.metrics["items"], before, moved, trained.metrics["moved_items"] / trained.metrics["items"],
-        numbered.errors, numbered.trained_errors,
+        numbered.errors, numbered.trained_errors, *_distances(text_embeddings(trained).folder, text.numpy()),
     )  # fmt: skip
     if given.interactions and len(new):
         users = _read_histories(draft, run, model.inputs["catalog"], given.interactions)
@@ -219,6 +224,13 @@ def _embed(draft: Draft, run: RunConfig, trained: Artifact, new: pa.Table, vecto
         draft.folder.write_table(f"vectors/part-{shard:05d}.parquet", encoder(part))
         progress.add(len(part))
     progress.close()
+
+
+def _distances(trained: Folder, text: Vectors) -> tuple[Vectors, Vectors]:
+    """Return the distances of new texts to the nearest trained one, and of a sample of these to the nearest other."""
+    sample = sample_embeddings(trained, _TRAINED_SAMPLE).numpy()
+    center = sample.mean(axis=0)
+    return nearest_distances(sample - center, text - center), nearest_distances(sample - center)
 
 
 def _write_deleted(draft: Draft, base: Artifact, merged: MergedItems, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import typing
 from typing import Any
 
 from tiger.core.config.annotations import holds_text
@@ -90,7 +91,12 @@ class TypedText(str):
     """The value of an override, as it was typed."""
 
     def read(self, annotation: Any) -> Any:
-        """Parse the value as TOML; return it unchanged if it is not TOML, or a number or date for a text key."""
+        """Parse the value as TOML; return it unchanged if it is not TOML, or a number or date for a text key.
+
+        `none`, as the help prints it, is None for a key that may be None and holds no text; TOML has no word for it.
+        """
+        if self == "none" and type(None) in typing.get_args(annotation) and not holds_text(annotation):
+            return None
         try:
             value = tomllib.loads(f"value = {self}")
         except (ValueError, RecursionError):  # also of integers of thousands of digits, and deep nesting
