@@ -54,7 +54,6 @@ def enter_token(page: Page) -> None:
     page.wait("document.querySelectorAll('#results li').length === 10")
 
 
-@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_person_finds_items_and_gets_recommendations(
@@ -101,7 +100,6 @@ def test_a_person_finds_items_and_gets_recommendations(
     assert set(page.problems) == {"Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
 
 
-@pytest.mark.slow
 @needs_chromium
 def test_filters_errors_and_keys(page: Page, url: str, service: ToyService) -> None:
     page.open(url, 1280)

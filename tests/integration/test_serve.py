@@ -275,9 +275,10 @@ def _prometheus_has_the_metrics(server: Running, model: Artifact) -> None:
     command = [sys.executable, "-m", "tests.scripts.metrics_port"]
     ran = subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True, text=True, check=True)
     host = address.rpartition(":")[0]
-    wanted = ("request_seconds_count", "batch_size_count", "decode_seconds_count", "lists", "unknown_items", "model")
+    wanted = ["request_seconds_count", "batch_size_count", "decode_seconds_count", "lists_total", "popular_lists_total"]
+    wanted += ["unknown_items_total", "model"]
     deadline = time.monotonic() + 60
-    missing = list(wanted)
+    missing = wanted
     while missing:  # exported every few seconds
         assert time.monotonic() < deadline, missing
         with urllib.request.urlopen(f"http://{host}:{int(ran.stdout)}/metrics", timeout=30) as found:
@@ -287,7 +288,7 @@ def _prometheus_has_the_metrics(server: Running, model: Artifact) -> None:
             for line in lines
             if line.startswith("ray_tiger_serve_") and f'model="model-{model.fingerprint}"' in line
         ]
-        missing = [name for name in wanted if not any(line.startswith(f"ray_tiger_serve_{name}") for line in own)]
+        missing = [name for name in wanted if not any(line.startswith(f"ray_tiger_serve_{name}{{") for line in own)]
         time.sleep(1)
     assert any('path="/recommend"' in line and 'status="200"' in line for line in own)
 

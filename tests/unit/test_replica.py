@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
-from tests.serving import toy_model
+from tests.serving import ask, toy_model
 from tiger.core.errors import ArtifactError, ConfigError
 from tiger.on_ray import replica
 from tiger.on_ray.replica import Replica
+from tiger.serving.app import build_app
 from tiger.serving.model import ServedModel
 from tiger.serving.schemas import Request
 
@@ -154,6 +158,33 @@ def test_a_change_of_mind_while_a_model_loads(server: Any, gate: threading.Event
         assert server.model.name == "model-2"
 
     asyncio.run(change())
+
+
+def test_a_replaced_model_is_freed(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By reference counts alone: Ray Serve may exempt the first model from garbage collection."""
+    monkeypatch.setattr(replica.ServedModel, "load", lambda uri, device: toy_model(12, MODELS[uri]))
+    server.options, server.metrics.request = replica.DecodingConfig(beam=5), lambda *_: None
+    server.metrics.lists = lambda *_, **__: None
+
+    async def decode(query: Any) -> Any:
+        return query.model.decode([query])[0]
+
+    server.decode = decode
+    asyncio.run(server.reconfigure({"model": "runs/model-0"}))
+    client = TestClient(build_app(server))
+    gc.collect()
+    gc.disable()
+    try:
+        old, weights = weakref.ref(server.model), weakref.ref(server.model.recommender.model)
+        for path in ("/healthz", "/status", "/items/i1", "/search?q=soap", "/prefix", "/prefix?codes=1"):
+            assert client.get(path).status_code == 200
+        assert ask(client, history=["i1"], k=3, explain=True)["beam"]
+        asyncio.run(server.prepare("runs/model-1"))
+        asyncio.run(server.reconfigure({"model": "runs/model-1"}))
+        assert client.get("/status").json()["model"] == "model-1"
+        assert old() is weights() is None
+    finally:
+        gc.enable()
 
 
 def test_a_batch_around_a_swap_is_decoded_by_the_model_of_each_request(server: Any) -> None:

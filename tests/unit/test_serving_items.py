@@ -61,6 +61,7 @@ def test_prices_are_the_first_number() -> None:
     assert parsed([1, None, 3]) == [1, None, 3]
     assert parsed(["$1,299.00", "from 5", "", None, "free", "7."]) == [1299, 5, None, None, None, 7]
     assert parsed([True, False]) is None
+    assert parsed([None, "free"]) is None
 
 
 def passes(item: int, items: ItemTable, given: dict[str, Any]) -> bool:

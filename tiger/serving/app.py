@@ -205,8 +205,8 @@ def _add_health(api: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         """Decode a probe: 200 if the model recommends items with finite scores, else 503."""
         model = service.model
-        if checked["model"] is not model or time.monotonic() - checked["at"] > _PROBE_SECONDS:
-            checked.update(model=model, at=time.monotonic(), error=None)
+        if checked["model"] != model.name or time.monotonic() - checked["at"] > _PROBE_SECONDS:
+            checked.update(model=model.name, at=time.monotonic(), error=None)
             try:
                 model.probe(probes=1)
             except HealthError as error:

@@ -157,7 +157,7 @@ class ItemTable:
 
 
 def parse_prices(column: pa.ChunkedArray) -> npt.NDArray[np.float64] | None:
-    """Return prices float64 [items], NaN where there is none; of text, the first number; None for other types."""
+    """Return prices float64 [items], NaN where there is none; of text, the first number; None if no item has one."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         number = pc.struct_field(pc.extract_regex(column, _PRICE_TEXT), "number")
@@ -165,7 +165,7 @@ def parse_prices(column: pa.ChunkedArray) -> npt.NDArray[np.float64] | None:
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return None
     values: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy()
-    return values
+    return None if np.isnan(values).all() else values
 
 
 def _index_categories(columns: Sequence[pa.ChunkedArray]) -> Categories | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,9 @@ from tiger.serving.schemas import ItemSummary, PrefixChild
 
 _SAMPLE_OF_ALL, _SAMPLE = 20_000, 200
 """Titles that are read to count words: of all items, and of the items below one prefix."""
+
+_CACHED = 4096
+"""Prefixes whose words are kept."""
 
 Items = npt.NDArray[np.int64]
 
@@ -40,7 +42,7 @@ class PrefixTree:
         sample = _evenly(np.arange(len(titles)), _SAMPLE_OF_ALL)
         self._num_sampled = len(sample)
         self._among = Counter(word for item in sample for word in title_words(titles[item]))
-        self.words = lru_cache(maxsize=4096)(self._words)
+        self._words: dict[tuple[int, ...], tuple[str, ...]] = {}
 
     def codes(self, item: int) -> list[int]:
         """Return the semantic ID of an item."""
@@ -77,8 +79,16 @@ class PrefixTree:
             children.append(PrefixChild(code=code, num_items=len(items), words=words, example=self.titles[best]))
         return children, len(codes)
 
-    def _words(self, prefix: tuple[int, ...]) -> tuple[str, ...]:
-        """Return the words that set the titles below a prefix apart, by a sample of these titles."""
+    def words(self, prefix: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the words that set the titles below a prefix apart, by a sample of these titles; they are cached."""
+        if (known := self._words.get(prefix)) is not None:
+            return known
+        if len(self._words) >= _CACHED:
+            self._words.clear()
+        self._words[prefix] = found = self._find_words(prefix)
+        return found
+
+    def _find_words(self, prefix: tuple[int, ...]) -> tuple[str, ...]:
         titles = [self.titles[item] for item in _evenly(self.items(prefix), _SAMPLE)]
         # A word of the group that the sample of all titles lacks is as rare as one that is in it once.
         among = Counter({word: max(self._among[word], 1) for title in titles for word in title_words(title)})

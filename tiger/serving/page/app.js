@@ -100,6 +100,10 @@ function button(label, name, onclick) {
   return make("button", { type: "button", class: "quiet act", "aria-label": name, onclick }, label);
 }
 
+function counted(items) {
+  return `${items.toLocaleString("en")} ${items === 1 ? "item" : "items"}`;
+}
+
 function percent(score) {
   const value = 100 * Math.exp(score);
   return value >= 0.1 ? `${value.toFixed(1)} %` : "< 0.1 %";
@@ -261,7 +265,7 @@ const browse = attempt(async (prefix, { jump = false, limit = 24 } = {}) => {
     ? make("span", { class: "code", "aria-current": "location" }, label)
     : make("button", { class: "code", type: "button", onclick: () => browse(codes, { jump: true }) }, label));
   $("crumbs").replaceChildren(crumb([], "all"), ...prefix.map((code, index) => crumb(prefix.slice(0, index + 1), String(code))));
-  const count = `${found.num_items.toLocaleString("en")} ${found.num_items === 1 ? "item" : "items"}`;
+  const count = counted(found.num_items);
   const parts = found.num_children > 1 || !found.items.length ? `, ${found.num_children} next codes` : "";
   const shown = found.children.length < found.num_children ? `, the ${found.children.length} largest shown` : "";
   $("prefix-more").hidden = !shown || limit >= 1000;
@@ -272,8 +276,8 @@ const browse = attempt(async (prefix, { jump = false, limit = 24 } = {}) => {
   $("prefixes").hidden = whole;
   $("prefixes").replaceChildren(...(whole ? [] : found.children.map((child) => make("li", {}, make("button", {
     type: "button", onclick: () => browse([...found.prefix, child.code], { jump: true }),
-    "aria-label": `Code ${child.code}, ${child.num_items} items: ${child.words.join(", ") || child.example}`,
-  }, make("span", { class: "code" }, String(child.code)), ` ${child.num_items} · ${child.words.join(", ")}`,
+    "aria-label": `Code ${child.code}, ${counted(child.num_items)}: ${child.words.join(", ") || child.example}`,
+  }, make("span", { class: "code" }, String(child.code)), [` ${counted(child.num_items)}`, ...(child.words.length ? [child.words.join(", ")] : [])].join(" · "),
   make("span", { class: "example" }, child.example))))));
   $("prefix-items").replaceChildren(...found.items.map((item) => itemRow(item, {
     action: button("Add", `Add ${item.title} to the history`, () => add(item)),
