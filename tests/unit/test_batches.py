@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.trainings import toy_examples
 from tiger.data.histories import Histories
-from tiger.models.tiger.batches import SequenceExamples, TargetExamples
+from tiger.models.tiger import batches
+from tiger.models.tiger.batches import BlocksOfExamples, SequenceExamples, TargetExamples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,3 +77,32 @@ def test_shorter_histories_are_padded_in_front() -> None:
     assert (history[0, :2] == -1).all()
     assert (history[0, 2:] >= 0).all()
     assert (history[1] >= 0).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"encoder": "causal", "encoder_input": "items"}])
+def test_blocks_of_users_show_every_target_once(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit memory at once is read block by block: other batches, the same targets."""
+    whole, _ = toy_examples(20, **changes)
+    monkeypatch.setattr(batches, "BLOCK_EVENTS", 90)
+    blocks, histories = toy_examples(20, **changes)
+    assert isinstance(blocks, BlocksOfExamples)
+    assert len(blocks.histories) > 3
+    assert len(blocks) == len(whole) == histories.training_examples()
+    epochs = [list(blocks.batches(3, epoch, 16)) for epoch in (0, 0, 1)]
+    assert [len(epoch) for epoch in epochs] == [blocks.steps_per_epoch(16)] * 3
+    shown = [[[tensor.tolist() for tensor in batch.inputs] for batch in epoch] for epoch in epochs]
+    assert shown[0] == shown[1] != shown[2]
+    for epoch in epochs:
+        assert sum(batch.total_weight for batch in epoch) == len(whole)
+    assert _targets(epochs[0], changes) == _targets(whole.batches(3, 0, 16), changes)
+
+
+def _targets(found: Any, changes: dict[str, str]) -> list[int]:
+    items: list[int] = []
+    for batch in found:
+        if changes:
+            sequence, _, positions, *_ = batch.inputs
+            items += sequence[:, 1:].reshape(-1)[positions].tolist()
+        else:
+            items += batch.inputs[1].tolist()
+    return sorted(items)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.factories import toy_histories
 from tests.paths import ROOT
 from tests.vector_shards import rkmeans_config, write_vectors
 from tiger.core import node_cache
@@ -21,6 +22,8 @@ from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.external_sort import FolderStore, MemoryStore
 from tiger.core.runner import InProcess
 from tiger.core.storage import Folder
+from tiger.data import histories as histories_module
+from tiger.data.histories import Histories, history_table, read_histories, write_histories
 from tiger.embedding.vectors import load_embeddings, map_embeddings
 from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
 from tiger.tokenizers import shards
@@ -181,3 +184,29 @@ def test_a_tokenizer_of_mapped_vectors_equals_one_of_vectors_in_memory(
     assert of_one.log == of_other.log
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
+
+
+# --- mapped histories ---------------------------------------------------------------------------------------------
+
+
+def test_mapped_histories_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histories_module, "GROUP_USERS", 7)
+    truth = toy_histories(np.random.default_rng(0), 60, 40)
+    folder = Folder(str(tmp_path))
+    times = np.arange(len(truth.items))
+    write_histories(folder, [history_table(truth, times)])
+    monkeypatch.setattr(node_cache, "MAPPED_BYTES", 0)
+    mapped = read_histories(folder)
+    assert isinstance(mapped.items, np.memmap)
+    assert list(mapped.source_ids) == list(truth.source_ids)
+    for name in ("offsets", "items", "train_end", "valid_end"):
+        np.testing.assert_array_equal(getattr(mapped, name), getattr(truth, name))
+    blocks = list(mapped.blocks(50))
+    assert len(blocks) > 5
+    assert [block.source_ids[0] for block in blocks[:2]] == [truth.source_ids[0], truth.source_ids[len(blocks[0])]]
+    monkeypatch.setattr(Histories.blocks, "__defaults__", (50,))
+    np.testing.assert_array_equal(
+        mapped.training_counts(40), np.bincount(truth.items[truth._in_training()], minlength=40)
+    )
+    expected = np.bincount(truth.training_targets(), minlength=40)
+    np.testing.assert_array_equal(mapped.training_target_counts(40), expected)

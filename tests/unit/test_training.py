@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,29 @@ def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:
     assert result.stopped_early
     assert result.steps < 50 * 3
     assert result.best["objective"] == max(look["objective"] for look in result.log)
+
+
+def test_a_checkpoint_in_the_background_is_that_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training goes on, and changes its weights in place, while they are written; an error comes with the next."""
+    snapshots = CheckpointStore(Folder(str(tmp_path)), {}, in_background=True)
+    weight, may_write = torch.ones(3), threading.Event()
+    write = CheckpointStore._write
+    monkeypatch.setattr(CheckpointStore, "_write", lambda *arguments: may_write.wait(60) and write(*arguments))
+    snapshots.save({"weight": weight}, {"step": 1})
+    weight += 1
+    assert not list(tmp_path.rglob("record.json"))
+    may_write.set()
+    assert torch.equal(snapshots.load()["weight"], torch.ones(3))
+    for step in (2, 3, 4):
+        snapshots.save({"weight": weight}, {"step": step})
+    snapshots.close()
+    assert torch.equal(snapshots.load()["weight"], weight)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "injected")
+
+    monkeypatch.setattr(CheckpointStore, "_write", full)
+    snapshots.save({"weight": weight}, {"step": 5})
+    with pytest.raises(OSError, match="injected"):
+        snapshots.save({"weight": weight}, {"step": 6})
+    assert torch.equal(snapshots.load()["weight"], weight)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from tiger.core import node_cache
 from tiger.core.row_groups import regroup, write_row_groups
 from tiger.core.storage import Folder
 from tiger.data.texts import TextColumn
+
+FILE = "histories.parquet"
 
 GROUP_USERS, GROUP_EVENTS = 1 << 16, 1 << 22
 """Users and events per row group of histories.parquet, the unit in which it is written and read."""
 
 CHUNK_EVENTS = 1 << 30
 """Events per chunk of the lists in histories.parquet; a chunk is limited to 2^31 events."""
+
+_IDS = pa.schema([("source_id", pa.string())])
 
 Split = Literal["valid", "test"]
 
@@ -59,17 +67,48 @@ class Histories:
 
     def training_target_positions(self) -> npt.NDArray[np.int64]:
         """Return where in `items` the targets of training are; the item before a target is its user's too."""
-        is_first = np.zeros(len(self.items) + 1, bool)
-        is_first[self.offsets[:-1]] = True
-        return np.flatnonzero(self._in_training() & ~is_first[:-1])
+        begin, end = int(self.offsets[0]), int(self.offsets[-1])
+        is_first = np.zeros(end - begin + 1, bool)
+        is_first[self.offsets[:-1] - begin] = True
+        return begin + np.flatnonzero(self._in_training() & ~is_first[:-1])
 
     def training_counts(self, num_items: int) -> npt.NDArray[np.int64]:
         """Return how often the training parts hold each item, int64 [num_items]."""
-        return np.bincount(self.items[self._in_training()], minlength=num_items)
+        counts = np.zeros(num_items, np.int64)
+        for block in self.blocks():
+            items = block.items[block.offsets[0] : block.offsets[-1]]
+            counts = _add_counts(counts, items[block._in_training()])
+        return counts
+
+    def training_target_counts(self, num_items: int) -> npt.NDArray[np.int64]:
+        """Return how often each item is a target of training, int64 [num_items]."""
+        counts = np.zeros(num_items, np.int64)
+        for block in self.blocks():
+            counts = _add_counts(counts, block.training_targets())
+        return counts
+
+    def blocks(self, events: int = 1 << 24) -> Iterator[Histories]:
+        """Yield all users in blocks of about so many events, so that arrays of a block take little memory."""
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + events, "right")) - 1
+            last = min(max(last, first + 1), len(self))
+            yield self.users(first, last)
+            first = last
+
+    def users(self, first: int, last: int) -> Histories:
+        """Return the histories of the users first .. last - 1; positions are those in the same `items`."""
+        return Histories(
+            self.source_ids[first:last],
+            self.offsets[first : last + 1],
+            self.items,
+            self.train_end[first:last],
+            self.valid_end[first:last],
+        )
 
     def _in_training(self) -> npt.NDArray[np.bool_]:
-        """Return which of `items` are in the training parts."""
-        return np.arange(len(self.items)) < np.repeat(self.train_end, np.diff(self.offsets))
+        """Return which of the items of these users are in the training parts."""
+        return np.arange(self.offsets[0], self.offsets[-1]) < np.repeat(self.train_end, np.diff(self.offsets))
 
     def evaluation(self, split: Split) -> EvalSplit:
         """Return the users with a target in `split`: its first item; the history is all items before it."""
@@ -108,9 +147,25 @@ def sample_users(users: EvalSplit, maximum: int | None, seed: int) -> EvalSplit:
     return users.take(np.sort(np.random.default_rng(seed).permutation(len(users))[:maximum]))
 
 
+def _add_counts(counts: npt.NDArray[np.int64], items: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    more = np.bincount(items, minlength=len(counts))
+    if len(more) > len(counts):
+        counts = np.append(counts, np.zeros(len(more) - len(counts), np.int64))
+    return counts + more
+
+
 def read_histories(folder: Folder) -> Histories:
-    """Read histories.parquet from a catalog's folder."""
-    table = folder.read_table("histories.parquet")
+    """Read histories.parquet from a catalog's folder; arrays of many events are mapped from a file per machine."""
+    with folder.open_input(FILE) as stream, pq.ParquetFile(stream) as file:
+        metadata = file.metadata
+    events = _num_events(metadata)
+    if 4 * events >= node_cache.MAPPED_BYTES:
+        users = metadata.num_rows
+        content = json.dumps([folder.uri, folder.files()[FILE], "histories"])
+        path = node_cache.mapped_folder(content, 4 * events + 64 * users, lambda path: _write_mapped(folder, path))
+        if path is not None:
+            return _read_mapped(path)
+    table = folder.read_table(FILE)
     lists = table["items"]
     lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -121,6 +176,53 @@ def read_histories(folder: Folder) -> Histories:
         offsets[:-1] + np.asarray(table["train_end"]),
         offsets[:-1] + np.asarray(table["valid_end"]),
     )
+
+
+def _num_events(metadata: pq.FileMetaData) -> int:
+    """Return the number of events, from the footer; every user has at least one."""
+    leaf = next(index for index in range(metadata.num_columns) if _path(metadata, index).startswith("items."))
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    return sum(group.column(leaf).num_values for group in groups)
+
+
+def _path(metadata: pq.FileMetaData, column: int) -> str:
+    path: str = metadata.schema.column(column).path
+    return path
+
+
+def _write_mapped(folder: Folder, path: Path) -> None:
+    """Write the columns of histories.parquet as arrays, row group by row group."""
+    with folder.open_input(FILE) as stream, pq.ParquetFile(stream) as file:
+        users = file.metadata.num_rows
+        shapes = {"items": _num_events(file.metadata), "offsets": users + 1, "train_end": users, "valid_end": users}
+        arrays = {
+            name: np.lib.format.open_memmap(
+                path / f"{name}.npy", "w+", np.int32 if name == "items" else np.int64, (size,)
+            )
+            for name, size in shapes.items()
+        }
+        arrays["offsets"][0] = user = event = 0
+        with pa.OSFile(str(path / "ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, _IDS) as ids:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, ["source_id", "items", "train_end", "valid_end"]).combine_chunks()
+                items = table["items"].combine_chunks()
+                lengths = np.asarray(pc.list_value_length(items)).astype(np.int64)
+                ends = event + np.cumsum(lengths)
+                last, until = user + len(table), event + int(lengths.sum())
+                arrays["items"][event:until] = np.asarray(items.flatten())
+                arrays["offsets"][user + 1 : last + 1] = ends
+                for name in ("train_end", "valid_end"):
+                    arrays[name][user:last] = ends - lengths + np.asarray(table[name])
+                ids.write_table(table.select(["source_id"]).cast(_IDS))
+                user, event = last, until
+    for array in arrays.values():
+        array.flush()
+
+
+def _read_mapped(path: Path) -> Histories:
+    ids = pa.ipc.open_file(pa.memory_map(str(path / "ids.arrow"))).read_all()["source_id"]
+    names = ("offsets", "items", "train_end", "valid_end")
+    return Histories(TextColumn(ids), *(node_cache.load_mapped(path / f"{name}.npy") for name in names))
 
 
 def history_table(histories: Histories, time: npt.NDArray[np.int64], first_user: int = 0) -> pa.Table:
@@ -149,7 +251,7 @@ def history_table(histories: Histories, time: npt.NDArray[np.int64], first_user:
 
 def write_histories(folder: Folder, tables: Iterable[pa.Table]) -> None:
     """Write the rows of histories.parquet, in row groups of at most `GROUP_USERS` users and about `GROUP_EVENTS`."""
-    write_row_groups(folder, "histories.parquet", regroup(tables, _ends_of_groups))
+    write_row_groups(folder, FILE, regroup(tables, _ends_of_groups))
 
 
 def _ends_of_groups(table: pa.Table) -> npt.NDArray[np.int64]:

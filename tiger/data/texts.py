@@ -29,6 +29,8 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | TextColumn:
         if isinstance(index, slice):
             begin, end, step = index.indices(len(self))
+            if step == 1:
+                return TextColumn(self.column.slice(begin, max(0, end - begin)))
             return TextColumn(self.column.take(pa.array(range(begin, end, step), pa.int64())))
         text: str = self.column[int(index)].as_py()
         return text

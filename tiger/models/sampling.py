@@ -46,4 +46,4 @@ def limit_per_group(items: Tensor, scores: Tensor, k: int, groups: Tensor, max_p
 def hash_users(source_ids: Sequence[str], buckets: int) -> npt.NDArray[np.int64]:
     """Return a number of each user in [0, buckets): a stable hash of the user's id, unlike Python's `hash`."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in source_ids)
-    return np.array([int.from_bytes(digest, "little") % buckets for digest in digests], np.int64)
+    return np.fromiter((int.from_bytes(digest, "little") % buckets for digest in digests), np.int64, len(source_ids))

@@ -220,11 +220,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         Folder(config["snapshots"]),
         {"scale.training.max_workers": context.get_world_size(), **job.identity()},
         may_differ={"scale.training.max_workers"},
+        in_background=True,
     )
 
     def save(state: dict[str, Any], metrics: dict[str, Any]) -> None:
         snapshots.save(state, metrics)
-        ray.train.report(metrics)  # a barrier: no worker continues before the checkpoint is written
+        ray.train.report(metrics)
 
     callbacks.save, callbacks.load = save, snapshots.load
-    return job.run(device, callbacks)
+    try:
+        return job.run(device, callbacks)
+    finally:
+        snapshots.close()

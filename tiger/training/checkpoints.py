@@ -1,10 +1,11 @@
 """Training checkpoints that survive a kill at any time, on any file system.
 
-A checkpoint is a folder `step-00000123`: tensors as safetensors, the remaining state as JSON, and `record.json`,
-written last, with the sha256 of both and the configuration of the training. Incomplete or corrupt checkpoints are
-skipped in favor of older ones; if there were checkpoints and all are corrupt, loading fails rather than restarting from
-step 0. Ray Train's own checkpoints are not used: their index is rewritten in place and may be corrupted by a kill, a
-report can arrive too late for the index, and folders that are not in the index are never removed.
+A checkpoint is a folder `step-00000123`. The workers' states are equal, so that every worker writes some of the
+tensors, as safetensors, and then a record with their sha256; rank 0 also writes the remaining state as JSON, and in its
+record the configuration of the training and the number of workers. Incomplete or corrupt checkpoints are skipped in
+favor of older ones; if there were checkpoints and all are corrupt, loading fails rather than restarting from step 0.
+Ray Train's own checkpoints are not used: their index is rewritten in place and may be corrupted by a kill, a report can
+arrive too late for the index, and folders that are not in the index are never removed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import safetensors.torch
@@ -22,7 +24,7 @@ from tiger.core.config import flat
 from tiger.core.errors import ArtifactError, ConfigError, TigerError
 from tiger.core.hashing import sha256
 from tiger.core.storage import Folder
-from tiger.training.loop import rank
+from tiger.training.loop import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,13 @@ class CheckpointStore:
     """The checkpoints of one training; its methods `save` and `load` are used as `Callbacks`."""
 
     def __init__(
-        self, folder: Folder, given: dict[str, Any], keep: int = 2, *, may_differ: Collection[str] = ()
+        self,
+        folder: Folder,
+        given: dict[str, Any],
+        keep: int = 2,
+        *,
+        may_differ: Collection[str] = (),
+        in_background: bool = False,
     ) -> None:
         """Describe the training.
 
@@ -41,39 +49,76 @@ class CheckpointStore:
             folder: folder of the checkpoints.
             given: configuration that determines the result of the training, JSON values; checkpoints with another
                 configuration are rejected.
-            keep: number of checkpoints to keep; older ones, and leftovers of interrupted saves, are removed after every
+            keep: number of checkpoints to keep; older ones, and leftovers of interrupted saves, are removed at every
                 save.
             may_differ: dotted keys of `given` that affect the result through rounding and dropout only, such as the
                 number of workers: a checkpoint with other values of these is used, with a warning.
+            in_background: return from `save` when the state is copied, and write it while the training continues; call
+                `close` at the end.
         """
         self.folder, self.given, self.keep = folder, json.loads(json.dumps(given)), keep
-        self.may_differ = frozenset(may_differ)
+        self.may_differ, self.in_background = frozenset(may_differ), in_background
+        self.writing: Future[None] | None = None
+        self.executor = ThreadPoolExecutor(1, "checkpoint") if in_background else None
 
     def save(self, state: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Write a checkpoint on rank 0; call it on every worker.
+        """Write a checkpoint; call it on every worker, with equal states.
 
         Args:
             state: nested dicts, lists and tuples of tensors and plain values.
             metrics: metrics with the key `step`.
 
         Raises:
-            StorageError: the write fails.
+            StorageError: the write fails, or that of the previous checkpoint has failed in the background.
         """
-        if rank() != 0:
-            return
-        step = int(metrics["step"])
-        own = self.folder.child(f"step-{step:08d}")
-        own.delete()
+        self._wait()  # so that there is a complete checkpoint at any time
+        _barrier()
+        own = self.folder.child(f"step-{int(metrics['step']):08d}")
+        if rank() == 0:
+            own.delete()
+            self._delete_older()
+        _barrier()
         tensors: dict[str, Tensor] = {}
         rest = json.dumps(_pack(state, "state", tensors)).encode()
-        contents = {_TENSORS: safetensors.torch.save(tensors), _REST: rest}
-        for name, content in contents.items():
-            own.write_bytes(name, content)
-        digests = {name: sha256(content) for name, content in contents.items()}
-        own.write_json(_RECORD, {"step": step, "given": self.given, "sha256": digests})
-        self.folder.write_json(_NEWEST, {"step": step})
+        part = {path: _on_host(tensors[path], self.in_background) for path in _own_part(tensors)}
+        if self.executor is None:
+            self._write(own, int(metrics["step"]), part, rest)
+            _barrier()
+            if rank() == 0:
+                self._delete_older()
+        else:
+            self.writing = self.executor.submit(self._write, own, int(metrics["step"]), part, rest)
+
+    def close(self) -> None:
+        """Wait for what is being written in the background.
+
+        Raises:
+            StorageError: the write has failed.
+        """
+        self._wait()
+
+    def _wait(self) -> None:
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _delete_older(self) -> None:
         for older in self._steps()[self.keep :]:
             self.folder.delete(f"step-{older:08d}")
+
+    def _write(self, own: Folder, step: int, tensors: dict[str, Tensor], rest: bytes) -> None:
+        number = rank()
+        contents = {_part(_TENSORS, number): safetensors.torch.save(tensors)}
+        if number == 0:
+            contents[_REST] = rest
+        for name, content in contents.items():
+            own.write_bytes(name, content)
+        record: dict[str, Any] = {"sha256": {name: sha256(content) for name, content in contents.items()}}
+        if number == 0:
+            record |= {"step": step, "given": self.given, "parts": world_size()}
+        own.write_json(_part(_RECORD, number), record)
+        if number == 0:
+            self.folder.write_json(_NEWEST, {"step": step})
 
     def load(self) -> dict[str, Any] | None:
         """Load the newest valid checkpoint, the same one on every worker; None if there has been none.
@@ -82,6 +127,7 @@ class CheckpointStore:
             ArtifactError: there were checkpoints, and none of them is valid.
             ConfigError: it belongs to a training with another configuration; lists the differences.
         """
+        self._wait()
         chosen: list[Any] = [None, None]
         if rank() == 0:
             try:
@@ -100,7 +146,11 @@ class CheckpointStore:
             own = self.folder.child(f"step-{step:08d}")
             try:
                 record = own.read_json(_RECORD)
-                whole = all(own.digest(name) == sha256 for name, sha256 in record["sha256"].items())
+                whole = all(
+                    own.digest(name) == sha256
+                    for number in range(record["parts"])
+                    for name, sha256 in own.read_json(_part(_RECORD, number))["sha256"].items()
+                )
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 whole = False  # incomplete or corrupt: use an older one, or raise the error below
             if whole:
@@ -139,15 +189,46 @@ class CheckpointStore:
             )
 
     def _read(self, own: Folder) -> dict[str, Any]:
-        tensors = own.read_tensors(_TENSORS)
+        tensors: dict[str, Tensor] = {}
+        for number in range(own.read_json(_RECORD)["parts"]):
+            tensors |= own.read_tensors(_part(_TENSORS, number))
         state: dict[str, Any] = _unpack(own.read_json(_REST), tensors)
         return state
+
+
+def _part(name: str, number: int) -> str:
+    """Return the file of one worker: `record.json` of rank 0, `record-1.json` of rank 1."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{number}.{suffix}" if number else name
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _own_part(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the paths of the tensors that this worker writes: shares of similar size, the same on every worker."""
+    held = [0] * world_size()
+    own = []
+    for path in sorted(tensors, key=lambda path: (-tensors[path].nbytes, path)):
+        number = held.index(min(held))
+        held[number] += tensors[path].nbytes
+        if number == rank():
+            own.append(path)
+    return own
+
+
+def _on_host(tensor: Tensor, copy: bool) -> Tensor:
+    """Return a contiguous tensor on the CPU; of its own memory if the training goes on while it is written."""
+    host = tensor.cpu().contiguous()
+    return host.clone() if copy and host.data_ptr() == tensor.data_ptr() else host
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Convert a value to JSON with type tags; store tensors in `tensors`, under their paths."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value.detach()
         return {"tensor": path}
     if isinstance(value, dict):  # as pairs, because an optimizer's keys are integers
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}

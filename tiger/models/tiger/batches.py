@@ -8,7 +8,7 @@ fill 7 of 20 positions on average.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from tiger.models.sampling import hash_users
 from tiger.models.tiger.config import TigerConfig
 from tiger.semantic_ids.trie import Trie
 from tiger.training.loop import Batch, share
+
+BLOCK_EVENTS = 1 << 24
+"""Events of a block of users; its examples take up to 400 MB."""
 
 
 class Examples(ABC):
@@ -171,10 +174,39 @@ class SequenceExamples(Examples):
         return sequence, torch.from_numpy(targets), torch.from_numpy(positions), *self.siblings_of(target)
 
 
-def make_examples(histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]) -> Examples:
+class BlocksOfExamples:
+    """The examples of many users, made block by block of users, so that they do not take memory all at once.
+
+    An epoch goes through the blocks in random order, and through the examples of a block in random order.
+    """
+
+    def __init__(self, blocks: Sequence[Histories], make: Callable[[Histories], Examples]) -> None:
+        """Take the histories of every block, and what makes the examples of one."""
+        self.histories, self.make = blocks, make
+
+    def __len__(self) -> int:
+        return sum(len(self.make(block)) for block in self.histories)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
+        return sum(self.make(block).steps_per_epoch(batch_size) for block in self.histories)
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+        """Yield this worker's shards of the epoch's global batches."""
+        for index in np.random.default_rng([seed, epoch]).permutation(len(self.histories)).tolist():
+            examples = self.make(self.histories[index])
+            yield from examples.batches(seed, epoch * len(self.histories) + index, batch_size)
+
+
+def make_examples(
+    histories: Histories, config: TigerConfig, trie: Trie, known: list[Tensor]
+) -> Examples | BlocksOfExamples:
     """Return the training examples that the encoder of a configuration reads."""
     kind = SequenceExamples if config.encoder == "causal" else TargetExamples
-    return kind(histories, config, trie, known)
+    blocks = [block for block in histories.blocks(BLOCK_EVENTS) if block.training_examples()]
+    if len(blocks) <= 1:
+        return kind(histories, config, trie, known)
+    return BlocksOfExamples(blocks, lambda block: kind(block, config, trie, known))
 
 
 def needs_siblings(config: TigerConfig) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -60,7 +61,7 @@ def train(
         name="model",
         shapes=model_shapes(config, model),
     )
-    references = reference_losses(trie, histories.training_targets())
+    references = reference_losses(trie, histories.training_target_counts(data.num_items))
     if training.rank() == 0:
         log.info("%s", _losses_by_level(result.log[-1], references))
     return replace(result, extra={"reference_losses": references})
@@ -90,25 +91,26 @@ def validation(config: TigerConfig, model: TigerModel, histories: Histories, dev
     return validate
 
 
-def reference_losses(trie: Trie, targets: np.ndarray) -> dict[str, list[float]]:
+def reference_losses(trie: Trie, targets: npt.NDArray[np.int64]) -> dict[str, list[float]]:
     """Return the loss by level of two models that know no history, to compare a training with.
 
     `uniform` gives the existing children of a node equal probability, `popularity` their number of targets plus one.
 
     Args:
-        targets: [T] target items of training.
+        targets: int64 [items], how often each item is a target of training.
     """
-    paths = trie.paths.numpy()[targets].astype(np.int64)
+    items = np.flatnonzero(targets)
+    paths, weights = trie.paths.numpy()[items].astype(np.int64), targets[items]
     uniform, popularity = [], []
-    parents = np.zeros(len(targets), np.int64)
+    parents = np.zeros(len(items), np.int64)
     for level in range(trie.depth):
         first_child = trie.first_child(level).numpy()
         children = np.diff(first_child)[parents]
-        counts = np.bincount(paths[:, level], minlength=trie.num_nodes[level]) + 1
+        counts = np.bincount(paths[:, level], weights, trie.num_nodes[level]).astype(np.int64) + 1
         below = np.concatenate([[0], np.cumsum(counts)])
         total = (below[first_child[1:]] - below[first_child[:-1]])[parents]
-        uniform.append(float(np.log(children).mean()))
-        popularity.append(float(np.log(total / counts[paths[:, level]]).mean()))
+        uniform.append(float(np.average(np.log(children), weights=weights)))
+        popularity.append(float(np.average(np.log(total / counts[paths[:, level]]), weights=weights)))
         parents = paths[:, level]
     return {"uniform": uniform, "popularity": popularity}
 
