@@ -43,6 +43,7 @@ def test_three_worker_kills_and_a_driver_kill_change_nothing(which: str, tmp_pat
     assert len(struck) == len(KILLS) + 1
     one = len(truth["losses"]) // 6
     starts = {int(path.name.split("-")[1]) // one for path in marks.glob("from-*")}
-    # Killed before its first save, it began at step 0; no kill cost more than an interval; and workers that have lost
+    # Killed before its first save, it began at step 0. Checkpoints are written while the training continues, so that a
+    # kill costs the interval under way, and the one whose checkpoint was not yet complete; and workers that have lost
     # their driver may finish a last one.
-    assert starts in ({2, 3, 5}, {2, 3, 6})
+    assert 1 <= min(starts) <= 2 and max(starts) >= 4, starts
