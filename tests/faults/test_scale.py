@@ -67,7 +67,9 @@ def test_the_footer_is_read_once_and_not_for_every_shard(tmp_path: Path) -> None
     footer = ray.put(pq.read_metadata(path))
     path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     for shard in range(10):
-        row = map_module._read(pa.table({"shard": [shard], "groups": [[shard]]}), folder.uri, "source.parquet", ["x"], [footer])
+        row = map_module._read(
+            pa.table({"shard": [shard], "groups": [[shard]]}), folder.uri, "source.parquet", ["x"], [footer]
+        )
         assert map_module._table(row)["x"].to_pylist() == list(range(95))[10 * shard : 10 * shard + 10]
     assert map_module._metadata.cache_info().misses == 1
 
