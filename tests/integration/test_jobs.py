@@ -157,7 +157,9 @@ def test_histories_in_files_give_the_lists_of_the_catalogs_users(
     num_unknown = sum(row["asin"] not in known for row in rows)
     clicks = tmp_path / "clicks.csv"
     lines = [f"{row['reviewerID']};{row['asin']};{row['unixReviewTime']}" for row in rows]
-    clicks.write_text("\n".join(["customer;sku;at", *lines[::-1], "newcomer;not an item;1400000000", "nobody;;1400000000"]) + "\n")
+    clicks.write_text(
+        "\n".join(["customer;sku;at", *lines[::-1], "newcomer;not an item;1400000000", "nobody;;1400000000"]) + "\n"
+    )
     table_keys = ["data.kind=tables", "data.user_id=customer", "data.item_id=sku", "data.time=at"]
     for file, keys in ((reviews, []), (clicks, table_keys)):
         given = [model.folder.uri, f'recommend.histories=["{file}"]', *keys, "data.max_bad_row_fraction=1"]
