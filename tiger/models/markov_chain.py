@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from tiger.data.histories import Histories
 from tiger.models.base import ModelConfig, ModelData
-from tiger.models.decoding import DecodingConfig
-from tiger.models.recommender import Recommender, Rows, Search
-from tiger.models.scoring import CountingRecommender, by_popularity, first_unseen
+from tiger.models.recommender import Recommender, Rows
+from tiger.models.scoring import RankingRecommender, first_unseen
 
 _PAIRS_AT_ONCE = 1 << 25
 
@@ -27,43 +26,25 @@ class Config(ModelConfig):
     kind: Literal["markov_chain"] = Field("markov_chain", description="what most often came next after the last item")
 
 
-class MarkovChain(CountingRecommender):
+class MarkovChain(RankingRecommender):
     """Ranks items by how often they followed the last item, from the sparse row of that item."""
 
     def __init__(self, data: ModelData) -> None:
         super().__init__(data)
         self.transitions = count_transitions(data.history_blocks(), data.num_items)
         counts = self.training_counts()
-        self.ranking = by_popularity(counts)
         self.tie_break = counts / (counts.max() + 1.0)  # below 1, the weight of a transition
 
-    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
-        """Return the function that ranks successors by transitions, ties by popularity, and then by popularity."""
-        ranking = self.ranking if allowed_items is None else self.ranking[allowed_items[self.ranking]]
-
-        def search(
-            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
-        ) -> tuple[Tensor, Tensor]:
-            width = min(num_results, self.num_items)
-            items = np.full((len(histories), width), -1, np.int64)
-            scores = np.full((len(histories), width), -np.inf, np.float32)
-            for row, history in enumerate(histories):
-                excluded = history if exclude_seen else history[:0]
-                found, score = self._after(int(history[-1]), excluded, ranking, allowed_items, width)
-                items[row, : len(found)], scores[row, : len(found)] = found, score
-            return torch.from_numpy(items), torch.from_numpy(scores)
-
-        return search
-
-    def _after(
+    def best_items(
         self,
-        last: int,
+        history: Rows,
         excluded: Rows,
         ranking: npt.NDArray[np.int64],
         allowed_items: npt.NDArray[np.bool_] | None,
         width: int,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Return the best items after `last`, at most `width`, and their scores."""
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Return successors of the last item by transitions, ties by popularity, and then the most popular items."""
+        last = int(history[-1])
         begin, end = self.transitions.indptr[last : last + 2]
         following = self.transitions.indices[begin:end].astype(np.int64)
         score = self.transitions.data[begin:end] + self.tie_break[following]

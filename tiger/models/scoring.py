@@ -32,6 +32,51 @@ class CountingRecommender(Recommender):
         return self._counts
 
 
+class RankingRecommender(CountingRecommender):
+    """Base of the families that rank the items of one history at a time; `ranking` has all items by popularity."""
+
+    def __init__(self, data: ModelData) -> None:
+        super().__init__(data)
+        self.ranking = by_popularity(self._counts)
+
+    @abstractmethod
+    def best_items(
+        self,
+        history: Rows,
+        excluded: Rows,
+        ranking: npt.NDArray[np.int64],
+        allowed_items: npt.NDArray[np.bool_] | None,
+        width: int,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Return the best items after a non-empty history, at most `width`, and their scores.
+
+        Args:
+            history: the items of the history.
+            excluded: items that must not come back.
+            ranking: the allowed items by popularity.
+            allowed_items: bool [items]; None: all.
+            width: number of items.
+        """
+
+    def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
+        """Return the function that ranks the items of every history."""
+        ranking = self.ranking if allowed_items is None else self.ranking[allowed_items[self.ranking]]
+
+        def search(
+            histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
+        ) -> tuple[Tensor, Tensor]:
+            width = min(num_results, self.num_items)
+            items = np.full((len(histories), width), -1, np.int64)
+            scores = np.full((len(histories), width), -np.inf, np.float32)
+            for row, history in enumerate(histories):
+                excluded = history if exclude_seen else history[:0]
+                found, score = self.best_items(history, excluded, ranking, allowed_items, width)
+                items[row, : len(found)], scores[row, : len(found)] = found, score
+            return torch.from_numpy(items), torch.from_numpy(scores)
+
+        return search
+
+
 class ScoringRecommender(CountingRecommender):
     """Base of the families that compare a history with all items."""
 
