@@ -11,10 +11,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,6 +21,7 @@ from tiger.core.errors import DataError
 from tiger.core.storage import Folder
 from tiger.data.catalog import CatalogConfig
 from tiger.data.item_names import ItemNames
+from tiger.data.prepare.rules import in_order, unrepeated
 
 SPILL_BYTES = 64 << 20
 """Bytes of raw files per spill file."""
@@ -30,7 +30,7 @@ _MOST_SPILLS = 256  # files that are open at a time
 _EVENTS_AT_ONCE = 1 << 18  # whose items are looked up at a time, which takes longer the larger the catalog is
 _EXAMPLES = 5
 
-_EVENTS = pa.schema([("user", pa.string()), ("item", pa.int32()), ("time", pa.int64()), ("order", pa.int64())])
+_EVENTS = pa.schema([("user", pa.string()), ("item", pa.int32()), ("time", pa.int64())])
 
 
 @dataclass
@@ -71,8 +71,8 @@ class HistoryFiles:
             raw_bytes: size of the raw files.
         """
         self.names, self.spills = names, spills
-        self.keeps_repeats = catalog.duplicates == "all"
-        self.ties_by_item = catalog.tie_break == "id"
+        self.duplicates = catalog.duplicates
+        self.tie_break: Literal["file", "id"] = "id" if catalog.tie_break == "id" else "file"
         self.num_spills = min(_MOST_SPILLS, 1 + raw_bytes // SPILL_BYTES)
         self.counts = HistoryCounts()
 
@@ -103,11 +103,9 @@ class HistoryFiles:
         items = self.names.indices(events["item"]).combine_chunks()
         unknown = items.is_null()
         self._count_unknown(events["item"].filter(unknown))
-        order = np.arange(self.counts.events, self.counts.events + len(events), dtype=np.int64)
         self.counts.events += len(events)
         table = pa.table(
-            {"user": events["user"], "item": pc.fill_null(items, -1), "time": events["time"], "order": order},
-            schema=_EVENTS,
+            {"user": events["user"], "item": pc.fill_null(items, -1), "time": events["time"]}, schema=_EVENTS
         )
         coded = events["user"].combine_chunks().dictionary_encode()
         hashes = np.array([zlib.crc32(user.encode()) for user in coded.dictionary.to_pylist()], np.int64)
@@ -135,12 +133,12 @@ class HistoryFiles:
         rank = np.empty(len(by_name), np.int64)
         rank[by_name] = np.arange(len(by_name))
         user = rank[np.asarray(coded.indices)]
-        item, time, order = (np.asarray(events[name]) for name in ("item", "time", "order"))
-        sort = np.lexsort((order, item, time, user) if self.ties_by_item else (order, time, user))
-        user, item, time = user[sort], item[sort], time[sort]
+        item, time = np.asarray(events["item"]), np.asarray(events["time"])
+        order = in_order(user, item, time, self.tie_break, seed=0)
+        user, item, time = user[order], item[order], time[order]
         known = item >= 0
-        repeated = known & self._repeated(user, item, time)
-        kept = known & ~repeated
+        unlike, _, _ = unrepeated(user, item, time, self.duplicates)
+        kept, repeated = known & unlike, known & ~unlike
         lengths = np.bincount(user[kept], minlength=len(by_name))
         first = self.counts.users
         self.counts.users += len(by_name)
@@ -155,26 +153,12 @@ class HistoryFiles:
             }
         )
 
-    def _repeated(
-        self, user: npt.NDArray[np.int64], item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.bool_]:
-        """Return which events, in time order, come after an equal one of the same user; see the catalog's rule 3."""
-        columns = (user, item, time) if self.keeps_repeats else (user, item)
-        order = np.lexsort(columns[::-1])  # stable: in time order
-        same = np.ones(max(len(order) - 1, 0), bool)
-        for column in columns:
-            ordered = column[order]
-            same &= ordered[1:] == ordered[:-1]
-        repeated = np.zeros(len(order), bool)
-        repeated[order[1:][same]] = True
-        return repeated
-
     def _name(self, spill: int) -> str:
         return f"events-{spill:03d}.arrow"
 
 
 def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Yield the rows of batches in tables of at least `_EVENTS_AT_ONCE` rows, but for the last one."""
+    """Yield the rows of batches in tables of at least `_EVENTS_AT_ONCE` rows, except for the last one."""
     waiting: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
