@@ -18,12 +18,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
 
 import numpy as np
 import torch
 
 from tiger.core.config import build
+from tiger.core.memory import watch_memory
 from tiger.data.histories import Histories
 from tiger.models.tiger.batches import make_examples
 from tiger.models.tiger.beam_search import beam_search
@@ -48,22 +48,6 @@ def random_text(items: int, folder: str) -> torch.Tensor:
     for part in vectors.split(1 << 16):
         part.copy_(torch.randn(part.shape, generator=generator))
     return vectors
-
-
-class PeakMemory(Thread):
-    """Samples the anonymous memory of this process."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.gigabytes = 0.0
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    self.gigabytes = max(self.gigabytes, int(line.split()[1]) / 2**20)
-            time.sleep(0.05)
 
 
 def decoding(model: TigerModel, items: int) -> Callable[[], object]:
@@ -96,22 +80,21 @@ def measure(items: int, codes: int, learned: bool, folder: str, pipe: Connection
     """Load, and then answer each name of a step with its seconds, and "memory" with the peak."""
     torch.set_num_threads(1)
     ids, vectors = random_ids(items, codes), random_text(items, folder)
-    memory = PeakMemory()
-    begin = time.perf_counter()
-    model = TigerModel(build(TigerConfig, {"item_vectors": learned}), Trie(ids), vectors).eval()
-    decode = decoding(model, items)
-    pipe.send(time.perf_counter() - begin)
-    steps: dict[str, Callable[[], object]] = {"decode": decode}
-    while (asked := pipe.recv()) != "end":
-        if asked == "memory":
-            pipe.send(memory.gigabytes)
-            memory.gigabytes = 0.0
-            continue
-        if asked == "train" and asked not in steps:
-            steps = {"train": training(model.train(), items)}  # a training holds no table of a search
+    with watch_memory(0.05) as memory:
         begin = time.perf_counter()
-        steps[asked]()
+        model = TigerModel(build(TigerConfig, {"item_vectors": learned}), Trie(ids), vectors).eval()
+        steps: dict[str, Callable[[], object]] = {"decode": decoding(model, items)}
         pipe.send(time.perf_counter() - begin)
+        while (asked := pipe.recv()) != "end":
+            if asked == "memory":
+                pipe.send((memory.bytes or 0) / 2**30)
+                memory.bytes = None
+                continue
+            if asked not in steps:
+                steps = {"train": training(model.train(), items)}  # a training holds no table of a search
+            begin = time.perf_counter()
+            steps[asked]()
+            pipe.send(time.perf_counter() - begin)
 
 
 def main() -> None:

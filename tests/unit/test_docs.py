@@ -19,14 +19,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 GENERATED = {"configuration.md", "log.md", "changelog.md", "pictures/pipeline.svg"}
 
 
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / ".ci/docs.py")
+def load_script(name: str) -> ModuleType:
+    """Import a script of .ci, which is not a package."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / ".ci" / name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    return load_script("docs.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,11 +92,7 @@ def test_readme_is_one_screen_with_both_commands_and_no_placeholder() -> None:
 
 
 def test_log_has_an_index_with_a_verdict_for_every_entry() -> None:
-    spec = importlib.util.spec_from_file_location("log_index", ROOT / ".ci/log_index.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("log_index.py")
     text = (ROOT / "LOG.md").read_text()
     assert module.updated(text) == text, "run: uv run python .ci/log_index.py"
     assert "no verdict" not in module.index(text)

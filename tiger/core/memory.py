@@ -25,14 +25,14 @@ class PeakMemory:
 
 
 @contextmanager
-def watch_memory() -> Iterator[PeakMemory]:
-    """Sample the memory of this process and its descendants every second, in a thread, while the block runs."""
+def watch_memory(seconds: float = _SECONDS) -> Iterator[PeakMemory]:
+    """Sample the memory of this process and its descendants, in a thread, at an interval, while the block runs."""
     peak, done = PeakMemory(), threading.Event()
 
     def watch() -> None:
         while True:
             peak.sample()
-            if done.wait(_SECONDS):
+            if done.wait(seconds):
                 return
 
     thread = threading.Thread(target=watch, daemon=True, name="memory")

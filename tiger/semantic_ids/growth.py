@@ -87,7 +87,7 @@ def align_ids(
 ) -> SemanticIds:
     """Return IDs of the items of a new training, in which published items keep their IDs as far as these fit.
 
-    An ID fits if the new tokenizer gives the item the same codes but for the last one, or if its codes are nearly as
+    An ID fits if the new tokenizer gives the item the same codes except for the last one, or if its codes are nearly as
     good as the nearest ones (`TOLERANCE`). Other items are placed next to those that stay.
 
     Args:

@@ -101,13 +101,12 @@ class Trie(nn.Module):
         """Return how many items every node of a level holds, float32 [nodes]."""
         return self.get_buffer(f"num_items_{level}")
 
-    def expand(self, nodes: Tensor, level: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def expand(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Return the children of nodes of the level above `level`.
 
         Args:
             nodes: int64 [...].
             level: the level of the children.
-            allowed: bool [nodes of `level`], those that count as existing; see `allowed_nodes`.
 
         Returns:
             children int64 [..., W], and which of them exist, bool [..., W]; W is the largest number of children at this
@@ -118,12 +117,10 @@ class Trie(nn.Module):
         children = begin[..., None] + torch.arange(self.max_children[level], device=nodes.device)
         exists = children < end[..., None]
         children = torch.where(exists, children, begin[..., None])
-        if allowed is not None:
-            exists = exists & allowed[children]
         return children, exists
 
     def allowed_nodes(self, allowed_items: Tensor) -> list[Tensor]:
-        """Return which nodes lead to an allowed item: per level bool [nodes], for `expand`.
+        """Return which nodes lead to an allowed item: per level bool [nodes].
 
         This takes about 1 ms per million items; a filtered beam then contains only prefixes of allowed items.
 

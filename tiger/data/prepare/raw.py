@@ -60,7 +60,7 @@ class Batches:
         return 1
 
     def read(self, role: Role, part: int, fields: tuple[str, ...] | None) -> tuple[Iterator[pa.RecordBatch], RowCounts]:
-        """Return the batches; whoever made them has counted their rows."""
+        """Return the batches; their rows have been counted already."""
         return iter(self.items if role == "items" else self.interactions), RowCounts(role)
 
 

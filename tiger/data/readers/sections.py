@@ -88,7 +88,7 @@ def parquet_sections(file: RawFile) -> list[RawFile]:
             groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
             sizes = [(group.total_byte_size, group.num_rows) for group in groups]
     except (pa.ArrowException, OSError):
-        return [file]  # whoever reads it says what is wrong with it
+        return [file]  # its reader reports what is wrong with it
     cuts, held = [0], 0
     for group, (size, _) in enumerate(sizes):
         held += size

@@ -2,7 +2,6 @@
 
 `grow` gives it further items, without training; `warm_start` begins the next training from it.
 
-
 New items have no learned vector: their text speaks for them. New prefixes have the mean text of their items, and no
 learned vector either. Mean texts of prefixes that training knew stay as they were, and so do the mean and the standard
 deviation of the texts.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from tiger.data.catalog import Catalog
 from tiger.data.user_tables import shard_files
+from tiger.models.shard import TABLE
 from tiger.report.finished import FinishedRun
 from tiger.report.markup import Html, escaped
 
 TITLE = "Example users"
 
-_TABLE = "recommendations"
 _USERS, _HISTORY, _LIST = 6, 6, 6
 _CHARACTERS = 140  # of a title
 
@@ -21,8 +21,8 @@ def render(run: FinishedRun) -> Html | None:
     if run.recommendations is None:
         return None
     catalog, parts, folder = run.catalog, [], run.recommendations.folder
-    first = shard_files(folder.child(_TABLE))[0]
-    table = folder.read_table(f"{_TABLE}/{first}").slice(0, _USERS)
+    first = shard_files(folder.child(TABLE))[0]
+    table = folder.read_table(f"{TABLE}/{first}").slice(0, _USERS)
     of_catalog = "events" not in run.recommendations.metrics  # else the users are those of files
     for row in table.to_pylist():
         history: Sequence[int] = catalog.histories.of(row["user_id"]).tolist() if of_catalog else []
