@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -46,4 +47,5 @@ def test_three_worker_kills_and_a_driver_kill_change_nothing(which: str, tmp_pat
     # Killed before its first save, it began at step 0. Checkpoints are written while the training continues, so that a
     # kill costs the interval under way, and the one whose checkpoint was not yet complete; and workers that have lost
     # their driver may finish a last one.
-    assert 1 <= min(starts) <= 2 and max(starts) >= 4, starts
+    possible = itertools.product((1, 2), (2, 3), (4, 5, 6))
+    assert starts in [set(each) for each in possible]

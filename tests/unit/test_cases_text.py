@@ -56,7 +56,7 @@ def test_one_undecodable_byte_and_one_overlong_line_are_two_bad_rows(tmp_path: P
     artifact = run(tmp_path, items_csv(tmp_path), put(tmp_path / "e.csv", b"\n".join(lines)), max_bad_row_fraction=0.1)
     assert rows_of(artifact)["skipped"] == {"not UTF-8": 1, "line longer than 8,388,608 bytes": 1}
     assert any(":5: not UTF-8" in example for example in rows_of(artifact)["examples"])
-    assert any(":10: line longer" in example for example in rows_of(artifact)["examples"])
+    assert ":10: line longer" in rows_of(artifact)["examples"][0]  # reasons as often as each other are by name
 
 
 def test_a_field_of_three_megabytes_is_read(tmp_path: Path) -> None:
