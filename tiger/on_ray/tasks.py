@@ -20,10 +20,11 @@ import ray.exceptions
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tiger.core.errors import ResourceError, TigerError, last_line
+from tiger.core.errors import ResourceError, TigerError
 from tiger.core.storage import Folder
 from tiger.on_ray import cluster
 from tiger.on_ray.capacity import ANSWER_SECONDS, on_node
+from tiger.on_ray.failures import reason
 from tiger.on_ray.watch import watching
 
 log = logging.getLogger(__name__)
@@ -97,12 +98,9 @@ class RayTasks:
                 raise error.cause from None
             raise
         except ray.exceptions.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{what}: a task was ended because its node has no memory left: {last_line(error)}; use nodes with "
-                "more memory per CPU"
-            ) from error
+            raise ResourceError(f"{what}: {reason(error)}") from error
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError) as error:
-            raise ResourceError(f"{what}: a task was lost {_RETRIES + 1} times: {last_line(error)}") from error
+            raise ResourceError(f"{what}: a task was lost {_RETRIES + 1} times: {reason(error)}") from error
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> tuple[list[tuple[int, str, str]], str | None, Any]:
