@@ -13,6 +13,7 @@ import pytest
 
 from tests.paths import ROOT
 from tiger.core.artifacts import Artifact, newest
+from tiger.data.catalog import Catalog
 from tiger.evaluation.evaluator import EvaluationResult
 from tiger.pipeline.report import PAGE, main
 from tiger.report.markup import escaped
@@ -99,9 +100,9 @@ def test_figures_of_the_report_are_those_of_the_artifacts(text: str, finished: A
 
 def test_report_shows_titles_of_recommendations(text: str, finished: Artifact) -> None:
     recommendations = newest(str(Path(finished.folder.uri).parent), "recommendations")
-    first = recommendations.folder.read_bytes("recommendations.jsonl").decode().splitlines()[0]
-    title = re.findall(r'"title": "(.*?)"', first)[0]
-    assert html.escape(title) in text
+    titles = Catalog(recommendations.inputs["model"].inputs["catalog"]).titles
+    first = recommendations.folder.read_table("recommendations")["items"][0].as_py()[0]
+    assert html.escape(titles[first]) in text
 
 
 def test_command_writes_reports_of_one_run_and_of_two(finished: Artifact, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import safetensors.torch
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from tiger.core.config import flat
 from tiger.core.errors import ArtifactError, ConfigError, TigerError
 from tiger.core.hashing import sha256
 from tiger.core.storage import Folder
-from tiger.training.loop import rank, world_size
+from tiger.training.loop import all_reduce_sum, rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +73,21 @@ class CheckpointStore:
             StorageError: the write fails, or that of the previous checkpoint has failed in the background.
         """
         self._wait()  # so that there is a complete checkpoint at any time
-        _barrier()
+        tensors: dict[str, Tensor] = {}
+        rest = json.dumps(_pack(state, "state", tensors)).encode()
+        device = next(
+            (tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"), torch.device("cpu")
+        )
+        _barrier(device)
         own = self.folder.child(f"step-{int(metrics['step']):08d}")
         if rank() == 0:
             own.delete()
             self._delete_older()
-        _barrier()
-        tensors: dict[str, Tensor] = {}
-        rest = json.dumps(_pack(state, "state", tensors)).encode()
+        _barrier(device)
         part = {path: _on_host(tensors[path], self.in_background) for path in _own_part(tensors)}
         if self.executor is None:
             self._write(own, int(metrics["step"]), part, rest)
-            _barrier()
+            _barrier(device)
             if rank() == 0:
                 self._delete_older()
         else:
@@ -202,9 +206,10 @@ def _part(name: str, number: int) -> str:
     return f"{stem}-{number}.{suffix}" if number else name
 
 
-def _barrier() -> None:
+def _barrier(device: torch.device) -> None:
+    """Wait for all workers; by a sum on the device of the training, because a group of GPUs may know no other."""
     if dist.is_initialized():
-        dist.barrier()
+        all_reduce_sum(torch.zeros(1, device=device)).cpu()
 
 
 def _own_part(tensors: dict[str, Tensor]) -> list[str]:
