@@ -36,7 +36,7 @@ def measure(name: str, values: dict[str, Any], items: int, dim: int) -> None:
     trained = time.perf_counter() - begin
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     encoded = time.perf_counter() - begin - trained
-    costs = lambda rows: tokenizer.last_level_costs(vectors[rows]).numpy()  # noqa: E731
+    costs = tokenizer.assignment_costs(vectors)
     assign(codes, 256, SemanticIdsConfig(collision_policy="nearest_free", collision_codes=32_767), costs)
     assigned = time.perf_counter() - begin - trained - encoded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

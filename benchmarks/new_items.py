@@ -157,12 +157,7 @@ def rebuild_ids(run: RunConfig, embeddings: Folder, histories: Histories) -> tup
     vectors = torch.from_numpy(np.concatenate([part for _, part in parts])[order])
     tokenizer, _ = fit_tokenizer(run.tokenizer, vectors, device=CPU)
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
-
-    def costs(items: Items) -> npt.NDArray[np.floating]:
-        with torch.no_grad():
-            found: npt.NDArray[np.floating] = tokenizer.last_level_costs(vectors[items]).numpy()
-        return found
-
+    costs = tokenizer.assignment_costs(vectors)
     return assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs), codes
 
 

@@ -76,7 +76,7 @@ def measure(values: dict[str, Any], vectors: torch.Tensor, neighbors: Any, seed:
         codes,
         config.codebook_size,
         SemanticIdsConfig(collision_policy="nearest_free"),
-        lambda items: tokenizer.last_level_costs(vectors[items]).numpy(),
+        tokenizer.assignment_costs(vectors),
     )
     errors = tokenizer.errors(vectors, torch.from_numpy(moved.codes[:, : moved.levels]).long())
     found["moved"] = float(errors.mean()) / vectors.shape[1]

@@ -1,4 +1,4 @@
-"""A cluster of three nodes on one machine that loses one: in the middle of embedding, and in the middle of training."""
+"""A cluster of three nodes on one machine that loses one in the middle of each stage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.large_catalogs import ids_in_memory, shop
 from tests.paths import ROOT
 from tests.trainings import group
 from tests.workers import NODE_TRAINING
+from tiger.core.config import build
+from tiger.pipeline.prepare import prepare
+from tiger.run import RunConfig
 
 pytestmark = pytest.mark.slow
 
@@ -44,3 +48,12 @@ def test_a_node_lost_while_training_changes_nothing(tmp_path: Path) -> None:
     truth, _ = group(2, "tokenizer", tmp_path, **NODE_TRAINING)
     found = on_three_nodes("train", tmp_path)
     assert found == {key: truth[key] for key in found}
+
+
+def test_a_node_lost_while_preparing_changes_no_byte(tmp_path: Path) -> None:
+    truth = prepare(build(RunConfig, shop(tmp_path, megabytes=512)))
+    assert on_three_nodes("prepare", tmp_path) == truth.manifest["files"]
+
+
+def test_a_node_lost_while_tokenizing_changes_no_id(tmp_path: Path) -> None:
+    assert on_three_nodes("tokenize", tmp_path) == ids_in_memory().codes.tolist()

@@ -1,4 +1,4 @@
-"""Lose one of three nodes in the middle of `embed` or `train`, and write what came of it to FOLDER/found.json."""
+"""Lose one of three nodes in the middle of a stage, and write what came of it to FOLDER/found.json."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ import tiger.on_ray  # noqa: F401, I001  settles Ray's environment
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.large_catalogs import ids_of_shards, shop
 from tests.workers import Watched, slow_double, source
+from tiger.core.config import build
 from tiger.core.resources import Resources
 from tiger.core.storage import Folder
+from tiger.data.prepare.build import Sizes
+from tiger.data.readers import sections
 from tiger.on_ray.map import map_shards
+from tiger.on_ray.tasks import RayTasks
 from tiger.on_ray.train import train as train_on_ray
-from tiger.run import ResourcesConfig
+from tiger.pipeline import prepare as preparation
+from tiger.run import ResourcesConfig, RunConfig
+from tiger.tokenizers import shards
 
 MEMORY = {"object_store_memory": 100_000_000}
 
@@ -67,6 +74,20 @@ def train(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
     return train_on_ray(Watched(str(where)), Folder(str(where / "artifact")), resources, "test")
 
 
+def prepare(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
+    sections.SECTION_BYTES, sections._CHUNK = 100_000, 10_000
+    preparation.Sizes = lambda: Sizes(run_bytes=20_000, item_range_bytes=20_000, run_rows=4_000, range_rows=5_000)
+    watch(lambda: len(list(where.glob("runs/catalog-*/scratch/tables/interactions-*.parquet"))) >= 5)
+    return preparation.prepare(build(RunConfig, shop(where, megabytes=0))).manifest["files"]
+
+
+def tokenize(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
+    shards.group_shards.__defaults__ = (500,)
+    shards._RANGE_ROWS = 300
+    watch(lambda: len(list(where.glob("scratch/codes-*.parquet"))) >= 5)
+    return ids_of_shards(where, RayTasks(Folder(str(where))))
+
+
 def main(stage: str, where: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **MEMORY})
     nodes = [cluster.add_node(num_cpus=2, **MEMORY) for _ in range(2)]
@@ -77,7 +98,8 @@ def main(stage: str, where: Path) -> None:
     def watch(happened: Callable[[], bool]) -> None:
         threading.Thread(target=lose_a_node_once, args=(happened, cluster, nodes[1], where), daemon=True).start()
 
-    found = {"embed": embed, "train": train}[stage](where, watch)
+    stages = {"embed": embed, "train": train, "prepare": prepare, "tokenize": tokenize}
+    found = stages[stage](where, watch)
     (where / "found.json").write_text(json.dumps(found))
     ray.shutdown()
     cluster.shutdown()

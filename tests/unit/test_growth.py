@@ -109,10 +109,7 @@ def test_many_appends_to_a_real_tokenizer(policy: str) -> None:
     tokenizer, _ = fit_tokenizer(config, vectors[:100], device=torch.device("cpu"))
     policy_config = SemanticIdsConfig.model_validate({"collision_policy": policy, "collision_codes": 64})
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
-
-    def costs(items: np.ndarray) -> np.ndarray:
-        return tokenizer.last_level_costs(vectors[items]).numpy()
-
+    costs = tokenizer.assignment_costs(vectors)
     ids = assign(codes[:100], 16, policy_config, costs)
     errors = [float(tokenizer.errors(vectors[:100], torch.from_numpy(ids.codes[:, :2].astype(np.int64))).mean())]
     for begin in range(100, 240, 20):

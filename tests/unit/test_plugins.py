@@ -89,10 +89,7 @@ def test_a_tokenizer_gives_every_item_a_semantic_id() -> None:
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     assert codes.shape == (400, 3)
     assert [np.bincount(level, minlength=16).tolist() for level in codes.T] == [[25] * 16] * 3
-
-    def costs(items: np.ndarray) -> np.ndarray:
-        return tokenizer.last_level_costs(vectors[items]).numpy()
-
+    costs = tokenizer.assignment_costs(vectors)
     ids = assign(codes, 16, SemanticIdsConfig(), costs)
     assert len(np.unique(ids.codes, axis=0)) == 400
 

@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.factories import toy_histories
 from tests.paths import ROOT
 from tests.vector_shards import rkmeans_config, write_vectors
 from tiger.core import node_cache
+from tiger.core.config import build
 from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.external_sort import FolderStore, MemoryStore
 from tiger.core.runner import InProcess
 from tiger.core.storage import Folder
 from tiger.data import histories as histories_module
 from tiger.data.histories import Histories, history_table, read_histories, write_histories
+from tiger.embedding import collaborative, collaborative_shards
+from tiger.embedding.collaborative import CollaborativeConfig, KnownFactors, fit_fusion, write_fused
+from tiger.embedding.collaborative_shards import fuse_shards
 from tiger.embedding.vectors import load_embeddings, map_embeddings
 from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
 from tiger.tokenizers import shards
@@ -105,6 +109,8 @@ def trained(kind: str, array: np.ndarray, size: int, levels: int) -> Tokenizer:
     kind=st.sampled_from(["rkmeans", "opq", "rqvae"]),
     collision_codes=st.sampled_from([2, 32_767]),
 )
+@example(0, 53, 1, 2, "nearest_free", 1, "opq", 2)  # equal items, whose costs differed in the last bit
+@example(0, 46, 1, 2, "nearest_free", 1, "opq", 2)
 def test_ids_of_shards_equal_those_in_memory(
     seed: int, items: int, parts: int, levels: int, policy: Any, capacity: int, kind: str, collision_codes: int
 ) -> None:
@@ -117,7 +123,7 @@ def test_ids_of_shards_equal_those_in_memory(
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
     expected: Any
     try:
-        expected = assign(codes, 8, config, lambda rows: tokenizer.last_level_costs(vectors[rows]).numpy())
+        expected = assign(codes, 8, config, tokenizer.assignment_costs(vectors))
     except DataError as error:
         expected = str(error)
     with pytest.MonkeyPatch.context() as patch:
@@ -210,3 +216,50 @@ def test_mapped_histories_equal_those_in_memory(tmp_path: Path, monkeypatch: pyt
     )
     expected = np.bincount(truth.training_targets(), minlength=40)
     np.testing.assert_array_equal(mapped.training_target_counts(40), expected)
+
+
+# --- co-occurrence ------------------------------------------------------------------------------------------------
+
+
+def exact_svd(matrix: Any, rank: int, **_: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    left, values, right = np.linalg.svd(matrix.toarray().astype(np.float64))
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def test_item_vectors_of_shards_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth is a whole decomposition; vectors are compared by their products, because factors have no sign."""
+    rng = np.random.default_rng(0)
+    items, dim = 90, 10
+    lengths, starts = rng.integers(3, 20, 300), rng.integers(0, items, 300)
+    walks = [(start + rng.integers(0, 9, n)) % (items - 5) for start, n in zip(starts, lengths, strict=True)]
+    own, offsets = np.concatenate(walks).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)])
+    histories = Histories([f"u{n}" for n in range(300)], offsets, own, offsets[1:] - 2, offsets[1:] - 1)
+    catalog = Folder(str(tmp_path / "catalog"))
+    write_histories(catalog, [history_table(histories, np.arange(len(own)))])
+    text = rng.normal(size=(items, dim)).astype(np.float32)
+    embeddings = write_vectors(tmp_path / "text", text, 4, rng.permutation(items))
+    config = build(CollaborativeConfig, {"rank": 12})
+    monkeypatch.setattr(collaborative, "randomized_svd", exact_svd)
+    fusion = fit_fusion(config, embeddings, histories)
+    one = Folder(str(tmp_path / "one"))
+    write_fused(fusion, embeddings, one)
+    truth = load_embeddings(one).numpy()
+    before = fusion.cooccurrence @ np.linalg.qr(rng.normal(size=(12, 12)))[0].astype(np.float32)
+    write_fused(fit_fusion(config, embeddings, histories, KnownFactors(np.arange(40), before[:40])), embeddings, one)
+    aligned = load_embeddings(one).numpy()
+    monkeypatch.setattr(collaborative_shards, "_ITERATIONS", 60)
+    for number, (block, entries) in enumerate(((1 << 20, 1 << 24), (100, 300), (700, 100))):
+        monkeypatch.setattr(Histories.blocks, "__defaults__", (block,))
+        sizes = {"_BLOCK_EVENTS": block, "_RANGE_ENTRIES": entries, "_GROUP_ENTRIES": 50, "_SHARDS": 3}
+        for name, value in sizes.items():
+            monkeypatch.setattr(collaborative_shards, name, value)
+        target = Folder(str(tmp_path / f"other-{number}"))
+        store = FolderStore(Folder(str(tmp_path / f"scratch-{number}")))
+        other, num_known = fuse_shards(config, embeddings, catalog, target, InProcess(), store)
+        assert num_known == int(fusion.cooccurrence.any(axis=1).sum()) <= items - 5
+        np.testing.assert_allclose(other.text_mean, fusion.text_mean, atol=1e-6)
+        np.testing.assert_array_equal(other.rotation, fusion.rotation)
+        found = load_embeddings(target).numpy()
+        np.testing.assert_allclose(found @ found.T, truth @ truth.T, atol=1e-4)
+        fuse_shards(config, embeddings, catalog, target, InProcess(), store, KnownFactors(np.arange(40), before[:40]))
+        np.testing.assert_allclose(load_embeddings(target).numpy(), aligned, atol=1e-4)

@@ -119,10 +119,7 @@ def test_three_hundred_identical_items(kind: str, policy: str) -> None:
     vectors = torch.cat([clusters(), clusters()[:1].repeat(300, 1)])
     tokenizer, _ = fit_tokenizer(config(kind), vectors, device=CPU)
     codes = encode_dataset(tokenizer, vectors, CPU).numpy()
-
-    def costs(items: np.ndarray) -> np.ndarray:
-        return tokenizer.last_level_costs(vectors[items]).numpy()
-
+    costs = tokenizer.assignment_costs(vectors)
     settings = {"collision_policy": policy, "collision_codes": 400}
     ids = assign(codes, 16, SemanticIdsConfig(**settings), costs)
     assert len(np.unique(ids.codes, axis=0)) == 1100

@@ -12,7 +12,7 @@ from tests.factories import PAPER, SMALL, clusters, random_ids
 from tiger.core.config import build
 from tiger.core.errors import ArtifactError, ConfigError
 from tiger.core.storage import Folder
-from tiger.embedding.collaborative import KnownFactors, align
+from tiger.embedding.collaborative import KnownFactors, rotation_onto
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.growth import common_prefixes, warm_start
 from tiger.models.tiger.model import TigerModel
@@ -33,11 +33,11 @@ def test_cooccurrence_is_rotated_onto_that_of_before() -> None:
     rotation, _ = np.linalg.qr(rng.normal(size=(8, 8)))
     after = np.concatenate([before[::-1], rng.normal(size=(30, 8))]).astype(np.float32) @ rotation.astype(np.float32)
     items = np.arange(150)
-    aligned = align(after, KnownFactors(items, before[::-1][items]))
+    aligned = after @ rotation_onto(after, KnownFactors(items, before[::-1][items]))
     np.testing.assert_allclose(aligned[:200], before[::-1], atol=1e-4)
     np.testing.assert_allclose(aligned[200:] @ aligned[200:].T, after[200:] @ after[200:].T, atol=1e-4)
     with pytest.raises(ConfigError, match=r"8 dimensions, those of before 4; set collaborative.rank"):
-        align(after, KnownFactors(items, before[items, :4]))
+        rotation_onto(after, KnownFactors(items, before[items, :4]))
 
 
 @pytest.mark.parametrize("kind", ["rqvae", "rkmeans"])

@@ -145,7 +145,8 @@ def choose_ranges(runs: Sequence[Run], size: int) -> list[KeyRange]:
     cuts: list[Any] = []
     before = 0
     for key, weight in groups:
-        if before * count >= (len(cuts) + 1) * total and len(cuts) < count - 1 and (not cuts or key != cuts[-1]):
+        is_new = key > (cuts[-1] if cuts else groups[0][0])
+        if is_new and before * count >= (len(cuts) + 1) * total and len(cuts) < count - 1:
             cuts.append(key)
         before += weight
     return [KeyRange(begin, end) for begin, end in itertools.pairwise([None, *cuts, None])]

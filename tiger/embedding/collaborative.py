@@ -9,6 +9,7 @@ known about them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,11 +76,15 @@ class Fusion:
 
     def __call__(self, items: npt.NDArray[np.integer], text: Matrix) -> Matrix:
         """Return item vectors float32 [n, d + r] of items [n] with text embeddings [n, d]."""
-        unit_text = _unit(text - self.text_mean)
-        predicted = _with_constant(unit_text) @ self.prediction
-        count = self.counts[items, None].astype(np.float32)
+        return self.fuse(self.cooccurrence[items], self.counts[items], text)
+
+    def fuse(self, cooccurrence: Matrix, counts: npt.NDArray[np.int64], text: Matrix) -> Matrix:
+        """Return item vectors float32 [n, d + r] of co-occurrence vectors [n, r], purchases [n] and texts [n, d]."""
+        unit_text = unit_rows(text - self.text_mean)
+        predicted = with_constant(unit_text) @ self.prediction
+        count = counts[:, None].astype(np.float32)
         smoothing = self.config.smoothing
-        mixed = _unit((count * self.cooccurrence[items] + smoothing * predicted) / np.maximum(count + smoothing, 1e-9))
+        mixed = unit_rows((count * cooccurrence + smoothing * predicted) / np.maximum(count + smoothing, 1e-9))
         weight = self.config.weight
         fused = np.concatenate([np.sqrt(1 - weight) * unit_text, np.sqrt(weight) * mixed], axis=1, dtype=np.float32)
         rotated: Matrix = fused @ self.rotation
@@ -121,25 +126,27 @@ class KnownFactors:
     vectors: Matrix
 
 
-def factors_of(fused: Folder, config: dict[str, Any]) -> Matrix:
-    """Return the co-occurrence parts of fused vectors, float32 [items, r]: what their tokenizer was trained on.
+def factors_of(fused: Folder, config: dict[str, Any], items: npt.NDArray[np.integer]) -> Matrix:
+    """Return the co-occurrence parts of fused vectors, float32 [n, r]: what their tokenizer was trained on.
 
     Args:
-        fused: folder of item vectors.
+        fused: folder of item vectors, which are read shard by shard.
         config: values of their `CollaborativeConfig`.
+        items: [n] items of that folder.
     """
     fusion = load_fusion(config, fused)
-    dim = len(fusion.text_mean)
-    parts = sorted(vector_shards(fused), key=lambda part: int(part[0][0]))
-    vectors = np.concatenate([vectors for _, vectors in parts])[
-        np.argsort(np.concatenate([items for items, _ in parts]))
-    ]
-    factors: Matrix = (vectors @ fusion.rotation.T)[:, dim:] / np.float32(np.sqrt(fusion.config.weight))
+    dim, order = len(fusion.text_mean), np.argsort(items)
+    factors = np.zeros((len(items), len(fusion.rotation) - dim), np.float32)
+    for own, vectors in vector_shards(fused):
+        place = np.minimum(np.searchsorted(items, own, sorter=order), len(items) - 1)
+        found = items[order[place]] == own
+        parts = (vectors[found] @ fusion.rotation.T)[:, dim:] / np.float32(np.sqrt(fusion.config.weight))
+        factors[order[place[found]]] = parts
     return factors
 
 
-def align(vectors: Matrix, known: KnownFactors) -> Matrix:
-    """Rotate co-occurrence vectors [items, r] onto those of an earlier training.
+def rotation_onto(vectors: Matrix, known: KnownFactors) -> Matrix:
+    """Return the rotation [r, r] of co-occurrence vectors [items, r] onto those of an earlier training.
 
     A factorization is determined up to a rotation, and codebooks of before know one of them (orthogonal Procrustes
     problem, Schoenemann 1966).
@@ -153,8 +160,8 @@ def align(vectors: Matrix, known: KnownFactors) -> Matrix:
             f"{known.vectors.shape[1]}; set collaborative.rank to that of before"
         )
     left, _, right = np.linalg.svd(vectors[known.items].T.astype(np.float64) @ known.vectors)
-    aligned: Matrix = (vectors @ (left @ right)).astype(np.float32)
-    return aligned
+    rotation: Matrix = (left @ right).astype(np.float32)
+    return rotation
 
 
 def fit_fusion(
@@ -175,12 +182,12 @@ def fit_fusion(
     counts = histories.training_counts(num_items)
     cooccurrence = _factors(_count_pairs(histories, num_items, config.window), config.rank, config.seed)
     if known is not None:
-        cooccurrence = align(cooccurrence, known)
+        cooccurrence = cooccurrence @ rotation_onto(cooccurrence, known)
     dim = len(text_mean)
     gram, product = config.ridge * np.eye(dim + 1), np.zeros((dim + 1, cooccurrence.shape[1]))
     has_pairs: npt.NDArray[np.bool_] = np.linalg.norm(cooccurrence, axis=1) > 0
     for items, text in vector_shards(embeddings):
-        x = _with_constant(_unit(text - text_mean)).astype(np.float64)
+        x = with_constant(unit_rows(text - text_mean)).astype(np.float64)
         weighted = x * (counts[items] * has_pairs[items])[:, None]
         gram += weighted.T @ x
         product += weighted.T @ cooccurrence[items]
@@ -201,8 +208,19 @@ def _count_pairs(histories: Histories, num_items: int, window: int) -> scipy.spa
     """Return the symmetric matrix [items, items] of sums of 1 / distance over pairs of different items."""
     shape = (num_items, num_items)
     counted = scipy.sparse.csr_matrix(shape, dtype=np.float32)
+    for one, other, value in pairs_within(histories, window):
+        values = np.full(len(one), value, np.float32)
+        counted = counted + scipy.sparse.coo_matrix((values, (one, other)), shape).tocsr()
+    return counted + counted.T
+
+
+def pairs_within(
+    histories: Histories, window: int
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], float]]:
+    """Yield pairs of different items of the training parts, (earlier items, later items, 1 / distance)."""
     begin, end = histories.offsets[:-1], histories.train_end
-    step = max(1, _PAIRS_AT_ONCE * max(1, len(histories)) // max(1, len(histories.items) * window))
+    events = int(histories.offsets[-1] - histories.offsets[0])
+    step = max(1, _PAIRS_AT_ONCE * max(1, len(histories)) // max(1, events * window))
     for first in range(0, len(histories), step):
         begins, ends = begin[first : first + step], end[first : first + step]
         positions = np.arange(begins[0], ends[-1])
@@ -211,9 +229,7 @@ def _count_pairs(histories: Histories, num_items: int, window: int) -> scipy.spa
             inside = positions[positions + distance < last]
             one, other = histories.items[inside], histories.items[inside + distance]
             differ = one != other
-            values = np.full(int(differ.sum()), 1 / distance, np.float32)
-            counted = counted + scipy.sparse.coo_matrix((values, (one[differ], other[differ])), shape).tocsr()
-    return counted + counted.T
+            yield one[differ], other[differ], 1 / distance
 
 
 def _factors(pairs: scipy.sparse.csr_matrix, rank: int, seed: int) -> Matrix:
@@ -232,13 +248,15 @@ def _factors(pairs: scipy.sparse.csr_matrix, rank: int, seed: int) -> Matrix:
         (np.maximum(information, 0).astype(np.float32), (entries.row, entries.col)), pairs.shape
     )
     left, values, _ = randomized_svd(positive, min(rank, pairs.shape[0] - 1), n_iter=8, random_state=seed)
-    return _unit((left * np.sqrt(values)).astype(np.float32)) * (sums > 0)[:, None].astype(np.float32)
+    return unit_rows((left * np.sqrt(values)).astype(np.float32)) * (sums > 0)[:, None].astype(np.float32)
 
 
-def _unit(rows: npt.NDArray[Any]) -> Matrix:
+def unit_rows(rows: npt.NDArray[Any]) -> Matrix:
+    """Return rows divided by their lengths; rows of zeros stay zero."""
     scaled: Matrix = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
     return scaled
 
 
-def _with_constant(rows: Matrix) -> Matrix:
+def with_constant(rows: Matrix) -> Matrix:
+    """Return rows with a 1 appended."""
     return np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)

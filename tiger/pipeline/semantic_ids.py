@@ -119,10 +119,7 @@ def _assign_in_memory(
     """Return the nearest codes [N, L], unique IDs, and the reconstruction error of these."""
     vectors = load_embeddings(embeddings)
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
-
-    def costs(items: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        return tokenizer.last_level_costs(vectors[items]).numpy()
-
+    costs = tokenizer.assignment_costs(vectors)
     ids = assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
     assigned = torch.from_numpy(ids.codes[:, : ids.levels].astype(np.int64))
     return codes, ids, reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
@@ -151,8 +148,7 @@ def _align(
     published, before = start.published_ids(), start.items_of(embeddings)
     ids = align_ids(
         codes, published, before, run.semantic_ids, run.tokenizer.codebook_size,
-        lambda items: tokenizer.last_level_costs(vectors[torch.from_numpy(items)]).numpy(),
-        lambda item: other_codes(tokenizer, vectors[item], codes[item]),
+        tokenizer.assignment_costs(vectors), lambda item: other_codes(tokenizer, vectors[item], codes[item]),
         lambda items, given: squared_errors(tokenizer, vectors[torch.from_numpy(items)], torch.from_numpy(given)),
     )  # fmt: skip
     known = np.flatnonzero(before >= 0)

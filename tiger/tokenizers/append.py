@@ -61,8 +61,7 @@ def number_items(base: Artifact, trained: Artifact, text: Tensor) -> Numbered:
     codes = nearest.numpy()
     growth = append_ids(
         SemanticIds.read(base.folder), codes, SemanticIdsConfig.model_validate(trained.manifest["config"]),
-        lambda items: tokenizer.last_level_costs(vectors[torch.from_numpy(items)]).numpy(),
-        lambda item: other_codes(tokenizer, vectors[item], codes[item]),
+        tokenizer.assignment_costs(vectors), lambda item: other_codes(tokenizer, vectors[item], codes[item]),
     )  # fmt: skip
     trained_errors = squared_errors(tokenizer, sample, encode_dataset(tokenizer, sample, _CPU))
     return Numbered(growth, squared_errors(tokenizer, vectors, nearest), trained_errors)

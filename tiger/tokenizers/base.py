@@ -7,19 +7,23 @@ A tokenizer is a module in this folder (or in any installed package, by its dott
 
 Training calls `initialize` once, on rank 0, and broadcasts the state; then `forward` on every batch, for the configured
 number of steps (zero for tokenizers fitted entirely in `initialize`), with `refresh` every few epochs, again on rank 0.
-Collisions are not resolved here but in `tiger.semantic_ids`, with `last_level_costs`.
+Collisions are not resolved here but in `tiger.semantic_ids`, with `assignment_costs`.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tiger.core.config import PluginConfig, load_plugin
 from tiger.core.errors import ConfigError
+from tiger.semantic_ids.assignment import Costs
 from tiger.training.loop import TrainingConfig
 
 
@@ -109,6 +113,27 @@ class Tokenizer(nn.Module):
             batch: float32 [B, d] embeddings.
         """
         raise NotImplementedError
+
+    def assignment_costs(self, vectors: Tensor) -> Costs:
+        """Return a function: rows int64 [n] of the vectors -> costs float64 [n, K] of the last level's codes.
+
+        Unlike `last_level_costs` of a batch, the costs of an item depend neither on the other items of the call nor on
+        the processor: they are computed in double precision and rounded to 20 bits of the largest cost of the item. So
+        items with equal vectors have equal costs, and are assigned in the order of their ids.
+
+        Args:
+            vectors: float32 [N, d] embeddings.
+        """
+        exact = copy.deepcopy(self).double()
+
+        @torch.no_grad()
+        def costs(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+            found = exact.last_level_costs(vectors[torch.from_numpy(rows)].double()).cpu().numpy()
+            _, exponent = np.frexp(np.abs(found).max(axis=1, keepdims=True, initial=0))
+            rounded: npt.NDArray[np.floating] = np.ldexp(np.round(np.ldexp(found, 20 - exponent)), exponent - 20)
+            return rounded
+
+        return costs
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:

@@ -204,11 +204,7 @@ def _resolve_range(
     items = items[order]
     codes = np.asarray(table["codes"].combine_chunks().flatten()).reshape(len(items), -1)[order]
     vectors = matrix(table)[torch.from_numpy(order)] if config.collision_policy == "nearest_free" else None
-
-    def costs(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        assert vectors is not None
-        return tokenizer.last_level_costs(vectors[torch.from_numpy(rows)]).numpy()
-
+    costs = None if vectors is None else tokenizer.assignment_costs(vectors)
     resolved = resolve(codes, tokenizer.codebook_size, config, costs, items)
     error = 0.0
     if vectors is not None:

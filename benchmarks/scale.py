@@ -1,0 +1,146 @@
+"""The stages at sizes of your choice: seconds, rows per second, and peak memory of driver, workers and object store.
+
+    uv run python benchmarks/scale.py [sizes=250000x10000000,2000000x50000000] [stages=prepare,embed,...] [dim=64]
+        [root=FOLDER] [key=value of the configuration ...]
+
+A size is items x interactions. The raw files are those of prepare_scaling.py (36-character user ids, skewed items),
+kept in `root`, if it is given, and used again. Vectors are made of hashed words instead of a text encoder, whose speed
+is another benchmark's; everything else is the code of the pipeline, each stage in a process of its own, with the work
+on Ray whatever its size. A driver above 2 GB ends the benchmark with an error. `driver` and `worker` are the largest
+memory of the driver and of one of Ray's processes without what they map from files; `store` is Ray's object store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from prepare_scaling import event_chunks, item_chunks, write
+from whole_path import watched
+
+from tiger.core.artifacts import newest, open_artifact
+from tiger.embedding.vectors import vector_column
+from tiger.run import load_config
+
+STAGES = ("prepare", "embed", "item_vectors", "tokenizer", "semantic_ids", "trie")
+DRIVER_GB = 2.0
+SETTINGS = [
+    "data.kind=tables", 'catalog.text_fields=["title"]', "scale.in_process_megabytes=0", "tokenizer.kind=rkmeans",
+    "tokenizer.streaming=true", "tokenizer.passes_per_level=2", "collaborative.rank=16",
+]  # fmt: skip
+
+
+class HashedWords:
+    """Stands for the text encoder: a sum of random vectors of the words."""
+
+    def __init__(self, dim: int = 64, device: torch.device | None = None, **_: Any) -> None:
+        self.dim, self.of_word = dim, {}
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        texts = [text.split() for text in shard["text"].to_pylist()]
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        for row, words in enumerate(texts):
+            for word in words:
+                if word not in self.of_word or len(self.of_word) > 10_000:
+                    seed = [int.from_bytes(word.encode()[-8:], "little"), len(word)]
+                    self.of_word[word] = np.random.default_rng(seed).standard_normal(self.dim, np.float32)
+                rows[row] += self.of_word[word]
+        columns = {"item_id": shard["item_id"], "vector": vector_column(rows)}
+        return pa.table(columns | {"tokens": pa.array([len(words) for words in texts], pa.int32())})
+
+
+def run_stage(stage: str, root: str, given: list[str], dim: int) -> None:
+    """Run one stage in this process, with the artifacts of the stages before it."""
+    import tiger.pipeline.embed
+    from tiger.pipeline import item_vectors, semantic_ids
+    from tiger.pipeline.prepare import prepare
+
+    run = load_config("sample", [f"root={root}", *given])
+    if stage == "prepare":
+        prepare(run)
+        return
+    catalog = newest(root, "catalog")
+    if stage == "embed":
+        tiger.pipeline.embed.EmbedShard = HashedWords  # type: ignore[assignment, misc]
+        tiger.pipeline.embed.encoder_identity = lambda model: {"model": "hashed", "sha256": str(dim)}
+        original = tiger.pipeline.embed.map_shards
+        tiger.pipeline.embed.map_shards = lambda *rest, **more: original(*rest[:-1], {"dim": dim}, **more)
+        tiger.pipeline.embed.embed(run, catalog)
+    elif stage == "item_vectors":
+        item_vectors.build_item_vectors(run, catalog, newest(root, "embeddings"))
+    elif stage == "tokenizer":
+        semantic_ids.train_tokenizer(run, newest(root, "item_vectors"))
+    elif stage == "semantic_ids":
+        semantic_ids.assign_ids(run, newest(root, "tokenizer"), newest(root, "item_vectors"))
+    elif stage == "trie":
+        from tiger.semantic_ids.assignment import SemanticIds
+        from tiger.semantic_ids.trie import Trie
+
+        Trie(SemanticIds.read(newest(root, "semantic_ids").folder))
+
+
+def raw_files(folder: Path, items: int, events: int) -> list[str]:
+    names = {role: folder / f"{role}-{events}-{items}.csv" for role in ("items", "interactions")}
+    write(names["items"], item_chunks(items), "csv")
+    write(names["interactions"], event_chunks(events, items), "csv")
+    return [f"data.{role}={path}" for role, path in names.items()]
+
+
+def measure(items: int, events: int, stages: list[str], folder: Path, dim: int, more: list[str]) -> dict[str, Any]:
+    given = [*raw_files(folder, items, events), *SETTINGS, *more]
+    root = str(folder / f"runs-{events}-{items}")
+    found: dict[str, Any] = {}
+    for stage in stages:
+        command = [sys.executable, __file__, f"only={stage}", f"root={root}", f"dim={dim}", *given]
+        row = watched(command)
+        rows = events + items if stage == "prepare" else items
+        found[stage] = row | {"rows": rows}
+        print(
+            f"| {items:,} x {events:,} | {stage} | {row['seconds']:.1f} | {rows / row['seconds']:,.0f} | "
+            f"{row['driver']:.2f} | {row['worker']:.2f} | {row['store']:.2f} |",
+            flush=True,
+        )
+        assert row["driver"] < DRIVER_GB, f"{stage}: the driver took {row['driver']:.2f} GB"
+    catalog = open_artifact(newest(root, "catalog").folder.uri)
+    print(f"catalog: {json.dumps(catalog.metrics | {'rows': None})}", flush=True)
+    return found
+
+
+def main() -> None:
+    settings = {"sizes": "250000x10000000,2000000x50000000", "stages": ",".join(STAGES), "dim": "64", "root": ""}
+    more = []
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key in (*settings, "only"):
+            settings[key] = value
+        else:
+            more.append(argument)
+    if "only" in settings:
+        return run_stage(settings["only"], settings["root"], more, int(settings["dim"]))
+    folder = Path(settings["root"] or tempfile.mkdtemp(prefix="scale-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"  # for `HashedWords` in workers
+    print("| items x interactions | stage | seconds | rows/s | driver GB | worker GB | store GB |\n|" + "---|" * 7)
+    found = {}
+    for size in settings["sizes"].split(","):
+        items, events = map(int, size.split("x"))
+        found[size] = measure(items, events, settings["stages"].split(","), folder, int(settings["dim"]), more)
+    for one, other in itertools.pairwise(found):
+        print(f"\nfrom {one} to {other}: times rows, seconds, driver, worker")
+        for stage, row in found[other].items():
+            before = found[one][stage]
+            names = ("rows", "seconds", "driver", "worker")
+            print(f"{stage:<14}" + "".join(f"  x {row[name] / max(before[name], 1e-9):5.1f}" for name in names))
+    return None
+
+
+if __name__ == "__main__":
+    main()
