@@ -19,6 +19,7 @@ from tiger.core.storage import Folder
 from tiger.training import loop as training
 from tiger.training.checkpoints import CheckpointStore
 from tiger.training.loop import Callbacks
+from tiger.training.schedule import TrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +113,17 @@ def test_a_training_of_no_steps_measures_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 # --- prefetching ------------------------------------------------------------------------------------------------
+
+
+def test_max_steps_end_a_training_inside_an_epoch() -> None:
+    config = TrainingConfig(epochs=3, batch_size=10, max_steps=25, learning_rate=1.0, warmup_steps=4)
+    schedule = config.schedule(examples=100, seed=0)
+    assert schedule.steps == 25
+    assert [step for step in range(1, 26) if schedule.is_validation_step(step)] == [10, 20, 25]
+    rates = [schedule.learning_rate(step) for step in range(25)]
+    assert rates[3] == 1.0
+    assert 0 < rates[-1] < 0.01
+    assert config.model_copy(update={"max_steps": 99}).schedule(100, 0).steps == 30
 
 
 def test_the_best_weights_are_left_and_patience_ends_the_training() -> None:

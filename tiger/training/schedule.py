@@ -17,6 +17,9 @@ class TrainingConfig(Config):
     """Optimizer, learning rate schedule and stopping. Components subclass it with their own defaults."""
 
     epochs: int = Field(0, ge=0, description="maximum passes over all examples")
+    max_steps: int | None = Field(
+        None, ge=1, description="maximum steps, where the learning rate reaches zero; none: those of all epochs"
+    )
     batch_size: int = Field(256, ge=1, description="examples per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
@@ -42,8 +45,9 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Steps of all epochs."""
-        return self.config.epochs * self.steps_per_epoch
+        """Steps of the whole training."""
+        steps = self.config.epochs * self.steps_per_epoch
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     @property
     def validate_every(self) -> int:
