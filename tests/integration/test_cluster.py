@@ -140,6 +140,28 @@ def test_local_ray_counts_the_gpus_that_cuda_sees(
     assert started[0]["address"] == "local"
 
 
+@pytest.mark.parametrize(("late", "starts"), [(2, True), (3, False)])
+def test_a_slow_start_is_tried_again(
+    late: int, starts: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray raises a bare `Exception` when its processes take longer than 30 seconds to start."""
+    calls: list[dict[str, object]] = []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        if len(calls) <= late:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr("ray.init", init)
+    if starts:
+        cluster._initialize("a local Ray does not start", address="local")
+    else:
+        with pytest.raises(ResourceError, match=r"does not start: is the machine busy\? \(The current node"):
+            cluster._initialize("a local Ray does not start", address="local")
+    assert len(calls) == 3
+    assert "Ray did not start within 30 s: is the machine busy? Trying again, 2/3" in caplog.text
+
+
 class Stop(Exception):
     """Ends a function after the part that a test looks at."""
 

@@ -30,6 +30,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS = 3
+_LATE = "timed out during startup"
+
 _REACHABLE_SECONDS = 20
 
 DEBUG = "TIGER_DEBUG"
@@ -126,15 +129,23 @@ def _join() -> None:
 def _initialize(failure: str, **options: Any) -> None:
     """Call `ray.init`, with Ray's own logs off unless `--debug` was given.
 
+    Ray gives its processes 30 seconds to start, which is too short on a busy machine, so a start is tried again.
+
     Raises:
         ResourceError: it fails; the message is `failure` and Ray's reason.
     """
     debug = bool(os.environ.get(DEBUG))
-    try:
-        ray.init(log_to_driver=debug, logging_level=logging.INFO if debug else logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ResourceError(f"{failure} ({reason})") from error
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init(log_to_driver=debug, logging_level=logging.INFO if debug else logging.ERROR, **options)
+            return
+        except Exception as error:  # a start that takes too long raises no class of its own
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if _LATE not in reason:
+                raise ResourceError(f"{failure} ({reason})") from error
+            if attempt == _ATTEMPTS:
+                raise ResourceError(f"{failure}: is the machine busy? ({reason})") from error
+            log.warning("Ray did not start within 30 s: is the machine busy? Trying again, %d/%d", attempt, _ATTEMPTS)
 
 
 def _set_console_levels() -> None:
