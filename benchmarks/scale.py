@@ -8,6 +8,10 @@ kept in `root`, if it is given, and used again. Vectors are made of hashed words
 is another benchmark's; everything else is the code of the pipeline, each stage in a process of its own, with the work
 on Ray whatever its size. A driver above 2 GB ends the benchmark with an error. `driver` and `worker` are the largest
 memory of the driver and of one of Ray's processes without what they map from files; `store` is Ray's object store.
+
+Interactions are random, so that nothing but popularity can be learned: training ends after 100 steps, `evaluate` ranks
+the targets of 10,000 users with the model and two baselines, `recommend` writes lists for 20,000, and the thresholds of
+a trained model are not applied. Catalogs above 2 million items have no learned vector per item.
 """
 
 from __future__ import annotations
@@ -26,15 +30,20 @@ import torch
 from prepare_scaling import event_chunks, item_chunks, write
 from whole_path import watched
 
-from tiger.core.artifacts import newest, open_artifact
+from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.embedding.vectors import vector_column
-from tiger.run import load_config
+from tiger.run import RunConfig, load_config
 
-STAGES = ("prepare", "embed", "item_vectors", "tokenizer", "semantic_ids", "trie")
+STAGES = (
+    "prepare", "embed", "item_vectors", "tokenizer", "semantic_ids", "trie", "train", "evaluate", "recommend",
+)  # fmt: skip
 DRIVER_GB = 2.0
+LEARNED_UP_TO = 2_000_000
 SETTINGS = [
     "data.kind=tables", 'catalog.text_fields=["title"]', "scale.in_process_megabytes=0", "tokenizer.kind=rkmeans",
-    "tokenizer.streaming=true", "tokenizer.passes_per_level=2", "collaborative.rank=16",
+    "tokenizer.streaming=true", "tokenizer.passes_per_level=2", "collaborative.rank=16", "tokenizer.codebook_size=256",
+    "model.training.max_steps=100", "model.training.batch_size=1024", "evaluation.max_users=10000",
+    'evaluation.baselines=["popularity","nearest_neighbors"]', "recommend.users=20000",
 ]  # fmt: skip
 
 
@@ -80,11 +89,33 @@ def run_stage(stage: str, root: str, given: list[str], dim: int) -> None:
         semantic_ids.train_tokenizer(run, newest(root, "item_vectors"))
     elif stage == "semantic_ids":
         semantic_ids.assign_ids(run, newest(root, "tokenizer"), newest(root, "item_vectors"))
+    elif stage in ("train", "evaluate", "recommend"):
+        use_model(stage, run, catalog)
     elif stage == "trie":
         from tiger.semantic_ids.assignment import SemanticIds
         from tiger.semantic_ids.trie import Trie
 
         Trie(SemanticIds.read(newest(root, "semantic_ids").folder))
+
+
+def use_model(stage: str, run: RunConfig, catalog: Artifact) -> None:
+    """Train the model, or rank and recommend with it, whether or not it has learned anything."""
+    from tiger.pipeline import evaluate, recommend, train
+
+    for module in (train, evaluate, recommend):
+        module.require = lambda checks: [check.record() for check in checks]  # type: ignore[attr-defined]
+    if stage == "train":
+        train.train_model(run, catalog, newest(run.root, "semantic_ids"))
+    elif stage == "evaluate":
+        evaluate.evaluate(run, newest(run.root, "model"))
+    else:
+        recommend.recommend(run, newest(run.root, "model"))
+
+
+def rows_of(stage: str, items: int, events: int) -> int:
+    """Return what the rate of a stage counts: interactions and items, items, targets, or users."""
+    users = {"evaluate": 2 * 10_000, "recommend": 20_000}  # of both splits
+    return users.get(stage, {"prepare": events + items, "train": 100 * 1024}.get(stage, items))
 
 
 def raw_files(folder: Path, items: int, events: int) -> list[str]:
@@ -95,13 +126,14 @@ def raw_files(folder: Path, items: int, events: int) -> list[str]:
 
 
 def measure(items: int, events: int, stages: list[str], folder: Path, dim: int, more: list[str]) -> dict[str, Any]:
-    given = [*raw_files(folder, items, events), *SETTINGS, *more]
+    learned = [] if items <= LEARNED_UP_TO else ["model.item_vectors=false"]
+    given = [*raw_files(folder, items, events), *SETTINGS, *learned, *more]
     root = str(folder / f"runs-{events}-{items}")
     found: dict[str, Any] = {}
     for stage in stages:
         command = [sys.executable, __file__, f"only={stage}", f"root={root}", f"dim={dim}", *given]
         row = watched(command)
-        rows = events + items if stage == "prepare" else items
+        rows = rows_of(stage, items, events)
         found[stage] = row | {"rows": rows}
         print(
             f"| {items:,} x {events:,} | {stage} | {row['seconds']:.1f} | {rows / row['seconds']:,.0f} | "
