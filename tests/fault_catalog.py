@@ -80,6 +80,7 @@ FAULTS: dict[str, Fault] = {
     "test_nodes::test_a_node_lost_while_training_changes_nothing": Fault("train", "node killed", _SAME),
     "test_nodes::test_a_node_lost_while_preparing_changes_no_byte": Fault("prepare", "node killed", _SAME),
     "test_nodes::test_a_node_lost_while_tokenizing_changes_no_id": Fault("tokenize", "node killed", _SAME),
+    "test_nodes::test_a_node_lost_while_evaluating_changes_no_figure": Fault("evaluate", "node killed", _SAME),
     "test_resume::test_three_worker_kills_and_a_driver_kill_change_nothing": Fault(
         "train", "3 workers and the driver killed", _SAME
     ),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from tests.vector_shards import rkmeans_config, write_vectors
+from tiger.core.config import build
 from tiger.core.external_sort import FolderStore
 from tiger.core.runner import Runner
 from tiger.core.storage import Folder
+from tiger.evaluation.shard import EvaluateShard
+from tiger.pipeline.evaluate import evaluate
+from tiger.pipeline.prepare import prepare
+from tiger.pipeline.train import train_model
+from tiger.run import RunConfig
 from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign
 from tiger.tokenizers.base import Tokenizer
 from tiger.tokenizers.shards import assign_shards, encode_shards
@@ -23,6 +31,7 @@ POLICY = SemanticIdsConfig(collision_policy="nearest_free", collision_codes=32_7
 def shop(folder: Path, megabytes: int) -> dict[str, Any]:
     """Write 60,000 interactions and 2,000 items; return the configuration that prepares them below `folder`."""
     rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
     items, events = folder / "items.csv", folder / "events.csv"
     if not events.exists():
         items.write_text("item_id,title\n" + "".join(f"i{n},title of {n * n}\n" for n in range(2_000)))
@@ -35,6 +44,27 @@ def shop(folder: Path, megabytes: int) -> dict[str, Any]:
         "catalog": {"text_fields": ["title"], "k_core": 5},
         "scale": {"in_process_megabytes": megabytes},
     }
+
+
+class SlowEvaluation(EvaluateShard):
+    """Ranks after a rest."""
+
+    def __call__(self, part: pa.Table) -> dict[str, pa.Table | bytes]:
+        time.sleep(0.2)
+        return super().__call__(part)
+
+
+def evaluate_shop(folder: Path) -> dict[str, Any]:
+    """Return evaluation.json of two families without training on the shop, in shards of 200 users, in `folder/runs`."""
+    values = shop(folder, megabytes=512) | {
+        "root": str(folder / "runs"),
+        "model": {"kind": "markov_chain"},
+        "evaluation": {"baselines": ["popularity"]},
+        "decoding": {"resources": {"min_workers": 3, "max_workers": 3}},
+    }
+    run = build(RunConfig, values)
+    found: dict[str, Any] = evaluate(run, train_model(run, prepare(run))).folder.read_json("evaluation.json")
+    return found
 
 
 def _vectors() -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.large_catalogs import ids_in_memory, shop
+from tests.large_catalogs import evaluate_shop, ids_in_memory, shop
 from tests.paths import ROOT
 from tests.trainings import group
 from tests.workers import NODE_TRAINING
@@ -57,3 +57,10 @@ def test_a_node_lost_while_preparing_changes_no_byte(tmp_path: Path) -> None:
 
 def test_a_node_lost_while_tokenizing_changes_no_id(tmp_path: Path) -> None:
     assert on_three_nodes("tokenize", tmp_path) == ids_in_memory().codes.tolist()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_node_lost_while_evaluating_changes_no_figure(tmp_path: Path) -> None:
+    truth = evaluate_shop(tmp_path / "truth")
+    assert on_three_nodes("evaluate", tmp_path) == truth
+    assert truth["splits"]["test"]["methods"].keys() == {"markov_chain", "popularity"}

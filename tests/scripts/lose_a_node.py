@@ -17,15 +17,17 @@ os.environ |= {
     "RAY_health_check_failure_threshold": "10",
 }  # before Ray is imported
 
-import tiger.on_ray  # noqa: F401, I001  settles Ray's environment
+import tiger.on_ray  # noqa: I001  settles Ray's environment
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.large_catalogs import ids_of_shards, shop
+import tiger.on_ray.recommend
+from tests.large_catalogs import SlowEvaluation, evaluate_shop, ids_of_shards, shop
 from tests.workers import Watched, slow_double, source
 from tiger.core.config import build
 from tiger.core.resources import Resources
 from tiger.core.storage import Folder
+from tiger.data import user_tables
 from tiger.data.prepare.build import Sizes
 from tiger.data.readers import sections
 from tiger.on_ray.map import map_shards
@@ -88,6 +90,13 @@ def tokenize(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
     return ids_of_shards(where, RayTasks(Folder(str(where))))
 
 
+def evaluate(where: Path, watch: Callable[[Callable[[], bool]], None]) -> Any:
+    user_tables.SHARD_USERS = 200
+    tiger.on_ray.recommend.EvaluateShard = SlowEvaluation
+    watch(lambda: len(list(where.glob("runs/evaluation-*/ranks/*.parquet"))) >= 5)
+    return evaluate_shop(where)
+
+
 def main(stage: str, where: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **MEMORY})
     nodes = [cluster.add_node(num_cpus=2, **MEMORY) for _ in range(2)]
@@ -98,7 +107,7 @@ def main(stage: str, where: Path) -> None:
     def watch(happened: Callable[[], bool]) -> None:
         threading.Thread(target=lose_a_node_once, args=(happened, cluster, nodes[1], where), daemon=True).start()
 
-    stages = {"embed": embed, "train": train, "prepare": prepare, "tokenize": tokenize}
+    stages = {"embed": embed, "train": train, "prepare": prepare, "tokenize": tokenize, "evaluate": evaluate}
     found = stages[stage](where, watch)
     (where / "found.json").write_text(json.dumps(found))
     ray.shutdown()
