@@ -32,8 +32,13 @@ class NearestNeighbors(CountingRecommender):
 
     def __init__(self, data: ModelData) -> None:
         super().__init__(data)
-        vectors = data.text_embeddings.float().numpy()
-        self.unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        self.vectors = data.text_embeddings  # of a large catalog, mapped from a file
+
+    def _unit(self, items: npt.NDArray[Any] | slice) -> npt.NDArray[np.float32]:
+        """Return the text embeddings of some items, divided by their lengths."""
+        rows = self.vectors[items if isinstance(items, slice) else torch.from_numpy(items)].float().numpy()
+        unit: npt.NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return unit
 
     def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
         """Return the function that keeps the best items of all blocks; scores are cosines."""
@@ -41,7 +46,7 @@ class NearestNeighbors(CountingRecommender):
         def search(
             histories: list[Rows], users: Sequence[str] | None, num_results: int, exclude_seen: bool
         ) -> tuple[Tensor, Tensor]:
-            last = np.array([history[-1] for history in histories])
+            last = self._unit(np.array([history[-1] for history in histories]))
             items = np.zeros((len(last), 0), np.int64)
             scores = np.zeros((len(last), 0), np.float32)
             for begin in range(0, self.num_items, _BLOCK_ITEMS):
@@ -59,14 +64,14 @@ class NearestNeighbors(CountingRecommender):
     def _similarity(
         self,
         histories: list[Rows],
-        last: npt.NDArray[Any],
+        last: npt.NDArray[np.float32],
         begin: int,
         allowed_items: npt.NDArray[np.bool_] | None,
         exclude_seen: bool,
     ) -> npt.NDArray[np.float32]:
-        """Return the cosines of last items with the items of a block, float32 [B, block]; -inf for excluded ones."""
+        """Return the cosines of last items (unit vectors) with those of a block, [B, block]; -inf for excluded ones."""
         end = min(begin + _BLOCK_ITEMS, self.num_items)
-        similarity: npt.NDArray[np.float32] = self.unit[last] @ self.unit[begin:end].T
+        similarity: npt.NDArray[np.float32] = last @ self._unit(slice(begin, end)).T
         if allowed_items is not None:
             similarity[:, ~allowed_items[begin:end]] = -np.inf
         for row, history in enumerate(histories):
