@@ -18,8 +18,15 @@ pytest_plugins = ["tests.object_stores"]  # its fixtures: proxy, root, google
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults are marked; tests of the real data are skipped, with the reason, where the files are not."""
+    """Faults are marked; tests of the real data are skipped, with the reason, where the files are not.
+
+    Tests run in two processes. One of them has all tests that may start Ray, servers or other processes, which share
+    the cores and ports of the machine; modules of other tests are not divided, because their fixtures are slow.
+    """
     for item in items:
+        module = item.nodeid.partition("::")[0]
+        alone = module.startswith(("tests/integration", "tests/faults"))
+        item.add_marker(pytest.mark.xdist_group("ray" if alone else module))
         if _name(item.nodeid) in FAULTS:
             item.add_marker("fault")
     if not BEAUTY.is_dir():
