@@ -102,12 +102,22 @@ def _numbers_of(ids: pa.Array, item_ids: pa.ChunkedArray) -> npt.NDArray[np.int3
 
 
 def _sorted_by_user(users: pa.ChunkedArray, item: npt.NDArray[np.int32], time: npt.NDArray[np.int64]) -> pa.Table:
+    """Return the columns of a run.
+
+    Every row group has a dictionary of its own users: Parquet would write that of the whole run into each of them, and
+    a task that merges ranges would read all of these copies.
+    """
     coded = users.combine_chunks().dictionary_encode()
     by_name = pc.sort_indices(coded.dictionary)
     user = _ranks(by_name)[np.asarray(coded.indices)]
     order = np.argsort(user, kind="stable")
-    named = pa.DictionaryArray.from_arrays(pa.array(user[order]), coded.dictionary.take(by_name))
-    return pa.table({KEY: named, "item": item[order], "time": time[order]})
+    user, names = user[order], coded.dictionary.take(by_name)
+    groups = []
+    for begin in range(0, len(user), _GROUP_ROWS):
+        own = user[begin : begin + _GROUP_ROWS]
+        first, last = own[0], own[-1]
+        groups.append(pa.DictionaryArray.from_arrays(pa.array(own - first), names.slice(first, last - first + 1)))
+    return pa.table({KEY: pa.chunked_array(groups), "item": item[order], "time": time[order]})
 
 
 def _ranks(order: pa.Array) -> npt.NDArray[np.int32]:
