@@ -1,4 +1,4 @@
-"""Errors that cross processes: as records, and pickled."""
+"""Errors that cross processes: as records, and pickled; and errors of Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from tiger.core.errors import ConfigError, HealthError, ResourceError, TigerError
 from tiger.core.storage import MissingError, StorageError
+from tiger.on_ray import cluster
 
 
 class CodebookError(HealthError):
@@ -75,3 +76,12 @@ def test_a_process_ended_for_memory_is_one_line_that_says_what_to_do() -> None:
     assert "running out of memory" in found and "use fewer workers" in found
     assert "RAY_x" not in found and "\n" not in found
     assert "worker 3 fell over" in str(to_tiger_error(RayError("Traceback\n worker 3 fell over")))
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because")  # as ray.init does
+
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(ResourceError, match=r"^a local Ray does not start \(The current node timed out during startup"):
+        cluster._initialize("a local Ray does not start")

@@ -92,7 +92,7 @@ def _join() -> None:
     if address in ("", "local"):
         gpus = pretended_gpus() or usable_gpus()
         _initialize(
-            "a local Ray does not start",
+            "a local Ray does not start; if this machine is busy, run the same command again: finished stages are kept",
             address="local",
             num_cpus=cores() + int(placement.RESERVED_CPUS),
             num_gpus=gpus,
@@ -132,7 +132,7 @@ def _initialize(failure: str, **options: Any) -> None:
     debug = bool(os.environ.get(DEBUG))
     try:
         ray.init(log_to_driver=debug, logging_level=logging.INFO if debug else logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises Exception itself if a node is not up in 30 s
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ResourceError(f"{failure} ({reason})") from error
 
