@@ -81,7 +81,7 @@ def write_evaluation(
         first = next(iter(methods.values())).sums
         log.info("%s", splits[split].table(split))
         tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | {"invalid_beams": first.invalid})
-        draft.health += require(check_recommendations(first, personalized))
+        draft.health += require(check_recommendations(first, personalized, split=split))
     exact = _compare_with_exact(run, model, ids, scratch, len(found["test"][1]))
     result = EvaluationResult(splits=splits, exact_search=exact)
     draft.folder.write_json(RESULT, result.model_dump(mode="json"))

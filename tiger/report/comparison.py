@@ -10,7 +10,7 @@ import numpy as np
 from tiger.core.artifacts import Artifact
 from tiger.report.figures import COLORS, interval_dots, picture
 from tiger.report.finished import FinishedRun
-from tiger.report.markup import Html, figure, method_name, paragraph, seconds, table
+from tiger.report.markup import Html, Number, figure, method_name, paragraph, seconds, stage_name, table
 
 Section = tuple[str, str]
 
@@ -40,7 +40,7 @@ def _results(runs: dict[str, FinishedRun]) -> str:
         intervals = [f"{low:.4f} to {high:.4f}" for low, high in (first.ci95[metric], second.ci95[metric])]
         apart = first.ci95[metric][1] < second.ci95[metric][0] or second.ci95[metric][1] < first.ci95[metric][0]
         told = Html('<span class="good">intervals apart</span>') if apart else "intervals overlap"
-        rows.append((metric, one, intervals[0], other, intervals[1], Html(f"<b>{other - one:+.4f}</b>"), told))
+        rows.append((metric, one, intervals[0], other, intervals[1], Number(f"<b>{other - one:+.4f}</b>"), told))
     parts = []
     if metrics:
         with picture("Both runs on test", columns=len(metrics), height=1.6, sharey=True) as drawn:
@@ -101,7 +101,7 @@ def _stages(runs: dict[str, FinishedRun]) -> str:
     for kind in kinds:
         found = [run.artifact(kind) for run in runs.values()]
         same = all(found) and len({artifact.fingerprint for artifact in found if artifact}) == 1
-        rows.append((kind, *(_named(artifact) for artifact in found), "the same artifact" if same else ""))
+        rows.append((stage_name(kind), *(_named(artifact) for artifact in found), "the same artifact" if same else ""))
     return table(["stage", "A", "B", ""], rows)
 
 

@@ -28,7 +28,7 @@ def render(run: FinishedRun) -> Html | None:
         history: Sequence[int] = catalog.histories.of(row["user_id"]).tolist() if of_catalog else []
         earlier = len(history) - _HISTORY
         past = "".join(f"<li>{_title(catalog, item)}</li>" for item in history[-_HISTORY:])
-        more = f"<p>after {earlier} earlier ones</p>" if earlier > 0 else ""
+        more = f"<p>after {earlier} earlier {'item' if earlier == 1 else 'items'}</p>" if earlier > 0 else ""
         scores = row.get("scores") or [None] * len(row["items"])
         found = "".join(
             f"<li>{_title(catalog, item)}{'' if score is None else f' <i>{score:.2f}</i>'}</li>"
