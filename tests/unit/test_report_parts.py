@@ -7,6 +7,7 @@ import xml.etree.ElementTree
 import pytest
 from scipy.stats import binomtest
 
+from tiger.data.item_names import shortened
 from tiger.evaluation.evaluator import GroupResult, MethodResult
 from tiger.report.figures import COLORS, INK, picture, standalone, wilson
 from tiger.report.markup import Html, Number, escaped, paragraph, seconds, table
@@ -71,3 +72,9 @@ def test_tables_escape_text_and_format_numbers() -> None:
 )
 def test_durations_are_readable(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+def test_titles_are_shortened_with_an_ellipsis() -> None:
+    assert shortened("a" * 80) == "a" * 80
+    assert shortened("word " * 20, 10) == "word word…"
+    assert len(shortened("字" * 200)) == 80

@@ -142,6 +142,7 @@ def _compare_with_exact(
     if recommender is None or recommender.groups is None:
         log.info("beam search is not compared with scoring all %s items", f"{num_items:,}")
         return {}
+    log.info("evaluate: beam search and scoring all %s items, for %d test users", f"{num_items:,}", count)
     asked = take_test_users(users, _USERS, num_test_users, count, run.evaluation.seed)
     results = evaluator.compare_with_exact(
         recommender, slices(asked["history"]), np.asarray(asked["target"]), asked["source_id"].to_pylist(), run.decoding

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tiger.data.catalog import Catalog
+from tiger.data.item_names import shortened
 from tiger.data.user_tables import shard_files
 from tiger.models.shard import TABLE
 from tiger.report.finished import FinishedRun
@@ -44,5 +45,4 @@ def render(run: FinishedRun) -> Html | None:
 
 
 def _title(catalog: Catalog, item: int) -> str:
-    title = catalog.titles[item]
-    return escaped(title if len(title) <= _CHARACTERS else f"{title[:_CHARACTERS]}...")
+    return escaped(shortened(catalog.titles[item], _CHARACTERS))

@@ -28,8 +28,8 @@ def render(run: FinishedRun) -> Html:
     with picture("Recall@10 by group of users", columns=3, height=3.3, sharey=True, width_ratios=[5, 6, 3]) as drawn:
         for axes, (title, groups) in zip(drawn.axes, panels.items(), strict=True):
             _draw(axes, groups)
-            axes.set(title=title, ylim=(0, None))
-        drawn.axes[0].set_ylabel("Recall@10")
+            axes.set_title(title)
+        drawn.axes[0].set(ylabel="Recall@10", ylim=(0, None))  # after all panels are drawn: they share it
         handles, labels = drawn.axes[0].get_legend_handles_labels()
         drawn.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     heads = ["group", "users", *(method_name(name) for name in methods)]
