@@ -46,7 +46,7 @@ def _results(runs: dict[str, FinishedRun]) -> str:
         with picture("Both runs on test", columns=len(metrics), height=1.6, sharey=True) as drawn:
             for axes, metric in zip(drawn.axes, metrics, strict=True):
                 values, intervals_of = [r.metrics[metric] for r in own.values()], [r.ci95[metric] for r in own.values()]
-                interval_dots(axes, list(own), values, intervals_of)
+                interval_dots(axes, list(own), values, intervals_of, COLORS[: len(own)])
                 axes.set(title=metric)
         parts.append(figure(drawn.svg, "Test, every item allowed, 95 % intervals over users."))
     parts.append(table(["metric", "A", "95 %", "B", "95 %", "B minus A", ""], rows))
@@ -90,7 +90,7 @@ def _training(runs: dict[str, FinishedRun]) -> str:
             for color, (name, records) in zip(COLORS, logs.items(), strict=False):
                 points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
                 axes.plot(*np.array(points).reshape(-1, 2).T, "o-", color=color, markersize=3, label=name)
-            axes.set(title=f"{metric}, {'training' if metric == 'loss' else 'validation'}", xlabel="step")
+            axes.set(title="loss (nats), training" if metric == "loss" else f"{metric}, validation", xlabel="step")
             axes.legend()
     return figure(drawn.svg, "Losses of different vocabularies of codes are not comparable; validation is.")
 
