@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,9 +32,9 @@ def _model(run: FinishedRun) -> str:
         for level, (axes, name) in enumerate(zip(drawn.axes, losses, strict=False)):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=COLORS[0], markersize=3)
-            for kind, style, side in (("uniform", "--", "above"), ("popularity", ":", "below")):
+            for kind, style, below in (("uniform", "--", False), ("popularity", ":", True)):
                 if level < len(references.get(kind, ())):
-                    _reference(axes, references[kind][level], kind, style, side)
+                    _reference(axes, references[kind][level], kind, style, below)
             axes.set(title=f"Loss (nats), level {level + 1}" if levels else "Loss (nats)", xlabel="step")
             _from_zero(axes)
         axes = drawn.axes[-1]
@@ -92,8 +92,8 @@ def _from_zero(axes: Axes) -> None:
     axes.set_ylim(0, axes.dataLim.y1 * 1.12 or 1)
 
 
-def _reference(axes: Axes, value: float, name: str, style: str, side: Literal["above", "below"] = "above") -> None:
+def _reference(axes: Axes, value: float, name: str, style: str, below: bool = False) -> None:
     axes.axhline(value, color=MUTED, linestyle=style, linewidth=1.2)
-    axes.annotate(name, (0.97, value), xycoords=("axes fraction", "data"), xytext=(0, 2 if side == "above" else -2),
-                  textcoords="offset points", ha="right", va="bottom" if side == "above" else "top", fontsize=8,
+    axes.annotate(name, (0.97, value), xycoords=("axes fraction", "data"), xytext=(0, -2 if below else 2),
+                  textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=8,
                   color=INK)  # fmt: skip
