@@ -79,23 +79,23 @@ _HEAD = ["| key | type | default | meaning |", "|---|---|---|---|"]
 
 
 def _row(key: str, kind: str, value: Any, meaning: str, toml: Any) -> str:
-    cells = (f"`{key}`", f"`{kind}`", f"`{toml(value)}`", meaning)
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+    escaped = meaning.replace("|", "\\|").replace("<", "&lt;")  # in code they would be shown escaped
+    return f"| `{key}` | `{kind}` | `{toml(value)}` | {escaped} |"
 
 
 def pipeline_picture() -> str:
     """Draw the path from raw files to recommendations."""
     from tiger.report.figures import COLORS, INK, MUTED, picture, standalone
 
-    with picture("From raw files to recommendations", width=11, height=2.3) as drawn:
+    with picture("From raw files to recommendations", width=9, height=1.9) as drawn:
         (axes,) = drawn.axes
         for column, (what, example, how) in enumerate(_stages()):
-            axes.text(column, 0.75, what, ha="center", va="center", fontsize=10, fontweight="bold",
-                      bbox={"boxstyle": "round,pad=0.5", "facecolor": "none", "edgecolor": COLORS[0]})  # fmt: skip
-            axes.text(column, 0.3, example, ha="center", va="center", fontsize=8.5, color=INK)
-            axes.text(column, -0.05, how, ha="center", va="center", fontsize=8.5, color=MUTED)
+            axes.text(column, 0.75, what, ha="center", va="center", fontsize=9, fontweight="bold",
+                      bbox={"boxstyle": "round,pad=0.4", "facecolor": "none", "edgecolor": COLORS[0]})  # fmt: skip
+            axes.text(column, 0.5, example, ha="center", va="top", fontsize=9, color=INK)
+            axes.text(column, -0.1, how, ha="center", va="center", fontsize=9, color=MUTED)
             if column:
-                axes.annotate("", (column - 0.42, 0.75), (column - 0.58, 0.75),
+                axes.annotate("", (column - 0.43, 0.75), (column - 0.57, 0.75),
                               arrowprops={"arrowstyle": "->", "color": MUTED})  # fmt: skip
         axes.set(xlim=(-0.55, len(list(_stages())) - 0.45), ylim=(-0.2, 1.1), xticks=[], yticks=[])
         axes.grid(visible=False)
@@ -105,10 +105,10 @@ def pipeline_picture() -> str:
 
 
 def _stages() -> Iterator[tuple[str, str, str]]:
-    yield "raw files", "items, interactions", "files, S3, GCS"
-    yield "catalog", "one text per item,\nhistories in time order", "streamed readers"
-    yield "vectors", "text, and what is\nbought together", "Ray Data"
-    yield "semantic IDs", "(17, 203, 5)\ncoarse to fine, unique", "RQ-VAE, Ray Train"
-    yield "model", "history → next ID,\ncode by code", "Ray Train"
-    yield "lists", "beam search that ends\non real items", "Ray Data, Ray Serve"
-    yield "report", "metrics, intervals,\nhealth", "one HTML page"
+    yield "raw files", "items,\ninteractions", "files, S3, GCS"
+    yield "catalog", "one text per\nitem, histories\nin time order", "streamed readers"
+    yield "vectors", "text, and\nwhat is bought\ntogether", "Ray Data"
+    yield "semantic IDs", "(17, 203, 5)\ncoarse to fine,\nunique", "RQ-VAE"
+    yield "model", "history →\nnext ID,\ncode by code", "Ray Train"
+    yield "lists", "beam search\nthat ends on\nreal items", "Ray Data, Serve"
+    yield "report", "metrics,\nintervals,\nhealth", "one HTML page"

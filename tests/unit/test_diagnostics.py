@@ -99,6 +99,10 @@ COLLAPSES = {
         lambda: d.check_recommendations(ListSums.of(np.tile([[0, 1, 1]], (4, 1)), 50, cutoff=3)),
         r"repeated items is 4",
     ),
+    "a list that repeats an item, of one split": (
+        lambda: d.check_recommendations(ListSums.of(np.tile([[0, 1, 1]], (4, 1)), 50, cutoff=3), split="test"),
+        r"repeated items \(test\) is 4",
+    ),
     "one list for all users": (
         lambda: d.check_recommendations(ListSums.of(np.tile(np.arange(10), (99, 1)), 50)),
         r"distinct items is 10, at least 11",

@@ -7,9 +7,10 @@ import xml.etree.ElementTree
 import pytest
 from scipy.stats import binomtest
 
+from tiger.data.item_names import shortened
 from tiger.evaluation.evaluator import GroupResult, MethodResult
 from tiger.report.figures import COLORS, INK, picture, standalone, wilson
-from tiger.report.markup import Html, escaped, seconds, table
+from tiger.report.markup import Html, Number, escaped, paragraph, seconds, table
 from tiger.report.sections.groups import known_and_new
 
 
@@ -58,8 +59,12 @@ def test_tables_escape_text_and_format_numbers() -> None:
     assert "&lt;a&gt;" in text
     assert '<td class="number">1,234</td>' in text
     assert '<td class="number">0.1235</td>' in text
-    assert "<td><i>c</i></td><td>&ndash;</td>" in text
+    assert '<th>name</th><th class="number">value</th>' in text  # a head is aligned as its numbers are
+    assert '<td><i>c</i></td><td class="number">&ndash;</td>' in text
+    assert '<th class="number">change' in table(["name", "change"], [("a", Number("+1 s"))])
     assert escaped(True) == "yes"
+    assert escaped(float("nan")) == "&ndash;"
+    assert paragraph("`a < b` & c") == "<p><code>a &lt; b</code> &amp; c</p>"
 
 
 @pytest.mark.parametrize(
@@ -67,3 +72,9 @@ def test_tables_escape_text_and_format_numbers() -> None:
 )
 def test_durations_are_readable(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+def test_titles_are_shortened_with_an_ellipsis() -> None:
+    assert shortened("a" * 80) == "a" * 80
+    assert shortened("word " * 20, 10) == "word word…"
+    assert len(shortened("字" * 200)) == 80

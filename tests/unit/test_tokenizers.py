@@ -12,7 +12,7 @@ from tiger.evaluation.health import check_tokenizer, require
 from tiger.metrics.codes import code_metrics
 from tiger.semantic_ids.assignment import SemanticIdsConfig, assign
 from tiger.tokenizers._residual import Level, QuantizeWithCommitment, rotation_trick
-from tiger.tokenizers.base import TokenizerConfig
+from tiger.tokenizers.base import TokenizerConfig, suitable_codebook_size
 from tiger.tokenizers.kmeans import kmeans, nearest, sinkhorn_potentials
 from tiger.tokenizers.rqvae import RQVAE
 from tiger.tokenizers.train import encode_dataset, fit_tokenizer
@@ -272,3 +272,8 @@ def test_written_out_gradients_are_those_of_autograd(distance: str) -> None:
     torch.testing.assert_close(quantized, passed, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("items", "size"), [(20, 4), (300, 16), (2000, 64), (12_101, 512)])
+def test_a_suitable_codebook_has_16_to_32_items_per_code(items: int, size: int) -> None:
+    assert suitable_codebook_size(items) == size

@@ -17,6 +17,11 @@ ITEMS = "items.parquet"
 _TITLE_CHARACTERS = 80  # of a text that stands in for a missing title
 
 
+def shortened(title: str, width: int = 80) -> str:
+    """Return a title for a line of text: at most `width` characters, with an ellipsis if some were cut off."""
+    return title if len(title) <= width else f"{title[: width - 1].rstrip()}…"
+
+
 class ItemNames:
     """What items are called: their original ids, and their titles. Columns are read on first access."""
 

@@ -183,26 +183,30 @@ def check_model(
     return checks
 
 
-def check_recommendations(sums: ListSums, personalized: bool = True, filtered: bool = False) -> list[Check]:
+def check_recommendations(
+    sums: ListSums, personalized: bool = True, filtered: bool = False, split: str | None = None
+) -> list[Check]:
     """Check that all recommendations are valid items without repetitions, and that users get different lists.
 
     Args:
         sums: sums over the lists.
         personalized: whether lists depend on histories; see `ModelConfig.personalized`. A few users may get one list.
         filtered: whether only some items are allowed, of which there may be fewer than positions.
+        split: split of the histories whose lists these are; the names of the checks end with it.
     """
+    suffix = "" if split is None else f" ({split})"
     cutoff, num_items = sums.cutoff, sums.num_items
     filled = sums.filled / (min(cutoff, num_items) * sums.lists)
     wrong, repeated = "trie and model belong to different IDs", "two items share a semantic ID"
     checks = [
-        Check("recommendations", "invalid items", sums.invalid_top, 0, wrong, upper=True),
-        Check("recommendations", "repeated items", sums.repeated, 0, repeated, upper=True),
+        Check("recommendations", f"invalid items{suffix}", sums.invalid_top, 0, wrong, upper=True),
+        Check("recommendations", f"repeated items{suffix}", sums.repeated, 0, repeated, upper=True),
     ]
     if not filtered:
-        checks.append(Check("recommendations", "filled positions", filled, 0.99, "the beam is too narrow"))
+        checks.append(Check("recommendations", f"filled positions{suffix}", filled, 0.99, "the beam is too narrow"))
     if personalized and not filtered and sums.lists >= _MANY_LISTS:
         needed, distinct = min(cutoff + 1, num_items), int((sums.shown > 0).sum())
-        checks.append(Check("recommendations", "distinct items", distinct, needed, "all users get one list"))
+        checks.append(Check("recommendations", f"distinct items{suffix}", distinct, needed, "all users get one list"))
     return checks
 
 

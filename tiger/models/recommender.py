@@ -22,6 +22,7 @@ from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.storage import MANIFEST, Folder
 from tiger.data.catalog import Catalog
 from tiger.data.grown_catalog import available_items, chain, require_chain
+from tiger.data.item_names import shortened
 from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.decoding import DecodingConfig
 from tiger.models.exported import HUB, download, is_exported, load_exported
@@ -84,7 +85,7 @@ class Recommendations:
         for user, (ids, titles, scores) in enumerate(zip(self.ids, self.titles, self.scores, strict=True)):
             lines.append(f"history {user}" + (": most popular items" if self.by_popularity[user] else ""))
             for rank, (name, title, score) in enumerate(zip(ids, titles, scores, strict=False), 1):
-                lines.append(f"{rank:>4}. {score:>7.2f}  {name:<12}  {title:.80}")
+                lines.append(f"{rank:>4}. {score:>7.2f}  {name:<12}  {shortened(title)}")
         return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def _join() -> None:
     if address in ("", "local"):
         gpus = pretended_gpus() or usable_gpus()
         _initialize(
-            "a local Ray does not start",
+            "a local Ray does not start; if this machine is busy, run the same command again: finished stages are kept",
             address="local",
             num_cpus=cores() + int(placement.RESERVED_CPUS),
             num_gpus=gpus,

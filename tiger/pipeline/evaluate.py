@@ -81,7 +81,7 @@ def write_evaluation(
         first = next(iter(methods.values())).sums
         log.info("%s", splits[split].table(split))
         tracking.record(split, 0, next(iter(splits[split].methods.values())).metrics | {"invalid_beams": first.invalid})
-        draft.health += require(check_recommendations(first, personalized))
+        draft.health += require(check_recommendations(first, personalized, split=split))
     exact = _compare_with_exact(run, model, ids, scratch, len(found["test"][1]))
     result = EvaluationResult(splits=splits, exact_search=exact)
     draft.folder.write_json(RESULT, result.model_dump(mode="json"))
@@ -142,6 +142,7 @@ def _compare_with_exact(
     if recommender is None or recommender.groups is None:
         log.info("beam search is not compared with scoring all %s items", f"{num_items:,}")
         return {}
+    log.info("evaluate: beam search and scoring all %s items, for %d test users", f"{num_items:,}", count)
     asked = take_test_users(users, _USERS, num_test_users, count, run.evaluation.seed)
     results = evaluator.compare_with_exact(
         recommender, slices(asked["history"]), np.asarray(asked["target"]), asked["source_id"].to_pylist(), run.decoding

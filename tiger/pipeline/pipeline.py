@@ -36,6 +36,7 @@ def run_pipeline(run: RunConfig) -> Artifact:
     print_examples(recommendations)
     result = EvaluationResult.model_validate(metrics.folder.read_json(RESULT))
     log.info("%s", result.splits["test"].short_table("test"))
+    log.info("model: %s (for tiger recommend, tiger serve)", model.folder.uri)
     log.info("report: %s/%s", page.folder.uri, PAGE)
     return metrics
 

@@ -19,7 +19,7 @@ from tiger.data.catalog import CatalogConfig
 from tiger.data.grown_catalog import items_folder, open_append
 from tiger.data.history_blocks import read_blocks
 from tiger.data.history_files import HistoryFiles
-from tiger.data.item_names import ItemNames
+from tiger.data.item_names import ItemNames, shortened
 from tiger.data.readers.reading import read_rows
 from tiger.data.sources.base import DatasetConfig, Files, RawFile, RowCounts, expand, log_files
 from tiger.data.user_tables import USERS, catalog_users, shard_files, write_users
@@ -170,10 +170,10 @@ def print_examples(recommendations: Artifact) -> None:
     items = np.array(shown["items"].to_pylist())
     scores = shown["scores"].to_pylist() if "scores" in shown.column_names else [[None] * items.shape[1]] * len(shown)
     for row, user in enumerate(shown["user"].to_pylist()):
-        lines = [f"  history {name:<12} {title:.90}" for name, title in _named(names, histories[row])]
+        lines = [f"  history {name:<12} {shortened(title, 90)}" for name, title in _named(names, histories[row])]
         for rank, (name, title) in enumerate(_named(names, items[row][items[row] >= 0][:_SHOWN])):
             score = "" if scores[row][rank] is None else f"{scores[row][rank]:>7.2f} "
-            lines.append(f"  {rank + 1:>2}. {score}{name:<12} {title:.80}")
+            lines.append(f"  {rank + 1:>2}. {score}{name:<12} {shortened(title, 90)}")
         log.info("user %s\n%s", user, "\n".join(lines))
 
 

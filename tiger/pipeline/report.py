@@ -22,7 +22,7 @@ from tiger.report.finished import FinishedRun, open_run
 from tiger.run import RunConfig
 
 PAGE = "report.html"
-FORMAT = 1  # increase it if the page changes, so that finished runs get a new one
+FORMAT = 2  # increase it if the page changes, so that finished runs get a new one
 
 
 class ReportConfig(Config):

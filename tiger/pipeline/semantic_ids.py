@@ -28,7 +28,7 @@ from tiger.semantic_ids.assignment import SemanticIds, assign
 from tiger.semantic_ids.growth import align_ids
 from tiger.tokenizers import rkmeans
 from tiger.tokenizers.append import other_codes, squared_errors
-from tiger.tokenizers.base import Tokenizer, TokenizerConfig
+from tiger.tokenizers.base import Tokenizer, TokenizerConfig, suitable_codebook_size
 from tiger.tokenizers.shards import assign_shards, encode_shards
 from tiger.tokenizers.streaming import fit_streamed
 from tiger.tokenizers.train import TokenizerJob, encode_dataset, load_tokenizer, reconstruction_error
@@ -36,6 +36,7 @@ from tiger.training.weights import write_weights
 
 log = logging.getLogger(__name__)
 
+_FEW_ITEMS = 4  # per code of the first level
 _HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
 
 
@@ -52,6 +53,7 @@ def train_tokenizer(run: RunConfig, embeddings: Artifact) -> Artifact:
 def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact, start: WarmStart | None) -> None:
     """Train the tokenizer, and measure its codes on all items."""
     config = run.tokenizer
+    _warn_of_few_items_per_code(config, embeddings.metrics["items"])
     if _streamed(config):
         if start is not None:
             raise ConfigError("warm_start continues a tokenizer in memory; set tokenizer.streaming = false")
@@ -75,6 +77,16 @@ def fit_tokenizer(draft: Draft, run: RunConfig, embeddings: Artifact, start: War
     with torch.no_grad():
         latents = tokenizer.latent(tokenizer.standardize(sample_embeddings(embeddings.folder, _HEALTH_SAMPLE)))
     draft.health = require(check_tokenizer(latents.numpy(), codes, config.codebook_size))
+
+
+def _warn_of_few_items_per_code(config: TokenizerConfig, num_items: int) -> None:
+    """Log a warning if most first codes will stand for a few items only, and name a suitable codebook."""
+    if num_items < _FEW_ITEMS * config.codebook_size:
+        log.warning(
+            "tokenizer.codebook_size = %d is large for %s items: codes that few items share say little about other "
+            "items; tokenizer.codebook_size=%d is suitable",
+            config.codebook_size, f"{num_items:,}", suitable_codebook_size(num_items),
+        )  # fmt: skip
 
 
 def assign_ids(run: RunConfig, tokenizer: Artifact, embeddings: Artifact) -> Artifact:

@@ -10,7 +10,7 @@ import numpy as np
 from tiger.core.artifacts import Artifact
 from tiger.report.figures import COLORS, interval_dots, picture
 from tiger.report.finished import FinishedRun
-from tiger.report.markup import Html, figure, method_name, paragraph, seconds, table
+from tiger.report.markup import Html, Number, figure, method_name, paragraph, seconds, stage_name, table
 
 Section = tuple[str, str]
 
@@ -40,13 +40,13 @@ def _results(runs: dict[str, FinishedRun]) -> str:
         intervals = [f"{low:.4f} to {high:.4f}" for low, high in (first.ci95[metric], second.ci95[metric])]
         apart = first.ci95[metric][1] < second.ci95[metric][0] or second.ci95[metric][1] < first.ci95[metric][0]
         told = Html('<span class="good">intervals apart</span>') if apart else "intervals overlap"
-        rows.append((metric, one, intervals[0], other, intervals[1], Html(f"<b>{other - one:+.4f}</b>"), told))
+        rows.append((metric, one, intervals[0], other, intervals[1], Number(f"<b>{other - one:+.4f}</b>"), told))
     parts = []
     if metrics:
         with picture("Both runs on test", columns=len(metrics), height=1.6, sharey=True) as drawn:
             for axes, metric in zip(drawn.axes, metrics, strict=True):
                 values, intervals_of = [r.metrics[metric] for r in own.values()], [r.ci95[metric] for r in own.values()]
-                interval_dots(axes, list(own), values, intervals_of)
+                interval_dots(axes, list(own), values, intervals_of, COLORS[: len(own)])
                 axes.set(title=metric)
         parts.append(figure(drawn.svg, "Test, every item allowed, 95 % intervals over users."))
     parts.append(table(["metric", "A", "95 %", "B", "95 %", "B minus A", ""], rows))
@@ -90,7 +90,7 @@ def _training(runs: dict[str, FinishedRun]) -> str:
             for color, (name, records) in zip(COLORS, logs.items(), strict=False):
                 points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
                 axes.plot(*np.array(points).reshape(-1, 2).T, "o-", color=color, markersize=3, label=name)
-            axes.set(title=f"{metric}, {'training' if metric == 'loss' else 'validation'}", xlabel="step")
+            axes.set(title="loss (nats), training" if metric == "loss" else f"{metric}, validation", xlabel="step")
             axes.legend()
     return figure(drawn.svg, "Losses of different vocabularies of codes are not comparable; validation is.")
 
@@ -101,7 +101,7 @@ def _stages(runs: dict[str, FinishedRun]) -> str:
     for kind in kinds:
         found = [run.artifact(kind) for run in runs.values()]
         same = all(found) and len({artifact.fingerprint for artifact in found if artifact}) == 1
-        rows.append((kind, *(_named(artifact) for artifact in found), "the same artifact" if same else ""))
+        rows.append((stage_name(kind), *(_named(artifact) for artifact in found), "the same artifact" if same else ""))
     return table(["stage", "A", "B", ""], rows)
 
 

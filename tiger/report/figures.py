@@ -102,11 +102,23 @@ def standalone(svg: str) -> str:
 
 
 def interval_dots(
-    axes: Axes, names: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    colors: Sequence[str] | None = None,
 ) -> None:
-    """Draw one row per method: its value as a dot and its interval as a line; the first method on top."""
-    for row, (value, (low, high)) in enumerate(zip(values, intervals, strict=True)):
-        color = COLORS[0] if row == 0 else COLORS[5]
+    """Draw one row per method: its value as a dot and its interval as a line; the first method on top.
+
+    Args:
+        axes: where to draw.
+        names: one per method.
+        values: one per method.
+        intervals: ends of the interval of each value.
+        colors: one per method; None: the first method stands out from gray ones.
+    """
+    colors = colors or (COLORS[0], *[COLORS[5]] * (len(names) - 1))
+    for row, (value, (low, high), color) in enumerate(zip(values, intervals, colors, strict=True)):
         axes.plot([low, high], [row, row], color=color, linewidth=3, solid_capstyle="butt", alpha=0.55)
         axes.plot([value], [row], "o", color=color, markersize=7)
         axes.annotate(f"{value:.4f}", (high, row), xytext=(6, 0), textcoords="offset points", va="center", color=INK)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,11 +13,15 @@ class Html(str):
     """Text that is HTML already."""
 
 
+class Number(Html):
+    """A number with its sign or unit, as HTML; tables align it as they do numbers."""
+
+
 def escaped(value: Any) -> str:
-    """Return a value as HTML: numbers with separators, text escaped, None as a dash."""
+    """Return a value as HTML: numbers with separators, text escaped, None and NaN as a dash."""
     if isinstance(value, Html):
         return value
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "&ndash;"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -28,17 +34,18 @@ def escaped(value: Any) -> str:
     return html.escape(str(value))
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], first_column: str = "left") -> Html:
-    """Return a table; the columns after the first are aligned right if their values are numbers."""
-    body = []
-    for row in rows:
-        cells = []
-        for column, value in enumerate(row):
-            numeric = isinstance(value, (int, float)) or (isinstance(value, Html) and value.startswith("<b>"))
-            style = ' class="number"' if numeric and (column or first_column != "left") else ""
-            cells.append(f"<td{style}>{escaped(value)}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{escaped(name)}</th>" for name in heads)
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """Return a table; the columns after the first are aligned right, with their heads, if they have numbers."""
+    given = [list(row) for row in rows]
+    styles = [
+        ' class="number"' if column and any(isinstance(row[column], (int, float, Number)) for row in given) else ""
+        for column in range(len(heads))
+    ]
+    head = "".join(f"<th{style}>{escaped(name)}</th>" for name, style in zip(heads, styles, strict=True))
+    body = [
+        f"<tr>{''.join(f'<td{style}>{escaped(value)}</td>' for value, style in zip(row, styles, strict=True))}</tr>"
+        for row in given
+    ]
     return Html(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
 
 
@@ -53,8 +60,9 @@ def figure(svg: str, caption: str) -> Html:
 
 
 def paragraph(text: str) -> Html:
-    """Return a paragraph."""
-    return Html(f"<p>{escaped(text)}</p>")
+    """Return a paragraph; text between backticks is code."""
+    content = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped(text))
+    return Html(f"<p>{content}</p>")
 
 
 def seconds(value: float) -> str:
@@ -65,6 +73,11 @@ def seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def stage_name(kind: str) -> str:
+    """Return the kind of an artifact as a reader knows it."""
+    return "semantic IDs" if kind == "semantic_ids" else kind.replace("_", " ")
 
 
 def method_name(name: str) -> str:

@@ -56,7 +56,8 @@ def render(run: FinishedRun) -> str:
 def render_comparison(first: FinishedRun, second: FinishedRun) -> str:
     """Return the page of two runs."""
     title = f"{first.name} and {second.name}"
-    return _page(title, f"A: {first.name}, B: {second.name}", comparison.sections(first, second), "")
+    where = f"A: {first.evaluation.home.uri}, B: {second.evaluation.home.uri}"
+    return _page(title, where, comparison.sections(first, second), "")
 
 
 def _page(title: str, where: str, parts: Sequence[tuple[str, str]], note: str) -> str:

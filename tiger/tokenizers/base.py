@@ -169,13 +169,18 @@ def check_codebook_size(config: TokenizerConfig, n_items: int) -> None:
     """Check that the codebook is not larger than the catalog.
 
     Raises:
-        ConfigError: it is; names the maximum size.
+        ConfigError: it is larger; names a suitable size.
     """
     if n_items < config.codebook_size:
         raise ConfigError(
             f"tokenizer.codebook_size = {config.codebook_size} is larger than the {n_items} items of the catalog; "
-            f"use at most {n_items}"
+            f"{suitable_codebook_size(n_items)} is suitable, {n_items} is the maximum"
         )
+
+
+def suitable_codebook_size(n_items: int) -> int:
+    """Return a power of two with 16 to 32 items per code; at least 4."""
+    return max(4, 1 << max(0, (n_items // 16).bit_length() - 1))
 
 
 def build(config: TokenizerConfig, dim: int) -> Tokenizer:

@@ -51,7 +51,7 @@ def render(run: FinishedRun) -> Html | None:
         for name, value in found.items()
         if "@" not in name
     ]  # fmt: skip
-    caption = "One cell per code, in the order of code numbers; dark cells are codes that few items have."
+    caption = "One cell per code, row by row in the order of code numbers; dark cells are codes that few items have."
     return Html(
         figure(drawn.svg, caption)
         + '<div class="columns">'

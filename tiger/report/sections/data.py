@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from tiger.report.figures import picture
 from tiger.report.finished import FinishedRun
@@ -21,6 +22,7 @@ def render(run: FinishedRun) -> Html:
         shown = values[values <= np.quantile(values, 0.99)]
         lengths.hist(shown, bins=[length - 0.5 for length in range(int(shown.min()), int(shown.max()) + 2)])
         lengths.set(title="Users by length of their history, without the longest 1 %", xlabel="items", ylabel="users")
+        lengths.xaxis.set_major_locator(MaxNLocator(integer=True))
         items.plot(np.arange(1, len(counts) + 1), np.sort(counts)[::-1])
         items.set(title="Items by number of interactions", xlabel="rank of the item", ylabel="interactions")
         items.set(xscale="log", yscale="symlog", ylim=(0, None))
@@ -36,7 +38,7 @@ def render(run: FinishedRun) -> Html:
         (name.replace("_", " "), *profile[name].values()) for name in ("history_length", "text_characters")
     ]  # fmt: skip
     return Html(
-        figure(drawn.svg, "A long tail of rarely bought items is where counting fails and texts help.")
+        figure(drawn.svg, "Counting says little about rarely bought items; for them the model relies on texts.")
         + '<div class="columns">'
         + table(["rows", "count"], [*size, *dropped, *unreadable])
         + table(["column", "distinct", "missing"], columns)

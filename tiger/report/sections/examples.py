@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tiger.data.catalog import Catalog
+from tiger.data.item_names import shortened
 from tiger.data.user_tables import shard_files
 from tiger.models.shard import TABLE
 from tiger.report.finished import FinishedRun
@@ -28,7 +29,7 @@ def render(run: FinishedRun) -> Html | None:
         history: Sequence[int] = catalog.histories.of(row["user_id"]).tolist() if of_catalog else []
         earlier = len(history) - _HISTORY
         past = "".join(f"<li>{_title(catalog, item)}</li>" for item in history[-_HISTORY:])
-        more = f"<p>after {earlier} earlier ones</p>" if earlier > 0 else ""
+        more = f"<p>after {earlier} earlier {'item' if earlier == 1 else 'items'}</p>" if earlier > 0 else ""
         scores = row.get("scores") or [None] * len(row["items"])
         found = "".join(
             f"<li>{_title(catalog, item)}{'' if score is None else f' <i>{score:.2f}</i>'}</li>"
@@ -44,5 +45,4 @@ def render(run: FinishedRun) -> Html | None:
 
 
 def _title(catalog: Catalog, item: int) -> str:
-    title = catalog.titles[item]
-    return escaped(title if len(title) <= _CHARACTERS else f"{title[:_CHARACTERS]}...")
+    return escaped(shortened(catalog.titles[item], _CHARACTERS))

@@ -25,11 +25,11 @@ def render(run: FinishedRun) -> Html:
         "Target's interactions in training": {name: result.by_target_popularity for name, result in methods.items()},
         "Known or new": {name: known_and_new(result) for name, result in methods.items()},
     }
-    with picture("Recall@10 by group of users", columns=3, height=3.3, width_ratios=[5, 6, 3]) as drawn:
+    with picture("Recall@10 by group of users", columns=3, height=3.3, sharey=True, width_ratios=[5, 6, 3]) as drawn:
         for axes, (title, groups) in zip(drawn.axes, panels.items(), strict=True):
             _draw(axes, groups)
-            axes.set(title=title, ylim=(0, None))
-        drawn.axes[0].set_ylabel("Recall@10")
+            axes.set_title(title)
+        drawn.axes[0].set(ylabel="Recall@10", ylim=(0, None))  # after all panels are drawn: they share it
         handles, labels = drawn.axes[0].get_legend_handles_labels()
         drawn.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     heads = ["group", "users", *(method_name(name) for name in methods)]
@@ -37,7 +37,10 @@ def render(run: FinishedRun) -> Html:
     for title, groups in panels.items():
         for name, group in next(iter(groups.values())).items():
             rows.append((f"{title}: {_label(name)}", group.users, *(own[name].recall for own in groups.values())))
-    caption = "Test users. Lines: 95 % Wilson intervals. New: training has never seen the item that the user took next."
+    caption = (
+        "Test users; their number is below each group. Lines: 95 % Wilson intervals. New: training has never seen the "
+        "item that the user took next."
+    )
     return Html(figure(drawn.svg, caption) + table(heads, rows))
 
 
@@ -64,6 +67,7 @@ def _draw(axes: Axes, by_method: Mapping[str, Groups]) -> None:
     users = next(iter(by_method.values()))
     axes.set_xticks(range(len(names)), [f"{_label(name)}\n{users[name].users:,}" for name in names], fontsize=8)
     axes.grid(axis="x", visible=False)
+    axes.set_xlim(-0.5, len(names) - 0.5)
 
 
 def _label(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tiger.report.finished import FinishedRun
-from tiger.report.markup import Html, paragraph, table
+from tiger.report.markup import Html, paragraph, stage_name, table
 
 TITLE = "Health"
 
@@ -17,6 +17,6 @@ def render(run: FinishedRun) -> Html:
             status = Html('<span class="good">passed</span>')
             if not check["healthy"]:
                 status = Html(f'<span class="bad">failed</span>: {check["cause"]}')
-            rows.append((artifact.kind, check["name"], float(check["value"]), bound, status))
-    text = "A collapse comes silently from upstream, so every stage checks its output, and the run stops at the first "
-    return Html(paragraph(text + "failed check.") + table(["stage", "check", "value", "threshold", "result"], rows))
+            rows.append((stage_name(artifact.kind), check["name"], float(check["value"]), bound, status))
+    text = "Every stage checks its output, and the run stops at the first check that fails."
+    return Html(paragraph(text) + table(["stage", "check", "value", "threshold", "result"], rows))

@@ -7,7 +7,7 @@ from html import escape
 from tiger.core.artifacts import Artifact
 from tiger.core.config import dump_toml
 from tiger.report.finished import FinishedRun
-from tiger.report.markup import Html, details, table
+from tiger.report.markup import Html, details, stage_name, table
 
 TITLE = "Configuration and lineage"
 
@@ -22,7 +22,10 @@ def render(run: FinishedRun) -> Html:
     files = [(file["role"], file["name"], file["bytes"], file["sha256"][:16]) for file in raw]
     versions = sorted({(name, version) for part in run.stages for name, version in part.manifest["versions"].items()})
     configs = "".join(
-        details(artifact.kind, f"<pre>{escape(dump_toml(artifact.manifest['config']))}</pre>")
+        details(
+            f"configuration: {stage_name(artifact.kind)}",
+            f"<pre>{escape(dump_toml(artifact.manifest['config']))}</pre>",
+        )
         for artifact in run.stages
     )
     return Html(

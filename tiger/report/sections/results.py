@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tiger.report.figures import interval_dots, picture
 from tiger.report.finished import FinishedRun
-from tiger.report.markup import Html, details, figure, method_name, paragraph, table
+from tiger.report.markup import Html, Number, details, figure, method_name, paragraph, table
 
 TITLE = "Results"
 
@@ -28,8 +28,9 @@ def render(run: FinishedRun) -> Html:
         "intervals over users."
     )
     paired = [
-        (f"{method_name(first)} minus {method_name(other)}", Html(f"<b>{value:+.4f}</b>"), f"{low:+.4f} to {high:+.4f}",
-         Html('<span class="good">outside of zero</span>') if low > 0 or high < 0 else "zero is inside")
+        (f"{method_name(first)} minus {method_name(other)}", Number(f"<b>{value:+.4f}</b>"),
+         f"{low:+.4f} to {high:+.4f}",
+         Html('<span class="good">excludes 0</span>') if low > 0 or high < 0 else "includes 0")
         for other, differences in split.paired.items() if metrics[0] in differences
         for value, low, high in [differences[metrics[0]]]
     ]  # fmt: skip

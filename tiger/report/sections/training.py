@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from tiger.report.figures import COLORS, INK, MUTED, picture
@@ -31,27 +32,28 @@ def _model(run: FinishedRun) -> str:
         for level, (axes, name) in enumerate(zip(drawn.axes, losses, strict=False)):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=COLORS[0], markersize=3)
-            for kind, style in (("uniform", "--"), ("popularity", ":")):
+            for kind, style, below in (("uniform", "--", False), ("popularity", ":", True)):
                 if level < len(references.get(kind, ())):
-                    _reference(axes, references[kind][level], kind, style)
-            axes.margins(y=0.12)
-            axes.set(title=f"Loss, level {level + 1}" if levels else "Loss", xlabel="step", ylim=(0, None))
+                    _reference(axes, references[kind][level], kind, style, below)
+            axes.set(title=f"Loss (nats), level {level + 1}" if levels else "Loss (nats)", xlabel="step")
+            _from_zero(axes)
         axes = drawn.axes[-1]
         for color, name in zip(COLORS, ("recall@10", "ndcg@10"), strict=False):
             steps, values = _curve(records, name)
             axes.plot(steps, values, "o-", color=color, markersize=3)
-            axes.annotate(name, (0.97, values[-1]), xycoords=("axes fraction", "data"), xytext=(0, 4),
+            chosen = [(step, value) for step, value in zip(steps, values, strict=True) if step == metrics["best_step"]]
+            axes.plot(*np.reshape(chosen, (-1, 2)).T, "o", markersize=8, markerfacecolor="none", color=color)
+            axes.annotate(name, (0.97, values[-1]), xycoords=("axes fraction", "data"), xytext=(0, -14),
                           textcoords="offset points", ha="right", fontsize=8, color=color)  # fmt: skip
         popular = run.result.splits["valid"].methods.get("popularity")
         if popular and "recall@10" in popular.metrics:
             _reference(axes, popular.metrics["recall@10"], "popularity, recall@10", ":")
-        axes.axvline(metrics["best_step"], color=MUTED, linewidth=0.8)
-        axes.margins(y=0.12)
-        axes.set(title="Validation", xlabel="step", ylim=(0, None))
+        axes.set(title="Validation", xlabel="step")
+        _from_zero(axes)
     name = method_name(next(iter(run.methods)))
     early = " It stopped early." if metrics["stopped_early"] else ""
     caption = (
-        f"{name}: {metrics['steps']:,} steps; the weights of step {metrics['best_step']:,} (vertical line) are best on "
+        f"{name}: {metrics['steps']:,} steps; the weights of step {metrics['best_step']:,} (circles) are best on "
         f"validation.{early}"
     )
     if references:
@@ -67,13 +69,15 @@ def _tokenizer(run: FinishedRun) -> str:
     with picture("Training of the tokenizer", columns=3, height=2.7) as drawn:
         error, perplexity, unique = drawn.axes
         error.plot(*_curve(records, "reconstruction_error"), "o-", markersize=3)
-        error.set(title="Reconstruction error", xlabel="step", ylim=(0, None))
+        error.set(title="Reconstruction error", xlabel="step")
         for name in levels:
             perplexity.plot(*_curve(records, name), "o-", markersize=3, label=f"level {name.partition('@')[2]}")
-        perplexity.set(title="Codes in effective use (perplexity)", xlabel="step", ylim=(0, None))
+        perplexity.set(title="Codes in effective use (perplexity)", xlabel="step")
         perplexity.legend(loc="lower right")
         unique.plot(*_curve(records, "unique_ratio"), "o-", markersize=3)
-        unique.set(title="Distinct code tuples / items", xlabel="step", ylim=(0, 1.05))
+        unique.set(title="Distinct code tuples / items", xlabel="step")
+        for axes in drawn.axes:
+            _from_zero(axes)
     caption = "Tokenizer. Error: 1 would be the mean vector for every item. It starts at the codes of k-means."
     return figure(drawn.svg, caption)
 
@@ -83,7 +87,13 @@ def _curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
     return [record["step"] for record in known], [record[name] for record in known]
 
 
-def _reference(axes: Axes, value: float, name: str, style: str) -> None:
+def _from_zero(axes: Axes) -> None:
+    """Let the vertical axis begin at 0, with room for a label above the highest value."""
+    axes.set_ylim(0, axes.dataLim.y1 * 1.12 or 1)
+
+
+def _reference(axes: Axes, value: float, name: str, style: str, below: bool = False) -> None:
     axes.axhline(value, color=MUTED, linestyle=style, linewidth=1.2)
-    axes.annotate(name, (0.97, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                  ha="right", fontsize=8, color=INK)  # fmt: skip
+    axes.annotate(name, (0.97, value), xycoords=("axes fraction", "data"), xytext=(0, -2 if below else 2),
+                  textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=8,
+                  color=INK)  # fmt: skip
