@@ -17,12 +17,19 @@ import tiger.pipeline.train
 from tests.paths import CONFIGS
 from tiger.core.artifacts import Artifact
 from tiger.core.config import load
+from tiger.pipeline.append import append
 from tiger.run import RunConfig
 from tiger.training.job import TrainingJob
 from tiger.training.loop import Callbacks
 
 GROUPS, PER_GROUP, DIM = 12, 10, 16
 """Items are in groups of similar texts; a customer buys within a group, in the order of the ids."""
+
+TRAINED = list(range(GROUPS * PER_GROUP))
+"""Numbers of the items that the model of the shop is trained on."""
+
+Shop = tuple[Path, Artifact]
+"""Folder with the runs, and the model."""
 
 
 def train_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +48,7 @@ def item(number: int) -> dict[str, Any]:
         "sku": f"s{number:04d}",
         "name": f"thing {number}",
         "maker": f"maker {number % GROUPS}",
+        "category": f"group {number % GROUPS}",
         "price": 1.0 + number,
     }
 
@@ -102,3 +110,19 @@ def train_shop(run: RunConfig) -> Artifact:
     model = tiger.pipeline.train.ensure_model(run)
     assert model.kind == "model"
     return model
+
+
+def append_to(shop: Shop, rows: list[dict[str, Any]], folder: Path, *more: str, **given: Any) -> Artifact:
+    """Append items of a file, with the vectors of those of a number."""
+    root, model = shop
+    numbers = list(dict.fromkeys(int(row["sku"][1:]) for row in rows if row["sku"] not in given.get("without", ())))
+    vectors = write_vectors(folder / "new-vectors.parquet", numbers, given.get("shift", 0.0))
+    overrides = [
+        f"root={root}/runs", "data.kind=tables", 'data.items=["-"]', 'data.interactions=["-"]', "data.item_id=sku",
+        "data.user_id=customer", "data.time=at", "data.time_unit=order", f"embedding.import_path={vectors}",
+        "embedding.vectors_id=sku", *more,
+    ]  # fmt: skip
+    if rows:
+        file = write_table(folder / "new-items.parquet", rows)
+        overrides.append(f"append.items={json.dumps([str(file)])}")
+    return append(load(RunConfig, None, overrides, CONFIGS), model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from starlette.testclient import TestClient
 
 from tests.factories import SIZES, model_of_random_ids, random_ids
+from tests.paths import ROOT
 from tiger.models.decoding import DecodingConfig
 from tiger.models.tiger.recommender import TigerRecommender
 from tiger.serving.items import ItemTable
-from tiger.serving.model import Query, Ranked, ServedModel
+from tiger.serving.model import ModelVersion, Query, Ranked, ServedModel
 
 UNREADABLE = {
     "NaN": b'{"history": ["a"], "k": NaN}',
@@ -40,6 +42,13 @@ UNREADABLE = {
 
 
 TOKEN = "a-token-of-the-test"
+
+
+def documented_metrics() -> set[str]:
+    """Return the names of the metrics in docs/serving.md, as Prometheus has them."""
+    document = (ROOT / "docs/serving.md").read_text()
+    short = re.findall(r"`(_\w+_total)`", document)  # after a whole name, with the same beginning
+    return set(re.findall(r"`(ray_tiger_serve_\w+)`", document)) | {f"ray_tiger_serve{name}" for name in short}
 
 
 def token_file(folder: Path, content: str = TOKEN, mode: int = 0o600) -> str:
@@ -73,7 +82,13 @@ def toy_model(count: int = 24, seed: int = 0) -> ServedModel:
     model = model_of_random_ids(count, seed)
     model.items.training_counts.copy_(torch.arange(count) % 7)
     ids = random_ids(np.random.default_rng(seed), count, SIZES)
-    return ServedModel(TigerRecommender(model), toy_items(count), ids, name=f"model-{seed}", uri=f"runs/model-{seed}")
+    return ServedModel(
+        TigerRecommender(model),
+        toy_items(count),
+        ids,
+        name=f"model-{seed}",
+        version=ModelVersion(model=f"runs/model-{seed}"),
+    )
 
 
 class ToyService:

@@ -90,6 +90,9 @@ class ServeConfig(Config):
         "127.0.0.1", min_length=1, description="address to listen on; a token is required unless it is loopback"
     )
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+    semantic_ids: str | None = Field(
+        None, description="folder of the semantic IDs of an append (tiger append), to serve its items, too"
+    )
     token_file: str | None = Field(
         None, description="file with the bearer token of requests; must not be readable by others"
     )

@@ -6,20 +6,18 @@ It is asked over HTTPS, with a token, by a client that checks its certificate.
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,10 +27,10 @@ import numpy as np
 import pytest
 
 from tests.paths import ROOT
-from tests.pipelines import TINY
 from tests.processes import below, free_ports
-from tests.serving import TOKEN, UNREADABLE, token_file
-from tiger.core.artifacts import Artifact, newest
+from tests.served import Running, under_load
+from tests.serving import TOKEN, UNREADABLE, documented_metrics
+from tiger.core.artifacts import MANIFEST, Artifact, _digest, newest, open_artifact
 from tiger.core.errors import ResourceError, SecurityError
 from tiger.core.storage import Folder
 from tiger.data.catalog import Catalog
@@ -102,55 +100,6 @@ def test_a_serve_that_runs_already_is_left_alone(
         serve.shutdown()
 
 
-class Running:
-    """`python -m jobs.serve` in a process of its own, on a port of its own."""
-
-    def __init__(self, root: Path, ray_folder: str) -> None:
-        self.token = token_file(root)
-        (port,) = free_ports(1)
-        self.port, self.address = port, f"https://localhost:{port}"
-        key = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        key += ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{root}/key.pem", "-out", f"{root}/cert.pem"]
-        subprocess.run(key, check=True, capture_output=True)
-        self.tls = ssl.create_default_context(cafile=f"{root}/cert.pem")
-        command = [sys.executable, "-m", "jobs.serve", *TINY, f"root={root}/runs", f"serve.port={port}"]
-        command += [f"serve.token_file={self.token}", "decoding.beam=20", "serve.resources.max_workers=2"]
-        command += [f"serve.tls_cert_file={root}/cert.pem", f"serve.tls_key_file={root}/key.pem"]
-        self.environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self.environment["RAY_TMPDIR"] = ray_folder
-        self.log = root / "serve.log"
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=output)
-        deadline = time.monotonic() + 1200
-        while "RAY_ADDRESS=" not in self.log.read_text() or self.ask("/healthz")[0] != 200:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.5)
-        self.environment["RAY_ADDRESS"] = self.log.read_text().partition("RAY_ADDRESS=")[2].split()[0]
-
-    def swap(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `tiger swap`."""
-        return subprocess.run(
-            [sys.executable, "-m", "tiger", "swap", *arguments],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True,
-        )  # fmt: skip
-
-    def ask(self, path: str, body: Any = None, token: str = "") -> tuple[int, Any]:
-        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        try:
-            asked = urllib.request.Request(self.address + path, data, headers)
-            with urllib.request.urlopen(asked, timeout=60, context=self.tls) as found:
-                return found.status, json.loads(found.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read() or b"{}")
-        except urllib.error.URLError:
-            return 0, {}
-
-    def recommend(self, token: str = TOKEN, **body: Any) -> tuple[int, Any]:
-        return self.ask("/recommend", body, token)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder:
@@ -173,7 +122,6 @@ def test_a_real_server(server: Running, model: Artifact, record_property: Any) -
     _answers_are_those_of_the_recommender(server, model)
     _filters_and_several_users(server, model)
     refused = _what_cannot_be_answered_says_why(server)
-    _prometheus_has_the_metrics(server, model)
     _half_sent_bodies_hold_no_place(server, model)
     _a_killed_copy_costs_no_wrong_answer(server, model)
     record_property("injections", refused + 1)
@@ -187,35 +135,72 @@ def test_models_are_swapped_under_load(server: Running, model: Artifact, tmp_pat
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    catalog = Catalog(model.inputs["catalog"])
-    histories = [[catalog.source_ids[item] for item in catalog.histories.of(user)] for user in range(40)]
-    statuses: Counter[int] = Counter()
-    stop = threading.Event()
-
-    def client(number: int) -> None:
-        while not stop.is_set():
-            statuses[server.recommend(history=histories[(number + statuses[200]) % 40], k=5)[0]] += 1
-
-    with ThreadPoolExecutor(4) as clients:
-        asked = [clients.submit(client, number) for number in range(4)]
-        try:
-            done = [server.swap(str(other)), server.swap("--back"), server.swap(str(altered)), server.swap("--back")]
-        finally:
-            stop.set()
-        for each in asked:
-            each.result()
+    with under_load(server, model) as answers:
+        done = [server.swap(str(other)), server.swap("--back"), server.swap(str(altered)), server.swap("--back")]
     first, back, refused, again = done
     assert [each.returncode for each in done] == [0, 0, 4, 0], [each.stderr for each in done]
-    assert json.loads(first.stdout).items() >= {"model": str(other), "previous": model.home.uri, "replicas": 2}.items()
+    before = {"model": model.home.uri, "semantic_ids": None}
+    assert json.loads(first.stdout).items() >= {"model": str(other), "previous": before, "replicas": 2}.items()
     assert json.loads(back.stdout)["model"] == model.home.uri
     assert "2 of 2 replicas refuse the model" in refused.stderr
     assert f"{model.home.uri} keeps answering: {altered}: model.safetensors was altered" in refused.stderr
     assert len(refused.stderr.strip().splitlines()[-1]) < 400
     assert json.loads(again.stdout)["model"] == str(other)
-    assert statuses.keys() == {200}
-    assert statuses[200] > 100
+    assert {status for status, _ in answers} == {200}
+    assert answers.total() > 100
     status = server.ask("/status", token=TOKEN)[1]
     assert (status["model"], status["swap"]["state"]) == (f"model-{model.fingerprint}", "done")
+
+
+@pytest.mark.slow
+def test_appended_items_are_served_under_load_and_taken_back(server: Running, model: Artifact, tmp_path: Path) -> None:
+    """No request fails; every answer names the IDs that it has; those of another model are refused."""
+    first = Catalog(model.inputs["catalog"]).items.slice(0, 1).to_pylist()[0]
+    price, text = str(first["price"] or ""), first["description"] or ""
+    rows = [["sku", "title", "brand", "categories", "price", "description"]]
+    rows += [[f"new-{n}", f"Zyxomat {first['title']}", first["brand"], "Zyxomats", price, text] for n in range(3)]
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    keys = ["data.kind=tables", "data.item_id=sku", f'append.items=["{tmp_path}/new.csv"]']
+    ran = server.tiger("append", model.home.uri, *keys)
+    assert ran.returncode == 0, ran.stderr
+    appended = json.loads(ran.stdout.splitlines()[-1])["artifact"]
+    server.swap(model.home.uri)  # whatever the tests before have left
+    with under_load(server, model) as answers:
+        refused = server.swap("--semantic-ids", _of_another_model(model.inputs["semantic_ids"]))
+        kept = server.ask("/readyz")[1]
+        taken = server.swap("--semantic-ids", appended)
+        found = server.ask("/search?q=zyxomat", token=TOKEN)[1]["items"]
+        item = server.ask("/items/new-1", token=TOKEN)[1]
+        new = server.recommend(history=[first["source_id"]], k=3, filters={"only_new": True, "category": "Zyxomats"})[1]
+        grown = server.ask("/readyz")[1]
+        back = server.swap("--back")
+    done = [refused, taken, back]
+    assert [each.returncode for each in done] == [4, 0, 0], [each.stderr for each in done]
+    assert {status for status, _ in answers} == {200}
+    assert "but the model was trained with" in refused.stderr
+    assert refused.stderr.count("error: ") == 1
+    trained, ids = model.inputs["semantic_ids"].home, open_artifact(appended)
+    plain, version = f"model-{model.fingerprint}", f"model-{model.fingerprint}+semantic_ids-{ids.fingerprint}"
+    assert kept == {"status": "ready", "model": plain, "semantic_ids": trained.uri.rpartition("/")[2]}
+    assert grown == {"status": "ready", "model": version, "semantic_ids": f"semantic_ids-{ids.fingerprint}"}
+    assert {name for _, name in answers} == {plain, version}
+    expected = {"model": model.home.uri, "semantic_ids": appended}
+    assert json.loads(taken.stdout).items() >= (expected | {"replicas": 2}).items()
+    assert json.loads(back.stdout).items() >= {"semantic_ids": None, "previous": expected}.items()
+    assert {each["item"] for each in found} == {each["item"] for each in new["items"]} == {"new-0", "new-1", "new-2"}
+    assert (item["seen_in_training"], item["categories"], item["model"]) == (0, ["Zyxomats"], version)
+    assert server.ask("/items/new-1", token=TOKEN)[0] == 404
+    _prometheus_has_the_metrics(server, plain, version)
+
+
+def _of_another_model(ids: Artifact) -> str:
+    """Copy semantic IDs under another fingerprint, as another tokenizer would have made them; return their folder."""
+    folder = ids.home.parent.child("semantic_ids-00000000")
+    shutil.copytree(ids.home.uri, folder.uri, dirs_exist_ok=True)
+    manifest = ids.manifest | {"fingerprint": "00000000"}
+    folder.write_json(MANIFEST, manifest | {"digest": _digest(manifest)})
+    return folder.uri
 
 
 def _copy(model: Artifact, root: Path) -> Path:
@@ -269,28 +254,26 @@ def _filters_and_several_users(server: Running, model: Artifact) -> None:
     assert server.ask("/prefix", token=TOKEN)[1]["num_items"] == catalog.n_items
 
 
-def _prometheus_has_the_metrics(server: Running, model: Artifact) -> None:
-    """As a node exports them, next to those of Ray."""
-    address = server.environment["RAY_ADDRESS"]
+def _prometheus_has_the_metrics(server: Running, *versions: str) -> None:
+    """A node exports every metric that docs/serving.md names, next to those of Ray."""
+    server.recommend(history=["who?"], filters={"allow": []})  # an empty list, of the most popular items
     command = [sys.executable, "-m", "tests.scripts.metrics_port"]
-    ran = subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True, text=True, check=True)
-    host = address.rpartition(":")[0]
-    wanted = ["request_seconds_count", "batch_size_count", "decode_seconds_count", "lists_total", "popular_lists_total"]
-    wanted += ["unknown_items_total", "model"]
-    deadline = time.monotonic() + 60
-    missing = wanted
+    ran = subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    address = server.environment["RAY_ADDRESS"].rpartition(":")[0]
+    deadline, missing = time.monotonic() + 60, documented_metrics()
     while missing:  # exported every few seconds
         assert time.monotonic() < deadline, missing
-        with urllib.request.urlopen(f"http://{host}:{int(ran.stdout)}/metrics", timeout=30) as found:
-            lines = found.read().decode().splitlines()
-        own = [
-            line
-            for line in lines
-            if line.startswith("ray_tiger_serve_") and f'model="model-{model.fingerprint}"' in line
-        ]
-        missing = [name for name in wanted if not any(line.startswith(f"ray_tiger_serve_{name}{{") for line in own)]
+        with urllib.request.urlopen(f"http://{address}:{int(ran.stdout)}/metrics", timeout=30) as found:
+            lines = [line for line in found.read().decode().splitlines() if line.startswith("ray_tiger_serve_")]
+        exported = {line.partition("{")[0].removesuffix("_count") for line in lines}
+        missing = documented_metrics() - exported
         time.sleep(1)
-    assert any('path="/recommend"' in line and 'status="200"' in line for line in own)
+    for version in versions:
+        of_version = [line for line in lines if f'model="{version}"' in line]
+        assert any('path="/recommend"' in line and 'status="200"' in line for line in of_version)
+        ids = version.rpartition("+")[2] if "+" in version else "semantic_ids-"
+        assert any(line.startswith("ray_tiger_serve_model{") and f'semantic_ids="{ids}' in line for line in of_version)
 
 
 def _what_cannot_be_answered_says_why(server: Running) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import ray
 
-ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+from tiger.on_ray import cluster
+
+cluster.connect()  # with the token of this machine, as the command line does
 print(ray.nodes()[0]["MetricsExportPort"])

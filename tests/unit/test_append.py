@@ -11,14 +11,15 @@ import pytest
 
 from tests.living_catalogs import (
     GROUPS,
-    PER_GROUP,
+    TRAINED,
+    Shop,
+    append_to,
     item,
     shop_run,
     train_in_process,
     train_shop,
     write_clicks,
     write_table,
-    write_vectors,
 )
 from tests.paths import CONFIGS
 from tiger.core.artifacts import Artifact
@@ -33,35 +34,7 @@ from tiger.pipeline.append import append
 from tiger.run import RunConfig
 from tiger.semantic_ids.assignment import SemanticIds
 
-TRAINED = list(range(GROUPS * PER_GROUP))
 NEW = list(range(len(TRAINED), len(TRAINED) + 36))
-
-Shop = tuple[Path, Artifact]
-"""Folder with the runs, and the model."""
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    folder = tmp_path_factory.mktemp("shop")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        train_in_process(monkeypatch)
-        return folder, train_shop(shop_run(folder / "files", TRAINED, f"root={folder}/runs"))
-
-
-def append_to(shop: Shop, rows: list[dict[str, Any]], folder: Path, *more: str, **given: Any) -> Artifact:
-    """Append items of a file, with the vectors of those of a number."""
-    root, model = shop
-    numbers = list(dict.fromkeys(int(row["sku"][1:]) for row in rows if row["sku"] not in given.get("without", ())))
-    vectors = write_vectors(folder / "new-vectors.parquet", numbers, given.get("shift", 0.0))
-    overrides = [
-        f"root={root}/runs", "data.kind=tables", 'data.items=["-"]', 'data.interactions=["-"]', "data.item_id=sku",
-        "data.user_id=customer", "data.time=at", "data.time_unit=order", f"embedding.import_path={vectors}",
-        "embedding.vectors_id=sku", *more,
-    ]  # fmt: skip
-    if rows:
-        file = write_table(folder / "new-items.parquet", rows)
-        overrides.append(f"append.items={json.dumps([str(file)])}")
-    return append(load(RunConfig, None, overrides, CONFIGS), model)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +148,7 @@ def test_equal_content_is_one_append(shop: Shop, appended: Artifact, tmp_path: P
 
 
 def test_what_cannot_be_appended_is_named(
-    shop: Shop, appended: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, other_shop: Artifact, appended: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, model = shop
     with pytest.raises(ConfigError, match=r"nothing to append: set append.items"):
@@ -192,12 +165,11 @@ def test_what_cannot_be_appended_is_named(
     with pytest.raises(ConfigError, match=r"were imported: set embedding.import_path"):
         append(without_vectors, model)
     train_in_process(monkeypatch)
-    other = train_shop(shop_run(tmp_path / "other", TRAINED, f"root={root}/runs", "model.seed=1", clicks_seed=5))
     with pytest.raises(ArtifactError, match=r"continues .*semantic_ids-.*, but the model was trained with"):
-        Recommender.load(other, semantic_ids=appended)
+        Recommender.load(other_shop, semantic_ids=appended)
     with pytest.raises(ArtifactError, match="trained without semantic IDs"):
         Recommender.load(popularity_model(root), semantic_ids=appended)
-    assert model.fingerprint != other.fingerprint
+    assert model.fingerprint != other_shop.fingerprint
 
 
 def popularity_model(root: Path) -> Artifact:

@@ -157,6 +157,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "append.limits.min_recall_ratio": ("1", ""),
     "serve.host": ("127.0.0.2", ""),
     "serve.port": ("8001", ""),
+    "serve.semantic_ids": ("runs/semantic_ids-5e6f7a8b", ""),
     "serve.token_file": ("token", ""),
     "serve.allowed_origins": ('["https://shop.example"]', ""),
     "serve.tls_cert_file": ("cert.pem", ""),

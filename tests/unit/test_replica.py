@@ -16,7 +16,7 @@ from tiger.core.errors import ArtifactError, ConfigError
 from tiger.on_ray import replica
 from tiger.on_ray.replica import Replica
 from tiger.serving.app import build_app
-from tiger.serving.model import ServedModel
+from tiger.serving.model import ModelVersion, ServedModel
 from tiger.serving.schemas import Request
 
 MODELS = {f"runs/model-{seed}": seed for seed in range(3)}
@@ -33,7 +33,7 @@ class Counted:
     def swap(self, result: str) -> None:
         self.swaps.append(result)
 
-    def current(self, model: str) -> None:
+    def current(self, model: str, semantic_ids: str | None) -> None:
         self.models.append(model)
 
     def batch(self, model: str, size: int, seconds: float) -> None:
@@ -42,16 +42,23 @@ class Counted:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Models load once it is set; runs/bad is altered."""
+    """Models load once it is set; runs/bad is altered, and runs/ids-bad continues the IDs of another model."""
     open_ = threading.Event()
     open_.set()
-    ready = {uri: toy_model(12, seed) for uri, seed in MODELS.items()}
+    ready = {ModelVersion(model=uri): toy_model(12, seed) for uri, seed in MODELS.items()}
+    for number in range(2):
+        appended = toy_model(14 + number, 0)
+        appended.name = f"model-0+ids-{number}"
+        appended.version = ModelVersion(model="runs/model-0", semantic_ids=f"runs/ids-{number}")
+        ready[appended.version] = appended
 
-    def load(uri: str, device: str) -> ServedModel:
+    def load(uri: str, device: str, semantic_ids: str | None) -> ServedModel:
         open_.wait(20)
-        if uri not in ready:
+        if semantic_ids == "runs/ids-bad":
+            raise ArtifactError("runs/ids-bad continues runs/ids-x, but the model was trained with runs/ids-y")
+        if uri not in MODELS:
             raise ArtifactError(f"{uri}: model.safetensors was altered")
-        return ready[uri]
+        return ready[ModelVersion(model=uri, semantic_ids=semantic_ids)]
 
     monkeypatch.setattr(replica.ServedModel, "load", load)
     return open_
@@ -135,12 +142,48 @@ def test_a_prepared_model_is_taken_at_once(server: Any, gate: threading.Event) -
         assert server.model.name == "model-1"
         assert await server.state() == {
             "model": "runs/model-1",
+            "semantic_ids": None,
             "name": "model-1",
-            "swap": {"model": "runs/model-1", "state": "done", "reason": None},
+            "swap": {"model": "runs/model-1", "semantic_ids": None, "state": "done", "reason": None},
         }
         gate.set()
 
     asyncio.run(change())
+
+
+def test_appended_items_are_taken_refused_and_given_back_like_a_model(server: Any, gate: threading.Event) -> None:
+    """`model` and `semantic_ids` are one choice: a change of either is a change, and both go back together."""
+    first, second, bad = ({"model": "runs/model-0", "semantic_ids": f"runs/ids-{name}"} for name in ("0", "1", "bad"))
+
+    async def change() -> None:
+        await server.reconfigure({"model": "runs/model-0"})
+        assert await server.prepare(**first) is None
+        gate.clear()  # nothing is loaded from here on
+        await server.reconfigure(first | {"previous": {"model": "runs/model-0"}})
+        assert server.model.name == "model-0+ids-0"
+        assert (await server.state()).items() >= first.items()
+        gate.set()
+        await server.reconfigure(second | {"previous": first})  # of `serve deploy`, without `prepare`
+        await settled(server)
+        assert (server.model.name, server.swap.state) == ("model-0+ids-1", "done")
+        assert "continues runs/ids-x" in await server.prepare(**bad)
+        await server.reconfigure(bad | {"previous": second})
+        await settled(server)
+        assert server.model.name == "model-0+ids-1"
+        assert server.swap.model_dump().items() >= (bad | {"state": "refused"}).items()
+        await server.reconfigure({"model": "runs/model-0", "semantic_ids": None, "previous": None})
+        await settled(server)
+        assert server.model.name == "model-0"
+
+    asyncio.run(change())
+    assert server.metrics.swaps == ["done", "done", "refused", "refused", "done"]
+
+
+def test_a_new_replica_takes_the_previous_items_if_it_refuses_the_new_ones(server: Any) -> None:
+    previous = {"model": "runs/model-0", "semantic_ids": "runs/ids-0"}
+    asyncio.run(server.reconfigure({"model": "runs/model-0", "semantic_ids": "runs/ids-bad", "previous": previous}))
+    assert (server.model.name, server.swap.semantic_ids) == ("model-0+ids-0", "runs/ids-bad")
+    assert "continues runs/ids-x" in server.swap.reason
 
 
 def test_a_change_of_mind_while_a_model_loads(server: Any, gate: threading.Event) -> None:
@@ -162,7 +205,7 @@ def test_a_change_of_mind_while_a_model_loads(server: Any, gate: threading.Event
 
 def test_a_replaced_model_is_freed(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By reference counts alone: Ray Serve may exempt the first model from garbage collection."""
-    monkeypatch.setattr(replica.ServedModel, "load", lambda uri, device: toy_model(12, MODELS[uri]))
+    monkeypatch.setattr(replica.ServedModel, "load", lambda uri, *_: toy_model(12, MODELS[uri]))
     server.options, server.metrics.request = replica.DecodingConfig(beam=5), lambda *_: None
     server.metrics.lists = lambda *_, **__: None
 

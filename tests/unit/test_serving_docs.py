@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.paths import ROOT
-from tests.serving import ToyService, toy_model
+from tests.serving import ToyService, documented_metrics, toy_model
 from tiger.run import ServeConfig
 from tiger.serving.app import build_app
 from tiger.serving.schemas import Filters, Request
@@ -55,6 +55,5 @@ def test_documented_keys_exist() -> None:
 def test_documented_metrics_exist() -> None:
     source = (ROOT / "tiger/on_ray/replica.py").read_text()
     named = set(re.findall(r'"(tiger_serve_\w+)"', source))
-    documented = {name.removesuffix("_total") for name in re.findall(r"`ray_(tiger_serve_\w+)`", DOCUMENT)}
-    documented |= {f"tiger_serve{name}".removesuffix("_total") for name in re.findall(r"`(_\w+_total)`", DOCUMENT)}
+    documented = {name.removeprefix("ray_").removesuffix("_total") for name in documented_metrics()}
     assert named == documented

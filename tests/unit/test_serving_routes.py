@@ -89,10 +89,10 @@ def test_health_is_a_decoded_list(service: ToyService, monkeypatch: pytest.Monke
     monkeypatch.setattr(serving_app, "_PROBE_SECONDS", 0.0)
     client = TestClient(build_app(service))
     assert client.get("/healthz").json() == {"status": "ok", "model": "model-0"}
-    assert client.get("/readyz").json() == {"status": "ready", "model": "model-0"}
+    assert client.get("/readyz").json() == {"status": "ready", "model": "model-0", "semantic_ids": None}
     service.swap = Swap(model="runs/model-2", state="refused", reason="altered")
     status = client.get("/status").json()
-    assert status["swap"] == {"model": "runs/model-2", "state": "refused", "reason": "altered"}
+    assert status["swap"] == {"model": "runs/model-2", "semantic_ids": None, "state": "refused", "reason": "altered"}
     assert (status["num_items"], status["has_prices"], status["has_categories"], status["beam"]) == (
         ITEMS,
         True,

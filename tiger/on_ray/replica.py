@@ -1,10 +1,11 @@
 """A replica of the service in Ray Serve: batches, metrics, and models that are swapped while requests are answered.
 
-The model is named by the deployment's `user_config`: `model`, a URI, and `previous`, the model that a new replica takes
-if it refuses `model`. Ray Serve sends a replica no requests while it runs `reconfigure` (ray-project/ray#54509), and
-replaces one whose `reconfigure` fails. So `reconfigure` only begins to load another model in a thread and returns; the
-replica answers with the old model until the new one is loaded, verified and probed, and keeps the old one if that
-fails. `tiger swap` loads it in all replicas first (`prepare`), so that `reconfigure` finds it ready.
+The deployment's `user_config` names what answers: `model`, a URI; `semantic_ids`, that of an append to the model's; and
+`previous`, what a new replica takes if it refuses them. Ray Serve sends a replica no requests while it runs
+`reconfigure` (ray-project/ray#54509), and replaces one whose `reconfigure` fails. So `reconfigure` only begins to load
+another model in a thread and returns; the replica answers with the old model until the new one is loaded, verified and
+probed, and keeps the old one if that fails. `tiger swap` loads it in all replicas first (`prepare`), so that
+`reconfigure` finds it ready.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from typing import Any
 
 import ray
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from ray import serve
 from ray.serve import metrics
 from starlette.types import ASGIApp
 
-from tiger.core.config import Config, build
+from tiger.core.config import build
 from tiger.core.device import assigned_device
 from tiger.core.errors import ConfigError, SecurityError, TigerError
 from tiger.models.decoding import DecodingConfig
 from tiger.serving.app import build_app
 from tiger.serving.guard import read_token
-from tiger.serving.model import BATCH, Query, Ranked, ServedModel
+from tiger.serving.model import BATCH, ModelVersion, Query, Ranked, ServedModel
 from tiger.serving.schemas import Swap
 
 log = logging.getLogger("ray.serve")  # the logger of replicas: its lines go to their log files
@@ -40,13 +41,23 @@ TOKEN_FILE = "TIGER_SERVE_TOKEN_FILE"
 _BATCH_SECONDS = 0.005  # that a request waits for others to be decoded with it
 
 
-class ModelConfig(Config):
-    """The deployment's `user_config`: which model answers."""
+class ModelConfig(ModelVersion):
+    """The deployment's `user_config`: which model answers, with which items."""
 
-    model: str = Field(min_length=1, description="URI of the model artifact")
-    previous: str | None = Field(
-        None, description="the model before it: what a new replica serves if it refuses `model`, and a rollback"
+    previous: ModelVersion | None = Field(
+        None, description="what answered before: what a new replica serves if it refuses this one, and a rollback"
     )
+
+    @field_validator("previous", mode="before")
+    @classmethod
+    def _uri_of_a_model(cls, value: Any) -> Any:
+        """Accept the URI of a model in place of a table."""
+        return {"model": value} if isinstance(value, str) else value
+
+    @property
+    def version(self) -> ModelVersion:
+        """What answers."""
+        return ModelVersion(model=self.model, semantic_ids=self.semantic_ids)
 
 
 class PrometheusMetrics:
@@ -56,7 +67,7 @@ class PrometheusMetrics:
         seconds = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
         sizes = [1, 2, 4, 8, 16, 32, 64]
         of_model = ("model",)
-        self.model = ""
+        self.model, self._answers = "", dict[str, str]()
         self._seconds = metrics.Histogram(
             "tiger_serve_request_seconds", "time from a request to its response", seconds, ("path", "status", "model")
         )
@@ -67,7 +78,7 @@ class PrometheusMetrics:
         self._popular = metrics.Counter("tiger_serve_popular_lists", "lists of the most popular items", of_model)
         self._unknown = metrics.Counter("tiger_serve_unknown_items", "unknown ids in histories", of_model)
         self._swaps = metrics.Counter("tiger_serve_swaps", "changes of the model", ("result",))
-        self._current = metrics.Gauge("tiger_serve_model", "1 for the model that answers", of_model)
+        self._current = metrics.Gauge("tiger_serve_model", "1 for the model that answers", ("model", "semantic_ids"))
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Count a response."""
@@ -89,12 +100,13 @@ class PrometheusMetrics:
         """Count a change of the model: `done` or `refused`."""
         self._swaps.inc(1, {"result": result})
 
-    def current(self, model: str) -> None:
-        """Set the model that answers."""
-        if self.model and self.model != model:
-            self._current.set(0, {"model": self.model})
-        self.model = model
-        self._current.set(1, {"model": model})
+    def current(self, model: str, semantic_ids: str | None) -> None:
+        """Set the model that answers, and its semantic IDs."""
+        answers = {"model": model, "semantic_ids": semantic_ids or ""}
+        if self._answers and self._answers != answers:
+            self._current.set(0, self._answers)
+        self.model, self._answers = model, answers
+        self._current.set(1, answers)
 
 
 class Replica:
@@ -124,7 +136,7 @@ class Replica:
         """Fail if the deployment was made without a model; Ray Serve calls this at the start and regularly."""
         if not hasattr(self, "model"):
             raise ConfigError("no model to serve: set user_config of the deployment to {model: URI}")
-        self.metrics.current(self.model.name)  # a gauge that is set once, early, may not be exported
+        self.metrics.current(self.model.name, self.model.ids_name)  # one that is set early may not be exported
 
     # --- models -------------------------------------------------------------------------------------------------
 
@@ -141,21 +153,20 @@ class Replica:
         if self._loading is not None:
             self._loading.cancel()
             self._loading = None
-        if config.model == self.model.uri:
+        if config.version == self.model.version:
             return
-        if self._standby is not None and self._standby.uri == config.model:
-            self._use(self._standby)
-            self.swap = Swap(model=config.model, state="done")
-            self.metrics.swap("done")
+        if self._standby is not None and self._standby.version == config.version:
+            self._take(self._standby)
         else:
-            self._loading = asyncio.get_running_loop().create_task(self._load_and_use(config.model))
+            self._loading = asyncio.get_running_loop().create_task(self._load_and_take(config.version))
 
-    async def prepare(self, uri: str) -> str | None:
+    async def prepare(self, model: str, semantic_ids: str | None = None) -> str | None:
         """Load another model next to the one that answers, verify and probe it; return why it is refused, or None."""
+        version = ModelVersion(model=model, semantic_ids=semantic_ids)
         try:
-            self._standby = await asyncio.to_thread(self._load, uri)
+            self._standby = await asyncio.to_thread(self._load, version)
         except TigerError as error:
-            self._refuse(uri, error)
+            self._refuse(version, error)
             return str(error)
         return None
 
@@ -165,41 +176,46 @@ class Replica:
 
     async def state(self) -> dict[str, Any]:
         """Return the model that answers, and the last change."""
-        return {"model": self.model.uri, "name": self.model.name, "swap": self.swap and self.swap.model_dump()}
+        swap = self.swap and self.swap.model_dump()
+        return self.model.version.model_dump() | {"name": self.model.name, "swap": swap}
 
     async def _load_first(self, config: ModelConfig) -> ServedModel:
         try:
-            return await asyncio.to_thread(self._load, config.model)
+            return await asyncio.to_thread(self._load, config.version)
         except TigerError as error:
             if config.previous is None:
                 raise
-            self._refuse(config.model, error)
+            self._refuse(config.version, error)
             return await asyncio.to_thread(self._load, config.previous)
 
-    async def _load_and_use(self, uri: str) -> None:
-        self.swap = Swap(model=uri, state="loading")
-        if (await self.prepare(uri)) is None and self._standby is not None:
-            self._use(self._standby)
-            self.swap = Swap(model=uri, state="done")
-            self.metrics.swap("done")
+    async def _load_and_take(self, version: ModelVersion) -> None:
+        self.swap = Swap(**dict(version), state="loading")
+        if (await self.prepare(version.model, version.semantic_ids)) is None and self._standby is not None:
+            self._take(self._standby)
 
-    def _load(self, uri: str) -> ServedModel:
+    def _load(self, version: ModelVersion) -> ServedModel:
         torch.set_num_threads(self.threads)  # of this thread
         begin = time.monotonic()
-        model = ServedModel.load(uri, self.device)
-        log.info("%s loaded in %.1f s", uri, time.monotonic() - begin)
+        model = ServedModel.load(version.model, self.device, version.semantic_ids)
+        log.info("%s loaded in %.1f s", version, time.monotonic() - begin)
         return model
 
-    def _refuse(self, uri: str, error: TigerError) -> None:
-        log.error("%s is refused: %s", uri, error)
-        self.swap = Swap(model=uri, state="refused", reason=str(error))
+    def _refuse(self, version: ModelVersion, error: TigerError) -> None:
+        log.error("%s is refused: %s", version, error)
+        self.swap = Swap(**dict(version), state="refused", reason=str(error))
         self.metrics.swap("refused")
+
+    def _take(self, model: ServedModel) -> None:
+        """Change to another model, and count the change."""
+        self._use(model)
+        self.swap = Swap(**dict(model.version), state="done")
+        self.metrics.swap("done")
 
     def _use(self, model: ServedModel) -> None:
         """Answer with another model from the next request on; those in progress keep theirs."""
         self.model, self._standby = model, None
-        self.metrics.current(model.name)
-        log.info("%s answers now", model.uri)
+        self.metrics.current(model.name, model.ids_name)
+        log.info("%s answers now", model.version)
 
     # --- requests -----------------------------------------------------------------------------------------------
 

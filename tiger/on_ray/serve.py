@@ -30,6 +30,7 @@ from tiger.on_ray.replica import ENVIRONMENT, TOKEN_FILE, ModelConfig, deploymen
 from tiger.run import ResourcesConfig, ServeConfig
 from tiger.serving.body_limit import PROXY_CALLBACK, PROXY_MIDDLEWARES
 from tiger.serving.guard import is_loopback, read_token
+from tiger.serving.model import ModelVersion
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +50,23 @@ _STARTS = 3
 def application(arguments: dict[str, Any]) -> serve.Application:
     """Build the application of a Serve configuration's `import_path`.
 
-    Its `args` are options of `decoding`, and: `model`, a URI, unless the deployment's `user_config` names it, which can
-    be changed without new replicas; `token_needed`, true unless it says otherwise, since the service's port is open to
-    its network; `allowed_origins`.
+    Its `args` are options of `decoding`, and: `model` and `semantic_ids`, URIs, unless the deployment's `user_config`
+    names them, which can be changed without new replicas; `token_needed`, true unless it says otherwise, since the
+    service's port is open to its network; `allowed_origins`.
 
     Raises:
         ConfigError: an argument is unknown, or out of its range.
     """
     given = dict(arguments)
-    model, token_needed = given.pop("model", None), str(given.pop("token_needed", True)).lower()
+    named = {key: given.pop(key) for key in ModelVersion.model_fields if key in given}
+    token_needed = str(given.pop("token_needed", True)).lower()
     origins = given.pop("allowed_origins", [])
     if token_needed not in ("true", "false"):
         raise ConfigError(f"args of the application: token_needed = {token_needed}: must be true or false")
     options = build(DecodingConfig, given, "decoding.").model_dump(mode="json")
     own = deployment
-    if model is not None:
-        own = own.options(user_config=build(ModelConfig, {"model": model}, "args.").model_dump())
+    if named:
+        own = own.options(user_config=build(ModelConfig, named, "args.").model_dump(exclude_none=True))
     return own.bind(options, token_needed=token_needed == "true", allowed_origins=origins)
 
 
@@ -72,7 +74,14 @@ def application(arguments: dict[str, Any]) -> serve.Application:
 
 
 def deploy_config(
-    model: Artifact, config: ServeConfig, decoding: DecodingConfig, *, cpus: float, gpus: float, replicas: int
+    model: Artifact,
+    config: ServeConfig,
+    decoding: DecodingConfig,
+    *,
+    cpus: float,
+    gpus: float,
+    replicas: int,
+    semantic_ids: Artifact | None = None,
 ) -> dict[str, Any]:
     """Return the configuration of Serve that serves a model, as `serve deploy` takes it in YAML.
 
@@ -83,6 +92,7 @@ def deploy_config(
         cpus: CPUs per replica.
         gpus: GPUs, or the fraction of one, per replica.
         replicas: number of replicas; with `config.max_replicas` the minimum.
+        semantic_ids: those of an append to the model's; None: those of its training.
     """
     token = {TOKEN_FILE: str(Path(config.token_file).resolve())} if config.token_file else {}
     http = {"host": config.host, "port": config.port, "request_timeout_s": config.request_seconds}
@@ -95,7 +105,7 @@ def deploy_config(
         scaling = {"autoscaling_config": limits}
     server = {
         "name": "Server",
-        "user_config": {"model": model.home.uri},
+        "user_config": _version(model, semantic_ids).model_dump(exclude_none=True),
         "max_queued_requests": config.max_queued_requests,
         "max_surge_percent": 100,
         "ray_actor_options": {
@@ -115,8 +125,14 @@ def deploy_config(
     }
 
 
-def write_config(model: Artifact, config: ServeConfig, decoding: DecodingConfig) -> None:
-    """Write the configuration for `serve deploy` to `config.config_file`.
+def _version(model: Artifact, semantic_ids: Artifact | None) -> ModelVersion:
+    return ModelVersion(model=model.home.uri, semantic_ids=semantic_ids and semantic_ids.home.uri)
+
+
+def write_config(
+    model: Artifact, config: ServeConfig, decoding: DecodingConfig, semantic_ids: Artifact | None = None
+) -> None:
+    """Write the configuration for `serve deploy` to `config.config_file`; arguments are those of `deploy_config`.
 
     Raises:
         SecurityError: the port would be open beyond loopback without a token.
@@ -126,7 +142,7 @@ def write_config(model: Artifact, config: ServeConfig, decoding: DecodingConfig)
     resources = config.resources
     content = deploy_config(
         model, config, decoding, cpus=resources.cpus or 1.0, gpus=resources.gpus or 0.0,
-        replicas=resources.num_workers or 1,
+        replicas=resources.num_workers or 1, semantic_ids=semantic_ids,
     )  # fmt: skip
     ServeDeploySchema.model_validate(content)
     path = Path(config.config_file or "")
@@ -162,10 +178,23 @@ def _check_access(config: ServeConfig) -> None:
 # --- running ----------------------------------------------------------------------------------------------------
 
 
-def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig, scale: ResourcesConfig) -> None:
+def serve_forever(
+    model: Artifact,
+    config: ServeConfig,
+    decoding: DecodingConfig,
+    scale: ResourcesConfig,
+    semantic_ids: Artifact | None = None,
+) -> None:
     """Serve a model artifact on this cluster until interrupted; requests in progress are finished first.
 
     If Serve runs on this cluster already, at the same address and without applications, it is used and left running.
+
+    Args:
+        model: the model artifact.
+        config: address, limits, token, replicas.
+        decoding: options of lists.
+        scale: resources of the cluster.
+        semantic_ids: those of an append to the model's; None: those of its training.
 
     Raises:
         SecurityError: the port would be open beyond loopback without a token, the token file can be read by others, or
@@ -183,8 +212,9 @@ def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig
     )  # fmt: skip
     cluster.wait_for(plan.at_once, "serve", scale.wait_minutes)
     content = deploy_config(
-        model, config, decoding, cpus=plan.bundle.cpus, gpus=plan.bundle.gpus, replicas=plan.minimum
-    )
+        model, config, decoding, cpus=plan.bundle.cpus, gpus=plan.bundle.gpus, replicas=plan.minimum,
+        semantic_ids=semantic_ids,
+    )  # fmt: skip
     if environment := dict(ray.get_runtime_context().runtime_env):  # of a submitted job: its working directory
         content["applications"][0]["runtime_env"] = environment
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a supervisor interrupts; Ray has set its own before
@@ -196,7 +226,7 @@ def serve_forever(model: Artifact, config: ServeConfig, decoding: DecodingConfig
         _wait_until_running()
         scheme = "https" if config.tls_cert_file else "http"
         address = f"{scheme}://{config.host}:{config.port}"
-        log.info("serving %s on %s/recommend, with a page at %s/", model.home.uri, address, address)
+        log.info("serving %s on %s/recommend, with a page at %s/", _version(model, semantic_ids), address, address)
         log.info("another model: RAY_ADDRESS=%s tiger swap MODEL", ray.get_runtime_context().gcs_address)
         while True:
             time.sleep(1)

@@ -157,6 +157,8 @@ def _add_catalog(api: FastAPI, service: Service) -> None:
         index = model.items.index.get(item)
         if index is None:
             raise HTTPException(404, f"{_printable(item)!r} is not an item id of the catalog")
+        if model.is_deleted(index):
+            raise HTTPException(404, f"{_printable(item)!r} was deleted from the catalog")
         tree, prices = model.tree, model.items.prices
         price = None if prices is None or prices[index] != prices[index] else float(prices[index])
         return ItemDetails(
@@ -176,10 +178,7 @@ def _add_catalog(api: FastAPI, service: Service) -> None:
     ) -> Found:
         """Return items by words of their titles, or by their id."""
         model = service.model
-        found = model.search.find(q, limit)
-        if (exact := model.items.index.get(q, model.items.index.get(q.strip()))) is not None:
-            found = [exact, *(item for item in found if item != exact)][:limit]
-        return Found(items=model.summaries(found))
+        return Found(items=model.summaries(model.find(q, limit)))
 
     @api.get("/prefix")
     async def prefix(
@@ -218,7 +217,7 @@ def _add_health(api: FastAPI, service: Service) -> None:
     @api.get("/readyz")
     async def readyz() -> Ready:
         """Return the model that answers."""
-        return Ready(status="ready", model=service.model.name)
+        return Ready(status="ready", model=service.model.name, semantic_ids=service.model.ids_name)
 
     @api.get("/status")
     async def status() -> Status:
@@ -226,7 +225,8 @@ def _add_health(api: FastAPI, service: Service) -> None:
         model = service.model
         return Status(
             model=model.name,
-            num_items=len(model.items.source_ids),
+            semantic_ids=model.ids_name,
+            num_items=model.num_items,
             beam=service.options.beam,
             has_semantic_ids=model.tree is not None,
             has_prices=model.items.prices is not None,

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from tiger.core.artifacts import open_artifact
+from tiger.core.config import Config
 from tiger.core.errors import HealthError
+from tiger.data.grown_catalog import is_append
 from tiger.models.base import ModelConfig
 from tiger.models.decoding import DecodingConfig
 from tiger.models.recommender import Recommender
@@ -27,6 +30,21 @@ BATCH = 64
 """Histories that are decoded at once."""
 
 _PROBES, _PROBE_LENGTH, _PROBE_K = 16, 3, 10
+
+
+class ModelVersion(Config):
+    """What a service answers with: a model, and the items that were appended to its catalog."""
+
+    model: str = Field(min_length=1, description="URI of the model artifact")
+    semantic_ids: str | None = Field(
+        None,
+        min_length=1,
+        description="URI of the semantic IDs of an append to the model's; none: of its training",
+    )
+
+    def __str__(self) -> str:
+        """Return the URIs, for messages."""
+        return self.model if self.semantic_ids is None else f"{self.model} with {self.semantic_ids}"
 
 
 class Ranked(NamedTuple):
@@ -60,9 +78,13 @@ class Query:
 class ServedModel:
     """A recommender with the ids, titles and fields of its items, the search of titles, and the prefix tree.
 
+    Items that an append has deleted may be in histories; they are not recommended, searched, or in the tree.
+
     Attributes:
-        name: the artifact's kind and fingerprint.
-        uri: its folder.
+        name: kind and fingerprint of the model; with appended items, `+` and those of their semantic IDs.
+        version: the folders that it was loaded from.
+        ids_name: kind and fingerprint of the semantic IDs; None for a model without.
+        available: bool [items], items that are not deleted; None: all.
         tree: None for a model without semantic IDs.
     """
 
@@ -73,39 +95,81 @@ class ServedModel:
         ids: SemanticIds | None = None,
         *,
         name: str = "model",
-        uri: str = "",
+        version: ModelVersion | None = None,
+        ids_name: str | None = None,
         is_personalized: bool = True,
     ) -> None:
-        self.recommender, self.items, self.name, self.uri = recommender, items, name, uri
+        self.recommender, self.items, self.name, self.ids_name = recommender, items, name, ids_name
+        self.version = version or ModelVersion(model=name)
         self.is_personalized = is_personalized
+        self.available = available = recommender.available
         self.counts = recommender.training_counts()
         self.is_new: npt.NDArray[np.bool_] = self.counts == 0
-        self.search = TitleIndex(items.titles, self.counts)
-        self.tree = None if ids is None else PrefixTree(ids, items.source_ids, items.titles, self.counts)
+        self.search = TitleIndex(items.titles, self.counts, available)
+        self.tree = None if ids is None else PrefixTree(ids, items.source_ids, items.titles, self.counts, available)
 
     @classmethod
-    def load(cls, uri: str, device: str = "cpu") -> ServedModel:
+    def load(cls, uri: str, device: str = "cpu", semantic_ids: str | None = None) -> ServedModel:
         """Open a model artifact, compare its files with their checksums, and try it; see `probe`.
 
+        Args:
+            uri: folder of the model.
+            device: where to compute.
+            semantic_ids: folder of the semantic IDs of an append to the model's (`tiger append`), to serve its items
+                and fields; None: the items of the training.
+
         Raises:
-            ArtifactError: it is missing, incomplete, altered, or not a model.
-            HealthError: it is degenerate.
+            ArtifactError: one of them is missing, incomplete, altered, or of another kind; or the semantic IDs do not
+                continue those of the model, or it cannot score items that training has not seen.
+            HealthError: the model is degenerate.
         """
         artifact = open_artifact(uri, expected_kind="model")
-        recommender = Recommender.load(artifact, device=device)
-        catalog = artifact.inputs["catalog"].folder
-        ids = SemanticIds.load(artifact.inputs["semantic_ids"]) if "semantic_ids" in artifact.inputs else None
+        given = None if semantic_ids is None else open_artifact(semantic_ids, expected_kind="semantic_ids")
+        recommender = Recommender.load(artifact, device=device, semantic_ids=given)
+        assert recommender.catalog is not None
+        ids = given or artifact.inputs.get("semantic_ids")
+        name = f"{artifact.kind}-{artifact.fingerprint}"
+        ids_name = f"{ids.kind}-{ids.fingerprint}" if ids else None
         config: ModelConfig = ModelConfig.resolve(artifact.manifest["config"])
         model = cls(
             recommender,
-            ItemTable.read(catalog),
-            ids,
-            name=f"{artifact.kind}-{artifact.fingerprint}",
-            uri=uri,
+            ItemTable.read(recommender.catalog.items_folder),
+            SemanticIds.load(ids) if ids else None,
+            name=f"{name}+{ids_name}" if ids and is_append(ids) else name,
+            version=ModelVersion(model=uri, semantic_ids=semantic_ids),
+            ids_name=ids_name,
             is_personalized=config.personalized,
         )
         model.probe()
         return model
+
+    # --- items --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_items(self) -> int:
+        """Number of items that are not deleted."""
+        return len(self.items.source_ids) if self.available is None else int(self.available.sum())
+
+    def is_deleted(self, item: int) -> bool:
+        """Return whether an append has deleted an item."""
+        return self.available is not None and not self.available[item]
+
+    def find(self, query: str, limit: int) -> list[int]:
+        """Return at most `limit` items: the one whose id is the query, then those with its words in their titles."""
+        found = self.search.find(query, limit)
+        exact = self.items.index.get(query, self.items.index.get(query.strip()))
+        if exact is not None and not self.is_deleted(exact):
+            found = [exact, *(item for item in found if item != exact)][:limit]
+        return found
+
+    def allowed(self, filters: Filters) -> npt.NDArray[np.bool_] | None:
+        """Return which items may be recommended, bool [items]: those that pass and are not deleted; None: all.
+
+        Raises:
+            ValueError: a filter asks for a field that the catalog does not have, or for an unknown category.
+        """
+        passing = self.items.allowed(filters, self.is_new)
+        return self.available if passing is None else passing if self.available is None else passing & self.available
 
     # --- health -------------------------------------------------------------------------------------------------
 
@@ -125,7 +189,7 @@ class ServedModel:
             raise HealthError(f"{self.name} is degenerate: it recommends nothing after {self._names(histories[0])}")
         if not np.isfinite(found.scores[real]).all():
             raise HealthError(f"{self.name} is degenerate: its scores are not finite; were the weights damaged?")
-        if self.is_personalized and probes > 1 and len(self.counts) > 1 and (found.items == found.items[0]).all():
+        if self.is_personalized and probes > 1 and self.num_items > 1 and (found.items == found.items[0]).all():
             raise HealthError(
                 f"{self.name} is degenerate: it recommends the same items after {probes} different histories"
             )
@@ -156,7 +220,7 @@ class ServedModel:
             update={key: value for key, value in changes.items() if value is not None} | {"batch_size": BATCH}
         )
         key = request.filters.model_dump_json()
-        self.items.allowed(request.filters, self.is_new)  # reports a filter that cannot be applied
+        self.allowed(request.filters)  # reports a filter that cannot be applied
         queries, ignored = [], []
         for names, user in request.rows():
             if user is None and self.recommender.needs_users:
@@ -180,7 +244,7 @@ class ServedModel:
         return ranked
 
     def _decode_group(self, queries: list[Query], options: DecodingConfig) -> list[Ranked]:
-        allowed = self.items.allowed(queries[0].filters, self.is_new)
+        allowed = self.allowed(queries[0].filters)
         if allowed is not None and not allowed.any():
             return [Ranked([], not query.history) for query in queries]
         found = self.recommender.recommend(
@@ -240,7 +304,7 @@ class ServedModel:
         """Return the prefixes that the beam search for a query keeps, per level; none for an empty history."""
         if self.tree is None or not query.history or not ranked.items:
             return []
-        allowed = self.items.allowed(query.filters, self.is_new)
+        allowed = self.allowed(query.filters)
         history = np.array(query.history, np.int64)
         levels = self.recommender.kept_prefixes(history, query.options, query.user, allowed)
         found = [tuple(self.tree.codes(item)) for item, _ in ranked.items]

@@ -197,24 +197,36 @@ class PrefixDetails(BaseModel):
 
 
 class Swap(BaseModel):
-    """The last change of the model: `state` is loading, done or refused; `reason`: why it was refused."""
+    """The last change of the model: `state` is loading, done or refused; `reason`: why it was refused.
+
+    `model` and `semantic_ids` are URIs; without `semantic_ids` the items are those of the model's training.
+    """
 
     model: str
+    semantic_ids: str | None = None
     state: str
     reason: str | None = None
 
 
 class Ready(BaseModel):
-    """What everybody may know: that the service answers, and with which model."""
+    """What everybody may know: that the service answers, with which model and which semantic IDs."""
 
     status: str
     model: str
+    semantic_ids: str | None
 
 
 class Status(BaseModel):
-    """The model that answers, what it can do, and the last change of the model."""
+    """The model that answers, what it can do, and the last change of the model.
+
+    Attributes:
+        model: kind and fingerprint of the model; with appended items, `+` and those of their semantic IDs.
+        semantic_ids: kind and fingerprint of the semantic IDs; null for a model without.
+        num_items: items that are not deleted.
+    """
 
     model: str
+    semantic_ids: str | None
     num_items: int
     beam: int
     has_semantic_ids: bool

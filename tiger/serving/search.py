@@ -23,12 +23,18 @@ class TitleIndex:
     Memory is 8 bytes per word of a title, and the vocabulary.
     """
 
-    def __init__(self, titles: list[str], popularity: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        titles: list[str],
+        popularity: npt.NDArray[np.int64],
+        available: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Index the titles.
 
         Args:
             titles: [items].
             popularity: int64 [items]; of two items found, the more popular one comes first.
+            available: bool [items], items that can be found; None: all.
         """
         self.popularity = popularity
         words = pc.split_pattern_regex(pc.utf8_lower(pa.array(titles, pa.large_string())), _SEPARATORS)
@@ -40,6 +46,8 @@ class TitleIndex:
         width = max(len(titles), 1)
         codes = rank[np.asarray(encoded.indices)] if vocabulary else np.zeros(0, np.int64)
         pairs = np.unique(codes * width + np.asarray(pc.list_parent_indices(words)).astype(np.int64))
+        if available is not None:
+            pairs = pairs[available[pairs % width]]
         self._vocabulary = [vocabulary[code] for code in order]
         self._items = pairs % width
         self._starts = np.searchsorted(pairs // width, np.arange(len(vocabulary) + 1))

@@ -24,7 +24,14 @@ Items = npt.NDArray[np.int64]
 class PrefixTree:
     """Semantic IDs in lexicographic order, so that the items below a prefix are a range."""
 
-    def __init__(self, ids: SemanticIds, source_ids: list[str], titles: list[str], popularity: Items) -> None:
+    def __init__(
+        self,
+        ids: SemanticIds,
+        source_ids: list[str],
+        titles: list[str],
+        popularity: Items,
+        available: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Index the IDs.
 
         Args:
@@ -32,14 +39,15 @@ class PrefixTree:
             source_ids: the catalog's own ids, [items].
             titles: [items].
             popularity: int64 [items]; a prefix is shown with the title of its most popular item.
+            available: bool [items], items that are in the tree; None: all.
         """
         self.ids, self.source_ids, self.titles, self.popularity = ids, source_ids, titles, popularity
         self.depth = ids.codes.shape[1]
-        self.order: Items = ids.sorted_items
+        self.order: Items = ids.sorted_items if available is None else ids.sorted_items[available[ids.sorted_items]]
         self._keys = packed(ids.codes[self.order], ids.level_sizes)
         self._position = np.empty(len(ids), np.int64)
-        self._position[self.order] = np.arange(len(ids))
-        sample = _evenly(np.arange(len(titles)), _SAMPLE_OF_ALL)
+        self._position[self.order] = np.arange(len(self.order))
+        sample = _evenly(np.sort(self.order), _SAMPLE_OF_ALL)
         self._num_sampled = len(sample)
         self._among = Counter(word for item in sample for word in title_words(titles[item]))
         self._words: dict[tuple[int, ...], tuple[str, ...]] = {}
@@ -95,7 +103,7 @@ class PrefixTree:
         return tuple(distinctive_words(titles, among, self._num_sampled)) if titles else ()
 
     def neighbors(self, item: int, count: int) -> list[ItemSummary]:
-        """Return the items that share the longest prefixes with an item, longest first.
+        """Return the items that share the longest prefixes with an item of the tree, longest first.
 
         Of prefixes of one length, those next to the item in the order of IDs come first. IDs with long common prefixes
         are next to each other in that order, so that a window holds them.

@@ -297,8 +297,9 @@ async function refreshStatus() {
   state.status = status;
   state.model = status.model;
   const parts = [`${status.model}`, `${status.num_items.toLocaleString("en")} items`];
-  if (status.swap && status.swap.state === "loading") parts.push(`loading ${status.swap.model}`);
-  if (status.swap && status.swap.state === "refused") parts.push(`refused ${status.swap.model}: ${status.swap.reason}`);
+  const changed = status.swap && [status.swap.model, status.swap.semantic_ids].filter(Boolean).join(" with ");
+  if (status.swap && status.swap.state === "loading") parts.push(`loading ${changed}`);
+  if (status.swap && status.swap.state === "refused") parts.push(`refused ${changed}: ${status.swap.reason}`);
   const word = health.status === "ok" ? "healthy" : `failed: ${health.detail}`;
   if ($("status").textContent !== [word, ...parts].join(" · ")) {  // screen readers read each change
     $("status").replaceChildren(make("span", { class: health.status }, word), ` · ${parts.join(" · ")}`);
