@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 import tiger.on_ray  # noqa: F401  settles Ray's environment, which Ray reads when any test imports it first
 from tests.fault_catalog import FAULTS
@@ -17,16 +18,26 @@ from tests.paths import BEAUTY, ROOT
 pytest_plugins = ["tests.object_stores"]  # its fixtures: proxy, root, google
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults are marked; tests of the real data are skipped, with the reason, where the files are not.
+class _OneWithRay(LoadScopeScheduling):
+    """Runs tests in two processes: one of them has all that may start Ray or servers, which share cores and ports.
 
-    Tests run in two processes. One of them has all tests that may start Ray, servers or other processes, which share
-    the cores and ports of the machine; modules of other tests are not divided, because their fixtures are slow.
+    Modules of other tests are not divided, because their fixtures are slow.
     """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "ray" if module.startswith(("tests/integration", "tests/faults")) else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Return the scheduler of `-n 2`."""
+    return _OneWithRay(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults are marked; tests of the real data are skipped, with the reason, where the files are not."""
     for item in items:
-        module = item.nodeid.partition("::")[0]
-        alone = module.startswith(("tests/integration", "tests/faults"))
-        item.add_marker(pytest.mark.xdist_group("ray" if alone else module))
         if _name(item.nodeid) in FAULTS:
             item.add_marker("fault")
     if not BEAUTY.is_dir():

@@ -13,7 +13,7 @@ from tests.raw_data import playlists
 from tiger.core.config import load
 from tiger.run import RunConfig
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.slow]
 
 
 def test_the_pipeline_runs_with_plugins_for_all_parts(tmp_path: Path) -> None:
