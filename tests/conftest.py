@@ -18,15 +18,25 @@ from tests.paths import BEAUTY, ROOT
 pytest_plugins = ["tests.object_stores"]  # its fixtures: proxy, root, google
 
 
+_WITHOUT_RAY = frozenset(
+    {
+        "tests/faults/test_publish_store.py",
+        "tests/integration/test_command_line.py",
+        "tests/integration/test_process_groups.py",
+    }
+)
+
+
 class _OneWithRay(LoadScopeScheduling):
-    """Runs tests in two processes: one of them has all that may start Ray or servers, which share cores and ports.
+    """Runs tests in two processes: one of them has all that use a Ray or start servers, which share cores and ports.
 
     Modules of other tests are not divided, because their fixtures are slow.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
-        return "ray" if module.startswith(("tests/integration", "tests/faults")) else module
+        needs_ray = module.startswith(("tests/integration", "tests/faults")) and module not in _WITHOUT_RAY
+        return "ray" if needs_ray else module
 
 
 @pytest.hookimpl(optionalhook=True)

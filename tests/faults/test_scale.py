@@ -45,6 +45,7 @@ def result(folder: Folder) -> list[tuple[int, int]]:
 EXPECTED = [(x, 2 * x) for x in range(95)]
 
 
+@pytest.mark.slow
 def test_a_table_through_actors_restarts_where_it_stopped(tmp_path: Path) -> None:
     folder = source(tmp_path / "a")
     with pytest.raises(HealthError, match="planted at 50"):  # our own error, not Ray's wrappers

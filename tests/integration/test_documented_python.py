@@ -20,7 +20,13 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{name}-{row}" for row, (name, _) in enumerate(BLOCKS)])
+PARAMETERS = [
+    pytest.param(page, block, id=f"{page}-{row}", marks=[pytest.mark.slow] if "run_pipeline" in block else [])
+    for row, (page, block) in enumerate(BLOCKS)
+]
+
+
+@pytest.mark.parametrize(("page", "block"), PARAMETERS)
 def test_python_block_runs(page: str, block: str, finished: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     model = finished.inputs["model"]

@@ -169,12 +169,12 @@ def check_codebook_size(config: TokenizerConfig, n_items: int) -> None:
     """Check that the codebook is not larger than the catalog.
 
     Raises:
-        ConfigError: it is larger; names a suitable size.
+        ConfigError: it is larger; names the maximum and a suitable size.
     """
     if n_items < config.codebook_size:
         raise ConfigError(
             f"tokenizer.codebook_size = {config.codebook_size} is larger than the {n_items} items of the catalog; "
-            f"{suitable_codebook_size(n_items)} is suitable, {n_items} is the maximum"
+            f"use at most {n_items}; {min(n_items, suitable_codebook_size(n_items))} is suitable"
         )
 
 
