@@ -20,7 +20,7 @@ from tiger.core.config import build
 from tiger.pipeline.prepare import prepare
 from tiger.run import RunConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def on_three_nodes(stage: str, folder: Path) -> Any:
