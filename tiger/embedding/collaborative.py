@@ -185,16 +185,34 @@ def fit_fusion(
         cooccurrence = cooccurrence @ rotation_onto(cooccurrence, known)
     dim = len(text_mean)
     gram, product = config.ridge * np.eye(dim + 1), np.zeros((dim + 1, cooccurrence.shape[1]))
-    has_pairs: npt.NDArray[np.bool_] = np.linalg.norm(cooccurrence, axis=1) > 0
     for items, text in vector_shards(embeddings):
-        x = with_constant(unit_rows(text - text_mean)).astype(np.float64)
-        weighted = x * (counts[items] * has_pairs[items])[:, None]
-        gram += weighted.T @ x
-        product += weighted.T @ cooccurrence[items]
+        own_gram, own_product = regression_sums(text - text_mean, cooccurrence[items], counts[items])
+        gram += own_gram
+        product += own_product
     prediction = np.linalg.solve(gram, product).astype(np.float32)
-    size = dim + cooccurrence.shape[1]
-    rotation, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((size, size)))
-    return Fusion(config, text_mean, prediction, rotation.astype(np.float32), cooccurrence, counts)
+    rotation = random_rotation(dim + cooccurrence.shape[1], config.seed)
+    return Fusion(config, text_mean, prediction, rotation, cooccurrence, counts)
+
+
+def regression_sums(
+    text: Matrix, factors: Matrix, counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the Gram matrix [d + 1, d + 1] and the product [d + 1, r] of the regression from texts to co-occurrence.
+
+    Args:
+        text: float32 [n, d] centered text embeddings.
+        factors: float32 [n, r] co-occurrence vectors; items with a zero vector are left out.
+        counts: [n] purchases, the weights of the items.
+    """
+    x = with_constant(unit_rows(text)).astype(np.float64)
+    weighted = x * (counts * factors.any(axis=1))[:, None]
+    return weighted.T @ x, weighted.T @ factors
+
+
+def random_rotation(size: int, seed: int) -> Matrix:
+    """Return a random orthogonal matrix float32 [size, size]."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
+    return rotation.astype(np.float32)
 
 
 def write_fused(fusion: Fusion, embeddings: Folder, target: Folder) -> None:

@@ -30,9 +30,10 @@ from tiger.embedding.collaborative import (
     KnownFactors,
     Matrix,
     pairs_within,
+    random_rotation,
+    regression_sums,
     rotation_onto,
     unit_rows,
-    with_constant,
 )
 from tiger.embedding.vectors import list_shards, matrix, read_shard, vector_column
 
@@ -97,10 +98,9 @@ def fuse_shards(
         gram += own_gram
         product += own_product
     prediction = np.linalg.solve(gram, product).astype(np.float32)
-    width = len(mean) + rank
-    rotation, _ = np.linalg.qr(np.random.default_rng(config.seed).standard_normal((width, width)))
+    rotation = random_rotation(len(mean) + rank, config.seed)
     empty = np.empty((0, rank), np.float32), np.empty(0, np.int64)
-    fusion = Fusion(config, mean, prediction, rotation.astype(np.float32), *empty)
+    fusion = Fusion(config, mean, prediction, rotation, *empty)
     progress = Progress("item vectors", num_items, "items")
     numbered = [(embeddings, group, index * _SHARDS, fusion, given, target) for index, group in enumerate(groups)]
     for rows in runner.map(_fuse, numbered, what="item vectors"):
@@ -297,10 +297,9 @@ def _regress(
     size = len(mean) + 1
     gram, product = np.zeros((size, size)), np.zeros((size, factors.shape[1]))
     for items, text in _texts(embeddings, names):
-        x = with_constant(unit_rows(text - mean)).astype(np.float64)
-        weighted = x * (counts[items] * factors[items].any(axis=1))[:, None]
-        gram += weighted.T @ x
-        product += weighted.T @ factors[items]
+        own_gram, own_product = regression_sums(text - mean, factors[items], counts[items])
+        gram += own_gram
+        product += own_product
     return gram, product
 
 
