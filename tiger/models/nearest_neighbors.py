@@ -33,11 +33,14 @@ class NearestNeighbors(CountingRecommender):
     def __init__(self, data: ModelData) -> None:
         super().__init__(data)
         self.vectors = data.text_embeddings  # of a large catalog, mapped from a file
+        blocks = self.vectors.split(_BLOCK_ITEMS)
+        lengths = [np.linalg.norm(block.float().numpy(), axis=1, keepdims=True) for block in blocks]
+        self.lengths = np.maximum(np.concatenate(lengths), 1e-12)
 
     def _unit(self, items: npt.NDArray[Any] | slice) -> npt.NDArray[np.float32]:
         """Return the text embeddings of some items, divided by their lengths."""
         rows = self.vectors[items if isinstance(items, slice) else torch.from_numpy(items)].float().numpy()
-        unit: npt.NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        unit: npt.NDArray[np.float32] = rows / self.lengths[items]
         return unit
 
     def search(self, options: DecodingConfig, allowed_items: npt.NDArray[np.bool_] | None) -> Search:
