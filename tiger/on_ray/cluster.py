@@ -95,7 +95,7 @@ def _join() -> None:
     if address in ("", "local"):
         gpus = pretended_gpus() or usable_gpus()
         _initialize(
-            "a local Ray does not start; if this machine is busy, run the same command again: finished stages are kept",
+            "a local Ray does not start",
             address="local",
             num_cpus=cores() + int(placement.RESERVED_CPUS),
             num_gpus=gpus,
@@ -144,7 +144,9 @@ def _initialize(failure: str, **options: Any) -> None:
             if _LATE not in reason:
                 raise ResourceError(f"{failure} ({reason})") from error
             if attempt == _ATTEMPTS:
-                raise ResourceError(f"{failure}: is the machine busy? ({reason})") from error
+                raise ResourceError(
+                    f"{failure}: is the machine busy? ({reason}) Run the same command again: finished stages are kept"
+                ) from error
             log.warning("Ray did not start within 30 s: is the machine busy? Trying again, %d/%d", attempt, _ATTEMPTS)
 
 
