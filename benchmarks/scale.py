@@ -30,7 +30,7 @@ import torch
 from prepare_scaling import event_chunks, item_chunks, write
 from whole_path import watched
 
-from tiger.core.artifacts import Artifact, newest, open_artifact
+from tiger.core.artifacts import Artifact, newest
 from tiger.embedding.vectors import vector_column
 from tiger.run import RunConfig, load_config
 
@@ -141,8 +141,7 @@ def measure(items: int, events: int, stages: list[str], folder: Path, dim: int, 
             flush=True,
         )
         assert row["driver"] < DRIVER_GB, f"{stage}: the driver took {row['driver']:.2f} GB"
-    catalog = open_artifact(newest(root, "catalog").folder.uri)
-    print(f"catalog: {json.dumps(catalog.metrics | {'rows': None})}", flush=True)
+    print(f"catalog: {json.dumps(newest(root, 'catalog').metrics | {'rows': None})}", flush=True)
     return found
 
 
