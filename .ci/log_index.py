@@ -18,6 +18,8 @@ def index(text: str) -> str:
     rows = ["| date | experiment | verdict |", "|---|---|---|"]
     for date, what, verdict in _TITLE.findall(text):
         anchor = re.sub(r"[^\w -]", "", f"{date}: {what}{f' ({verdict})' if verdict else ''}".lower()).replace(" ", "-")
+        if "--" in anchor:  # GitHub keeps both hyphens, MkDocs one: no link would work on both
+            raise ValueError(f"LOG.md: the title of {date}: {what} has a lone sign between spaces: write it as a word")
         cells = (date, f"[{what}](#{anchor})", verdict or "no verdict")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
