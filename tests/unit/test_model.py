@@ -61,7 +61,7 @@ def test_losses_of_batches_are_those_of_each_target_alone(kind: dict[str, object
         for position in range(begin + 1, int(histories.train_end[user])):
             history = torch.from_numpy(histories.items[begin:position].astype(np.int64))[None]
             target = torch.from_numpy(histories.items[position : position + 1].astype(np.int64))
-            alone += float(losses(model, history[:, -model.encoder.context :], target).sum())
+            alone += float(losses(model, history[:, -model.encoder.context :], target).detach().sum())
             count += 1
     assert len(examples) == count == histories.training_examples()
     assert together == pytest.approx(alone, rel=1e-5)

@@ -111,7 +111,7 @@ def _sum_shards(tokenizer: ResidualTokenizer, embeddings: Folder, names: list[st
 
 def _add(totals: Sums, sums: Sums) -> None:
     for name, array in sums.items():
-        totals[name] = totals[name] + array if name in totals else array
+        totals[name] = totals[name] + array if name in totals else array.copy()  # Ray's is read-only
 
 
 def _update(tokenizer: ResidualTokenizer, level: int, totals: Sums, sample: Tensor) -> None:
