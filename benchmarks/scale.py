@@ -21,11 +21,16 @@ import json
 import os
 import sys
 import tempfile
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray
 import torch
 from prepare_scaling import event_chunks, item_chunks, write
 from whole_path import watched
@@ -48,22 +53,28 @@ SETTINGS = [
 
 
 class HashedWords:
-    """Stands for the text encoder: a sum of random vectors of the words."""
+    """Stands for the text encoder: a sum of random vectors of the words, each a function of the word."""
 
     def __init__(self, dim: int = 64, device: torch.device | None = None, **_: Any) -> None:
-        self.dim, self.of_word = dim, {}
+        self.dim = dim
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        texts = [text.split() for text in shard["text"].to_pylist()]
-        rows = np.zeros((len(texts), self.dim), np.float32)
-        for row, words in enumerate(texts):
-            for word in words:
-                if word not in self.of_word or len(self.of_word) > 10_000:
-                    seed = [int.from_bytes(word.encode()[-8:], "little"), len(word)]
-                    self.of_word[word] = np.random.default_rng(seed).standard_normal(self.dim, np.float32)
-                rows[row] += self.of_word[word]
+        words = pc.utf8_split_whitespace(shard["text"]).combine_chunks()
+        each = pc.list_flatten(words).dictionary_encode()
+        rows = np.zeros((len(shard), self.dim), np.float32)
+        np.add.at(
+            rows, pc.list_parent_indices(words).to_numpy(), self._vectors(each.dictionary)[each.indices.to_numpy()]
+        )
         columns = {"item_id": shard["item_id"], "vector": vector_column(rows)}
-        return pa.table(columns | {"tokens": pa.array([len(words) for words in texts], pa.int32())})
+        return pa.table(columns | {"tokens": pc.list_value_length(words).cast(pa.int32())})
+
+    def _vectors(self, words: pa.Array) -> npt.NDArray[np.float32]:
+        """Return numbers of mean 0 and variance 1, float32 [words, dim]: the finalizer of SplitMix64 of a checksum."""
+        checksums = np.array([zlib.crc32(word.encode()) for word in words.to_pylist()], np.uint64)
+        x = (checksums[:, None] << np.uint64(16)) + np.arange(self.dim, dtype=np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return ((x >> np.uint64(40)).astype(np.float32) / 2**24 - 0.5) * np.float32(12**0.5)
 
 
 def run_stage(stage: str, root: str, given: list[str], dim: int) -> None:
@@ -96,6 +107,15 @@ def run_stage(stage: str, root: str, given: list[str], dim: int) -> None:
         from tiger.semantic_ids.trie import Trie
 
         Trie(SemanticIds.read(newest(root, "semantic_ids").folder))
+
+
+def write_timeline(path: Path, begin: float) -> None:
+    """Write when the stage began and ended, and Ray's events of all its tasks, for strong_scaling.py."""
+    end, events = time.time(), []
+    if ray.is_initialized():
+        time.sleep(3)  # workers send their events once a second
+        events = ray.timeline()
+    path.write_text(json.dumps({"begin": begin, "end": end, "events": events}), encoding="utf-8")
 
 
 def use_model(stage: str, run: RunConfig, catalog: Artifact) -> None:
@@ -155,7 +175,9 @@ def main() -> None:
         else:
             more.append(argument)
     if "only" in settings:
-        return run_stage(settings["only"], settings["root"], more, int(settings["dim"]))
+        begin = time.time()
+        run_stage(settings["only"], settings["root"], more, int(settings["dim"]))
+        return write_timeline(Path(settings["root"]) / f"timeline-{settings['only']}.json", begin)
     folder = Path(settings["root"] or tempfile.mkdtemp(prefix="scale-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"  # for `HashedWords` in workers
