@@ -11,6 +11,7 @@ import pytest
 
 from tiger.core.errors import DataError
 from tiger.core.storage import Folder
+from tiger.data import texts
 from tiger.data.catalog import CatalogConfig
 from tiger.data.history_files import SPILL_BYTES, HistoryFiles
 from tiger.data.item_names import ItemNames
@@ -99,3 +100,15 @@ def test_names_are_titles_else_texts_else_ids(tmp_path: Path) -> None:
     folder.write_table("items.parquet", pa.table({"source_id": ["a"], "text": ["words"]}))
     assert ItemNames(folder).titles.to_pylist() == ["words"]
     assert ItemNames(folder).indices(pa.array(["z", "a", None])).to_pylist() == [None, 0, None]
+
+
+@pytest.mark.parametrize("rows", [[], ["a"], ["", "", "abc", "x" * 25, "", "yy", "z" * 10, "q"]], ids=len)
+def test_texts_become_arrow_strings_in_chunks_of_bounded_size(rows: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_CHUNK_BYTES", 10)
+    column = pa.chunked_array([pa.array(rows, pa.large_string()), pa.array(rows[1:], pa.large_string())])
+    for begin in (0, 1):
+        strings = texts.TextColumn(column.slice(begin)).strings()
+        strings.validate(full=True)
+        assert strings.type == pa.string()
+        assert strings.to_pylist() == column.slice(begin).to_pylist()
+        assert all(sum(map(len, chunk.to_pylist()[1:])) < 10 for chunk in strings.chunks)

@@ -238,9 +238,7 @@ def history_table(histories: Histories, time: npt.NDArray[np.int64], first_user:
     return pa.table(
         {
             "user_id": np.arange(first_user, first_user + len(histories), dtype=np.int32),
-            "source_id": names.column.cast(pa.string())
-            if isinstance(names, TextColumn)
-            else pa.array(names, pa.string()),
+            "source_id": names.strings() if isinstance(names, TextColumn) else pa.array(names, pa.string()),
             "items": _lists(histories.offsets, histories.items),
             "times": _lists(histories.offsets, time),
             "train_end": (histories.train_end - begin).astype(np.int32),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _AT_ONCE = 1 << 13
+_CHUNK_BYTES = 1 << 30
 
 
 class TextColumn(Sequence[str]):
@@ -39,6 +43,17 @@ class TextColumn(Sequence[str]):
         for chunk in self.column.chunks:
             for begin in range(0, len(chunk), _AT_ONCE):
                 yield from chunk.slice(begin, _AT_ONCE).to_pylist()
+
+    def strings(self) -> pa.ChunkedArray:
+        """Return the column as Arrow strings, in chunks that do not pass the 2 GiB that such a chunk has room for."""
+        chunks = []
+        for chunk in self.column.chunks:
+            ends = np.cumsum(np.asarray(pc.binary_length(chunk)), dtype=np.int64)
+            begins = np.flatnonzero(np.diff(ends // _CHUNK_BYTES, prepend=-1)).tolist()
+            for begin, end in itertools.pairwise([*begins, len(chunk)]):
+                own = pa.concat_arrays([chunk.slice(begin, end - begin)])  # a copy, whose offsets begin at 0
+                chunks.append(own.cast(pa.string()))
+        return pa.chunked_array(chunks, pa.string())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
