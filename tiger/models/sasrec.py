@@ -1,7 +1,9 @@
 """SASRec (Kang and McAuley 2018) with cross-entropy over all items (Klenitskiy and Vasilev 2023).
 
 A causal transformer over item embeddings; the output of a position is compared with the embeddings of all items.
-ID-only: it uses neither text nor codes, so a new item has no embedding.
+ID-only: it uses neither text nor codes, so a new item has no embedding. The layers are those of RecBole: layer norm on
+the embeddings and after every sublayer, GELU, weights from a normal distribution of 0.02. With pre-norm and no norm on
+the embeddings, which start short, the first layers drown them: Recall@10 on Beauty is a quarter lower (LOG.md).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _USERS_PER_BATCH = 512
 class SASRecTraining(ModelTraining):
     """How SASRec is trained."""
 
-    epochs: int = Field(60, ge=1, description="passes over all users, at most")
+    epochs: int = Field(40, ge=1, description="passes over all users, at most")
     batch_size: int = Field(256, ge=1, description="users per step, over all workers")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's peak learning rate")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, before a cosine to zero")
@@ -45,7 +47,7 @@ class Config(ModelConfig):
 
     kind: Literal["sasrec"] = Field("sasrec", description="self-attentive sequential recommendation, without text")
 
-    embedding_dim: int = Field(128, ge=2, description="of item embeddings")
+    embedding_dim: int = Field(64, ge=2, description="of item embeddings")
     num_layers: int = Field(2, ge=1, description="transformer layers")
     num_heads: int = Field(2, ge=1, description="attention heads")
     dropout: float = Field(0.5, ge=0, lt=1, description="on embeddings, attention and feed-forward")
@@ -61,9 +63,7 @@ class SASRec(nn.Module):
         self.max_items = config.max_history_items
         self.items = nn.Embedding(num_items, config.embedding_dim)
         self.positions = nn.Embedding(config.max_history_items, config.embedding_dim)
-        nn.init.normal_(self.items.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm, self.dropout = nn.LayerNorm(config.embedding_dim), nn.Dropout(config.dropout)
         layer = nn.TransformerEncoderLayer(
             config.embedding_dim,
             config.num_heads,
@@ -71,11 +71,13 @@ class SASRec(nn.Module):
             config.dropout,
             F.gelu,
             batch_first=True,
-            norm_first=True,
         )
-        self.layers = nn.TransformerEncoder(
-            layer, config.num_layers, nn.LayerNorm(config.embedding_dim), enable_nested_tensor=False
-        )
+        self.layers = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def states(self, history: Tensor) -> Tensor:
         """Return the hidden state after each position, [B, N, M].
@@ -87,7 +89,7 @@ class SASRec(nn.Module):
         position = (self.max_items - n_items + torch.arange(history.shape[1], device=history.device)).clamp_max(
             self.max_items - 1
         )
-        x_BNM = self.dropout(self.items(history.clamp_min(0)) + self.positions(position))
+        x_BNM = self.dropout(self.norm(self.items(history.clamp_min(0)) + self.positions(position)))
         mask = nn.Transformer.generate_square_subsequent_mask(history.shape[1], device=history.device)
         states: Tensor = self.layers(x_BNM, mask=mask, is_causal=True)
         return states
