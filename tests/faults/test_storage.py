@@ -57,6 +57,7 @@ def test_altered_objects_are_named(root: str) -> None:
         open_artifact(artifact.home.uri)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("others_seem_dead", [False, True])
 def test_two_writers_never_touch_each_others_objects(
     others_seem_dead: bool, root: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, record_property: Property

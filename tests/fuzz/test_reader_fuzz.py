@@ -305,7 +305,7 @@ def test_random_tables_read_like_plain_python(tmp_path: Path) -> None:
     assert sum(check(seed, tmp_path / str(seed % 10)) for seed in range(400)) > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_twenty_thousand_random_tables_read_like_plain_python(tmp_path: Path) -> None:
     rows, tables = 0, int(os.environ.get("TIGER_FUZZ", "20000"))
     for seed in range(1_000, 1_000 + tables):
