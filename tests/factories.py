@@ -17,7 +17,7 @@ from tiger.semantic_ids.trie import Trie
 
 SIZES = (4, 5, 3)
 SMALL = {"d_model": 8, "num_heads": 2, "head_dim": 4, "d_ff": 16, "num_layers": 1}
-PAPER = {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"}
+PAPER = {"encoder": "bidirectional", "encoder_input": "codes", "input_norm": False, "softmax": "codes"}
 """The model as published; without these keys it is the default, with a softmax over the trie."""
 
 KINDS: list[dict[str, object]] = [

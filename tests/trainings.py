@@ -45,7 +45,7 @@ MODEL = {
 KINDS: dict[str, dict[str, Any]] = {
     "trie": {},
     "trie bidirectional": {"encoder": "bidirectional"},
-    "paper": {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"},
+    "paper": {"encoder": "bidirectional", "encoder_input": "codes", "input_norm": False, "softmax": "codes"},
 }
 SASREC = {
     "embedding_dim": 16, "max_history_items": 6, "dropout": 0.0,

@@ -194,7 +194,7 @@ MODEL = {
         "validation_users": 40, "validation_beam": 10, "validate_every_epochs": 1.0,
     },
 }  # fmt: skip
-PAPER = {"encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes"}
+PAPER = {"encoder": "bidirectional", "encoder_input": "codes", "input_norm": False, "softmax": "codes"}
 KINDS: dict[str, dict[str, Any]] = {
     "rqvae": TOKENIZER | {"training": TRAINED, "codebook_update_every": 1},
     "rqvae ema": TOKENIZER | {"codebook_update": "ema", "gradient_estimator": "rotation", "training": TRAINED},

@@ -98,6 +98,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "model.dropout": ("0.3", "model"),
     "model.encoder": ("bidirectional", "model"),
     "model.encoder_input": ("codes", "model"),
+    "model.input_norm": ("false", "model"),
     "model.softmax": ("codes", "model"),
     "model.softmax_support": ("children", "model"),
     "model.item_vectors": ("false", "model"),

@@ -48,7 +48,7 @@ __all__ = [  # Folder and its constants are in tiger.core.storage
     "stage_fingerprint",
 ]
 
-SCHEMA_VERSION = 5  # part of every fingerprint
+SCHEMA_VERSION = 6  # part of every fingerprint
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from tiger.models.base import ModelConfig, ModelTraining
 from tiger.training.loop import Precision
 
 _PAPER: dict[str, Any] = {
-    "encoder": "bidirectional", "encoder_input": "codes", "softmax": "codes", "num_user_tokens": 2000,
+    "encoder": "bidirectional", "encoder_input": "codes", "input_norm": False, "softmax": "codes",
+    "num_user_tokens": 2000,
 }  # fmt: skip
-_TRIE: dict[str, Any] = {"encoder": "causal", "encoder_input": "items", "softmax": "trie", "num_user_tokens": 0}
+_TRIE: dict[str, Any] = {
+    "encoder": "causal", "encoder_input": "items", "input_norm": True, "softmax": "trie", "num_user_tokens": 0,
+}  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Two small layers: minutes on a CPU.
-    "small": _TRIE | {"d_model": 64, "num_heads": 4, "head_dim": 16, "d_ff": 256, "num_layers": 2, "dropout": 0.2},
+    "small": _TRIE | {"d_model": 64, "num_heads": 4, "head_dim": 16, "d_ff": 256, "num_layers": 2, "dropout": 0.3},
     # Twice that, for a GPU or a larger catalog.
     "medium": _TRIE | {"d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 512, "num_layers": 3, "dropout": 0.2},
     # Rajput et al. 2023, section 4: 4 layers, 6 heads of 64, MLP 1024, dropout 0.1, 2,000 user tokens.
@@ -69,6 +72,11 @@ class TigerConfig(ModelConfig):
     )
     encoder_input: Literal["codes", "items"] | None = Field(
         None, description="codes: one token per code of an item, as in the paper; items: one token per item"
+    )
+    input_norm: bool | None = Field(
+        None,
+        description="RMSNorm on what the first layers of encoder and decoder read: embeddings start short, and the "
+        "outputs of the layers would drown them; not in the paper",
     )
     softmax: Literal["trie", "codes"] | None = Field(
         None,

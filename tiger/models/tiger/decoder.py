@@ -21,6 +21,7 @@ class CodeDecoder(nn.Module):
         d_model = config.d_model or 0
         self.bos_embedding = nn.Parameter(torch.zeros(d_model))
         self.level_embedding = nn.Embedding(num_levels, d_model)
+        self.input_norm = nn.RMSNorm(d_model) if config.input_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout or 0.0)
         layers = (DecoderLayer(*config.layer_args) for _ in range(config.num_layers or 0))
         self.layers: list[DecoderLayer] = cast("Any", nn.ModuleList(layers))
@@ -47,7 +48,7 @@ class CodeDecoder(nn.Module):
         batch, num_targets, levels = codes.shape
         before = items.code_embedding(codes[..., :-1])
         x = torch.cat([self.bos_embedding.expand(batch, num_targets, 1, -1), before], dim=2)
-        x_BQM = self.dropout(x + self.level_embedding.weight).flatten(1, 2)
+        x_BQM = self.dropout(self.input_norm(x + self.level_embedding.weight)).flatten(1, 2)
         repeated = None if positions is None else positions.repeat_interleave(levels)
         for layer, key_value in zip(self.layers, key_values, strict=True):
             x_BQM = layer(x_BQM, levels, key_value, mask, repeated)
@@ -72,7 +73,7 @@ class CodeDecoder(nn.Module):
             x_BQM = (self.bos_embedding + self.level_embedding.weight[0]).expand(batch, 1, -1)
         else:
             x_BQM = items.code_embedding(codes) + self.level_embedding.weight[level]
-        extended = []
+        x_BQM, extended = self.input_norm(x_BQM), []
         for index, (layer, key_value) in enumerate(zip(self.layers, encoded.key_values, strict=True)):
             x_BQM, kept = layer.step(
                 x_BQM, cache[index] if cache else [], key_value, encoded.mask, encoded.next_position

@@ -55,6 +55,7 @@ class HistoryEncoder(nn.Module):
         self.position_embedding = None if self.causal else nn.Embedding(config.max_history_items, d_model)
         self.start_embedding = nn.Parameter(torch.zeros(d_model)) if self.causal else None
         self.user_embedding = nn.Embedding(config.num_user_tokens, d_model) if config.num_user_tokens else None
+        self.input_norm = nn.RMSNorm(d_model) if config.input_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout or 0.0)
         layers = (EncoderLayer(*config.layer_args) for _ in range(config.num_layers or 0))
         self.layers: list[EncoderLayer] = cast("Any", nn.ModuleList(layers))
@@ -73,7 +74,7 @@ class HistoryEncoder(nn.Module):
             if user is None:
                 raise ValueError("this model reads a user token: pass the users")
             x_BSM = torch.cat([self.user_embedding(user)[:, None], x_BSM], dim=1)
-        mask, x_BSM = self.key_mask(history), self.dropout(x_BSM)
+        mask, x_BSM = self.key_mask(history), self.dropout(self.input_norm(x_BSM))
         for layer in self.layers:
             x_BSM = layer(x_BSM, mask, None)
         return self.norm(x_BSM)
@@ -107,7 +108,7 @@ class HistoryEncoder(nn.Module):
         mask = visible_BNN.repeat_interleave(width, 1).repeat_interleave(width, 2)[:, None]
         first_BN = valid_BN & ~F.pad(valid_BN, (1, -1))
         x_BSM = (x_BNWM + first_BN[:, :, None, None] * self.start_embedding).flatten(1, 2)
-        x_BSM, positions = self.dropout(x_BSM), item.repeat_interleave(width)
+        x_BSM, positions = self.dropout(self.input_norm(x_BSM)), item.repeat_interleave(width)
         for layer in self.layers:
             x_BSM = layer(x_BSM, mask, positions)
         return self.norm(x_BSM)
