@@ -8,7 +8,9 @@
 `scale.py` leaves Ray's timeline of every stage: when each task ran, and for how long. Here the tasks are scheduled
 again, in the order in which they began, on other numbers of cores. Tasks that overlapped then may overlap now; what ran
 between two groups of tasks, on the driver, takes as long as it did on any number of cores. For a larger catalog there
-are proportionally more tasks of the same lengths, and the driver's time grows in proportion, but for the start of Ray.
+are proportionally more tasks of the same lengths, and the driver's time grows in proportion, but for the start of Ray:
+an upper bound, because a part of it does not depend on the catalog. Evaluation and recommendations are for as many
+users as were measured.
 
 Two stages are arithmetic, because no GPU has been measured: text encoding is `texts_per_second` for each GPU; a
 training step is `batch_size` targets at `targets_per_second` for each GPU plus a ring all-reduce of `parameters`. The
@@ -116,6 +118,8 @@ def main() -> None:
     table: dict[str, list[float]] = {}
     for stage, line in timelines.items():
         growth = more_events / events if stage in ("prepare", "item_vectors") else more_items / items
+        if stage in ("evaluate", "recommend"):
+            growth = 1.0
         if stage == "embed":
             table[stage] = [line.start + more_items / (n * rates["texts_per_second"]) for n in gpus]
         elif stage == "train":
