@@ -95,7 +95,7 @@ KEYS: dict[str, tuple[str, str]] = {
     "model.head_dim": ("8", "model"),
     "model.d_ff": ("64", "model"),
     "model.num_layers": ("1", "model"),
-    "model.dropout": ("0.3", "model"),
+    "model.dropout": ("0.4", "model"),
     "model.encoder": ("bidirectional", "model"),
     "model.encoder_input": ("codes", "model"),
     "model.input_norm": ("false", "model"),
