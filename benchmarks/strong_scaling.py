@@ -26,7 +26,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("prepare", "embed", "item_vectors", "tokenizer", "semantic_ids", "trie", "train", "evaluate", "recommend")
+from scale import STAGES
+
 DEFAULTS = {
     "root": "", "size": "250000x10000000", "target": "10000000x100000000", "gpus": "2,8,32", "cores_per_gpu": "8",
     "texts_per_second": "5000", "targets_per_second": "50000", "epochs": "10", "batch_size": "65536",
@@ -56,15 +57,18 @@ class Timeline:
         # An actor's constructor counts as its start, which is repeated on each core and not divided among them.
         events = [e for e in written["events"] if e["cat"].startswith("task::") and e["name"] != "__init__"]
         tasks = sorted((e["ts"] / 1e6, e["dur"] / 1e6) for e in events)
+        if not tasks:
+            return cls([], end - begin, 0.0)
+        first = last_end = tasks[0][0]
         groups: list[list[float]] = []
-        start, idle, last_end = (tasks[0][0] - begin if tasks else end - begin), 0.0, begin
+        idle = 0.0
         for at, seconds in tasks:
-            if not groups or at >= last_end:
+            if at >= last_end:
                 groups.append([])
-                idle += max(0.0, at - last_end) if len(groups) > 1 else 0.0
+                idle += at - last_end
             groups[-1].append(seconds)
             last_end = max(last_end, at + seconds)
-        return cls(groups, start, idle + (max(0.0, end - last_end) if tasks else 0.0))
+        return cls(groups, first - begin, idle + max(0.0, end - last_end))
 
     def seconds(self, cores: int, growth: float = 1.0) -> float:
         """Return how long the stage takes on a number of cores, with `growth` times the work."""
@@ -117,8 +121,10 @@ def main() -> None:
     print("| stage | " + " | ".join(f"{n} GPUs" for n in gpus) + " |\n" + "|---" * (len(gpus) + 1) + "|")
     table: dict[str, list[float]] = {}
     for stage, line in timelines.items():
-        growth = more_events / events if stage in ("prepare", "item_vectors") else more_items / items
-        if stage in ("evaluate", "recommend"):
+        growth = more_items / items
+        if stage in ("prepare", "item_vectors"):
+            growth = more_events / events
+        elif stage in ("evaluate", "recommend"):
             growth = 1.0
         if stage == "embed":
             table[stage] = [line.start + more_items / (n * rates["texts_per_second"]) for n in gpus]
