@@ -2,10 +2,11 @@
 
     uv run python benchmarks/embed_speed.py [texts=5000] [cores=1,2] [rounds=1] data.path=../shared/data/amazon-beauty
 
-The same texts and model on the same number of cores: threads for the direct calls, actors of one CPU for Ray Data. The
-direct call is `SentenceTransformer.encode` as it comes: float32, batches of 32, sorted by length over all texts.
-Ray Data's rate is given twice, over the whole stage, and from the first part that came to the last, without the start
-of Ray and of the actors, which takes the same seconds for any number of texts.
+The same texts (those of the catalog several times, if it has fewer) and model on the same number of cores: threads for
+the direct calls, actors of one CPU for Ray Data. The direct call is `SentenceTransformer.encode` as it comes: float32,
+batches of 32, sorted by length over all texts. Ray Data's rate is given twice, over the whole stage, and from the first
+part that came to the last, without the start of Ray and of the actors, which takes the same seconds for any number of
+texts.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def main() -> None:
     name = "beauty-cpu" if "data.path" in arguments else "sample"
     run = load(RunConfig, name, [f"{key}={value}" for key, value in arguments.items()], Path(CONFIGS))
     table = prepare(run).folder.read_table("items.parquet", ["text"])
-    drawn = np.random.default_rng(0).permutation(len(table))[:count]
-    texts = table["text"].take(pa.array(np.sort(drawn))).to_pylist()
+    order = np.random.default_rng(0).permutation(len(table))
+    drawn = np.sort(np.resize(order, count))  # a catalog smaller than `count` comes more than once
+    texts = table["text"].take(pa.array(drawn)).to_pylist()
     for number in cores:
         found: dict[str, list[float]] = {}
         for _ in range(rounds):

@@ -66,9 +66,9 @@ def scan_files(config: DatasetConfig, files: Files) -> list[Scan]:
     Raises:
         DataError: a file cannot be read.
     """
-    marks = getattr(_module(config), "marks", lambda config, role: b"")
+    quote = getattr(_module(config), "quote", lambda config, role: b"")
     with ThreadPoolExecutor(_SCANNED_AT_ONCE) as pool:
-        return list(pool.map(lambda pair: scan(pair[1], marks(config, pair[0])), files.roles()))
+        return list(pool.map(lambda pair: scan(pair[1], quote(config, pair[0])), files.roles()))
 
 
 def expanded_bytes(file: RawFile, scanned: Scan) -> int:

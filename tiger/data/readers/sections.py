@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +20,23 @@ _CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
+class QuoteUse:
+    """How a file uses its quote character, if the first quote opens a field, the second closes it, and so on.
+
+    Attributes:
+        neighbors: the bytes before opening and after closing quotes; a line end for the beginning and end of the file.
+        has_line_breaks: whether there is a line break between an opening and a closing quote, or one is not closed.
+    """
+
+    neighbors: bytes
+    has_line_breaks: bool
+
+    def is_regular(self, separator: bytes, quote: bytes) -> bool:
+        """Return whether each quote encloses a field, or is doubled in one, and each line is a record."""
+        return not self.has_line_breaks and set(self.neighbors) <= {*separator, *quote, *b"\r\n"}
+
+
+@dataclass(frozen=True)
 class Scan:
     """What one pass over the bytes of a file finds.
 
@@ -26,26 +45,26 @@ class Scan:
         size: bytes.
         begins: (offset, number) of the lines at which sections may begin, about `SECTION_BYTES` apart; the first is
             (0, 1). Only of a plain text file whose encoding is a superset of ASCII.
-        marks: those of the bytes asked for that occur.
+        quotes: how the file uses the quote character; None: it does not occur, or the file is none of these.
     """
 
     sha256: str
     size: int
     begins: tuple[tuple[int, int], ...]
-    marks: bytes
+    quotes: QuoteUse | None = None
 
 
-def scan(file: RawFile, marks: bytes = b"") -> Scan:
+def scan(file: RawFile, quote: bytes = b"") -> Scan:
     """Read a file once, in chunks.
 
     Args:
         file: the file.
-        marks: bytes to look for, such as a quote.
+        quote: the quote character, one byte; empty: none.
 
     Raises:
         DataError: the file cannot be read.
     """
-    sha, begins, found = hashlib.sha256(), [(0, 1)], set[int]()
+    sha, begins, quotes = hashlib.sha256(), [(0, 1)], _QuoteScan(quote)
     offset, number, after_return, splittable = 0, 1, False, True
     try:
         with file.open() as stream:
@@ -54,7 +73,7 @@ def scan(file: RawFile, marks: bytes = b"") -> Scan:
                 if not offset:
                     splittable = not chunk.startswith((b"\x1f\x8b", b"PAR1", b"\xff\xfe", b"\xfe\xff"))
                 if splittable:
-                    found.update(mark for mark in marks if mark not in found and bytes([mark]) in chunk)
+                    quotes.add(chunk if offset else chunk.removeprefix(codecs.BOM_UTF8))
                     number -= after_return and chunk.startswith(b"\n")  # half of a line end
                     after_return = chunk.endswith(b"\r")
                     if offset + len(chunk) >= begins[-1][0] + SECTION_BYTES and (at := chunk.find(b"\n")) >= 0:
@@ -65,7 +84,42 @@ def scan(file: RawFile, marks: bytes = b"") -> Scan:
         raise file.unreadable(error) from None
     if begins[-1][0] == offset:
         begins.pop()
-    return Scan(sha.hexdigest(), offset, tuple(begins) if splittable else (), bytes(sorted(found)))
+    return Scan(sha.hexdigest(), offset, tuple(begins) if splittable else (), quotes.result())
+
+
+class _QuoteScan:
+    """Finds the `QuoteUse` of a text that comes in chunks."""
+
+    def __init__(self, quote: bytes) -> None:
+        self.quote = quote
+        self.count = 0
+        self.neighbors = np.zeros(256, bool)
+        self.has_line_breaks = False
+        self.before = b"\n"
+
+    def add(self, chunk: bytes) -> None:
+        """Add the next bytes; no more is found out once a field has a line break."""
+        if not self.quote or not chunk or self.has_line_breaks or (not self.count and self.quote not in chunk):
+            self.before = chunk[-1:] or self.before
+            return
+        if self.count % 2 == 0 and self.before == self.quote:  # closed by the last byte of the chunk before
+            self.neighbors[chunk[0]] = True
+        text = np.frombuffer(self.before + chunk, np.uint8)
+        own = text[1:]
+        at = np.flatnonzero(own == self.quote[0])
+        opening, closing = at[self.count % 2 :: 2], at[1 - self.count % 2 :: 2]
+        self.neighbors[text[opening]] = True
+        self.neighbors[own[closing[closing < len(own) - 1] + 1]] = True
+        breaks = np.flatnonzero((own == ord("\n")) | (own == ord("\r")))
+        self.has_line_breaks = bool(((self.count + np.searchsorted(at, breaks)) % 2).any())
+        self.count += len(at)
+        self.before = chunk[-1:]
+
+    def result(self) -> QuoteUse | None:
+        if not self.count:
+            return None
+        found = np.flatnonzero(self.neighbors).astype(np.uint8).tobytes()
+        return QuoteUse(found, self.has_line_breaks or self.count % 2 == 1)
 
 
 def _line_ends(text: bytes) -> int:

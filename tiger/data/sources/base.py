@@ -11,7 +11,7 @@ and, so that large files are read by several processes, optionally
 
     parts(config, role, files, scans) -> [RawFile]      sections of the files of a table; reading them one after another
                                                         must yield the rows of reading all, see `readers/sections.py`
-    marks(config, role) -> bytes                        bytes that the scans of the files look for
+    quote(config, role) -> bytes                        quote character, whose use the scans of the files report
     item_types(config, files) -> {file: {field: type}}  if the fields of items may differ between files or sections
     read_items(config, files, ledger, fields, types)    the fields to read, and what `item_types` returned of all files
 

@@ -268,15 +268,17 @@ def _cut(config: Config, role: Role, file: RawFile, scanned: Scan) -> list[RawFi
         return parquet_sections(file)
     if codecs.lookup(wanted.encoding).name != "utf-8" or len(scanned.begins) < 2:
         return [file]
-    if form == "csv":  # a quote may hide line breaks, and only reading from the beginning tells where it opens
-        return [file] if wanted.quote.encode() in scanned.marks and wanted.quote else text_sections(file, scanned)
     table, _ = _open(config, role, file, {})
+    if isinstance(table, DelimitedTable):  # only reading from the beginning tells which line breaks are in fields
+        separator, quotes = table.separator.encode(), scanned.quotes
+        is_cut = quotes is None or (len(separator) == 1 and quotes.is_regular(separator, wanted.quote.encode()))
+        return text_sections(file, scanned) if is_cut else [file]
     cannot = not isinstance(table, JsonTable) or table.document or not table.has_needed()
     return [file] if cannot else text_sections(file, scanned)
 
 
-def marks(config: Config, role: Role) -> bytes:
-    """Return the bytes whose occurrence in a file decides whether it is cut."""
+def quote(config: Config, role: Role) -> bytes:
+    """Return the quote character, whose use in a file decides whether it is cut."""
     return config.wanted(role).quote.encode()
 
 
