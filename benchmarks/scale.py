@@ -10,8 +10,9 @@ on Ray whatever its size. A driver above 2 GB ends the benchmark with an error. 
 memory of the driver and of one of Ray's processes without what they map from files; `store` is Ray's object store.
 
 Interactions are random, so that nothing but popularity can be learned: training ends after 100 steps, `evaluate` ranks
-the targets of 10,000 users with the model and two baselines, `recommend` writes lists for 20,000, and the thresholds of
-a trained model are not applied. Catalogs above 2 million items have no learned vector per item.
+the targets of 10,000 users with the model and two baselines, `recommend` writes lists for 20,000 (unless
+`evaluation.max_users` and `recommend.users` are given), and the thresholds of a trained model are not applied. Catalogs
+above 2 million items have no learned vector per item.
 """
 
 from __future__ import annotations
@@ -132,10 +133,15 @@ def use_model(stage: str, run: RunConfig, catalog: Artifact) -> None:
         recommend.recommend(run, newest(run.root, "model"))
 
 
-def rows_of(stage: str, items: int, events: int) -> int:
-    """Return what the rate of a stage counts: interactions and items, items, targets, or users."""
-    users = {"evaluate": 2 * 10_000, "recommend": 20_000}  # of both splits
-    return users.get(stage, {"prepare": events + items, "train": 100 * 1024}.get(stage, items))
+def rows_of(stage: str, items: int, events: int, settings: dict[str, str]) -> int:
+    """Return what the rate of a stage counts: interactions and items, items, targets, or users (of both splits)."""
+    if stage == "prepare":
+        return events + items
+    if stage == "train":
+        return int(settings["model.training.max_steps"]) * int(settings["model.training.batch_size"])
+    if stage == "evaluate":
+        return 2 * int(settings["evaluation.max_users"])
+    return int(settings["recommend.users"]) if stage == "recommend" else items
 
 
 def raw_files(folder: Path, items: int, events: int) -> list[str]:
@@ -148,12 +154,13 @@ def raw_files(folder: Path, items: int, events: int) -> list[str]:
 def measure(items: int, events: int, stages: list[str], folder: Path, dim: int, more: list[str]) -> dict[str, Any]:
     learned = [] if items <= LEARNED_UP_TO else ["model.item_vectors=false"]
     given = [*raw_files(folder, items, events), *SETTINGS, *learned, *more]
+    settings = dict(setting.split("=", 1) for setting in given)
     root = str(folder / f"runs-{events}-{items}")
     found: dict[str, Any] = {}
     for stage in stages:
         command = [sys.executable, __file__, f"only={stage}", f"root={root}", f"dim={dim}", *given]
         row = watched(command)
-        rows = rows_of(stage, items, events)
+        rows = rows_of(stage, items, events, settings)
         found[stage] = row | {"rows": rows}
         print(
             f"| {items:,} x {events:,} | {stage} | {row['seconds']:.1f} | {rows / row['seconds']:,.0f} | "
