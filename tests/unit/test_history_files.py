@@ -16,6 +16,7 @@ from tiger.data.catalog import CatalogConfig
 from tiger.data.history_files import SPILL_BYTES, HistoryFiles
 from tiger.data.item_names import ItemNames
 from tiger.data.sources.base import INTERACTIONS
+from tiger.serving.items import ItemTable
 
 Event = tuple[str, str, int]
 
@@ -93,7 +94,12 @@ def test_only_unknown_items_are_an_error_that_shows_both_kinds_of_ids(tmp_path: 
 
 
 def test_names_are_titles_else_texts_else_ids(tmp_path: Path) -> None:
+    """In lists of recommendations and in the service; titles of other types read as in the texts."""
     folder = Folder(str(tmp_path))
+    rows = {"source_id": list("abcd"), "text": ["x", None, "z", None], "title": [["A", "1"], [], [""], None]}
+    for changed, shown in (({}, ["A > 1", "b", "z", "d"]), ({"title": [7, None, 9, 8]}, ["7", "b", "9", "8"])):
+        folder.write_table("items.parquet", pa.table(rows | changed), row_group_size=3)
+        assert ItemNames(folder).titles.to_pylist() == ItemTable.read(folder).titles == shown
     rows = {"source_id": ["a", "b", "c", "d"], "text": ["x" * 99, "y" * 99, "", None], "title": ["T", "", None, ""]}
     folder.write_table("items.parquet", pa.table(rows))
     assert ItemNames(folder).titles.to_pylist() == ["T", "y" * 80, "c", "d"]

@@ -34,6 +34,7 @@ from tiger.core.external_sort import MemoryStore
 from tiger.core.runner import InProcess
 from tiger.core.storage import Folder
 from tiger.data.histories import Histories, read_histories
+from tiger.data.item_names import display_titles
 from tiger.data.prepare.build import DROPPED_INTERACTIONS, ONE_RANGE, UNKNOWN, build_catalog, check_unknown
 from tiger.data.prepare.raw import Batches, Unchecked
 from tiger.data.readers.row_counts import RowCounts
@@ -88,12 +89,9 @@ class Catalog:
 
     @cached_property
     def titles(self) -> list[str]:
-        """Display title of each item: its title, else the beginning of its text, else its source id."""
-        columns = self.items.column_names
-        texts = self.items["text"].to_pylist()
-        titles = self.items["title"].to_pylist() if "title" in columns else [None] * len(texts)
-        names = self.source_ids
-        return [str(title or text[:80] or name) for title, text, name in zip(titles, texts, names, strict=True)]
+        """Display title of each item, see `display_titles`."""
+        titles: list[str] = display_titles(self.items).to_pylist()
+        return titles
 
     @cached_property
     def source_ids(self) -> Sequence[str]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tiger.core.storage import Folder
+from tiger.data.texts import field_text
 
 ITEMS = "items.parquet"
 
@@ -40,25 +41,48 @@ class ItemNames:
 
     @cached_property
     def titles(self) -> pa.ChunkedArray:
-        """Title of each item, else the beginning of its text, else its id, text [items]."""
-        titles = self._text("title")
-        if titles.null_count:
-            beginning = pc.utf8_slice_codeunits(self._text("text"), 0, _TITLE_CHARACTERS)
-            titles = pc.coalesce(titles, beginning, self.ids)
-        return titles
-
-    def _text(self, name: str) -> pa.ChunkedArray:
-        """Return a column of texts, null if it is empty or does not exist."""
-        with self.folder.open_input(ITEMS) as file:
-            exists = name in pq.read_schema(file).names
-        if not exists:
-            return pa.chunked_array([pa.nulls(len(self.ids), pa.string())])
-        column = pc.cast(self.folder.read_table(ITEMS, [name])[name], pa.string())
-        return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+        """Display titles, see `display_titles`, text [items]; texts are read only where a title is missing."""
+        with self.folder.open_input(ITEMS) as source:
+            file = pq.ParquetFile(source)
+            columns = [name for name in ("source_id", "title", "text") if name in file.schema_arrow.names]
+            chunks = []
+            for group in range(file.num_row_groups):
+                titles = _titles(file.read_row_group(group, columns=[name for name in columns if name == "title"]))
+                if titles is None or titles.null_count:
+                    titles = display_titles(file.read_row_group(group, columns=columns))
+                chunks += titles.chunks
+        return pa.chunked_array(chunks, pa.string())
 
     def indices(self, ids: pa.Array | pa.ChunkedArray) -> pa.Array:
         """Return the index of each id, int32, null for those that are not items; the work grows with all items."""
         return pc.index_in(ids, value_set=self.ids)
+
+
+def display_titles(items: pa.Table) -> pa.ChunkedArray:
+    """Return the title of each item, else the beginning of its text, else its original id, text [items].
+
+    Args:
+        items: columns `source_id`, `text`, and `title` if the catalog has titles. A title that is a list reads as it
+            does in the item's text.
+    """
+    beginning = pc.utf8_slice_codeunits(_present(items["text"]), 0, _TITLE_CHARACTERS)
+    titles = _titles(items)
+    return pc.coalesce(*([] if titles is None else [titles]), beginning, items["source_id"])
+
+
+def _titles(items: pa.Table) -> pa.ChunkedArray | None:
+    """Return the titles as text, null if one is empty; None if there is no such column."""
+    if "title" not in items.column_names:
+        return None
+    titles = items["title"]
+    if pa.types.is_nested(titles.type):
+        titles = pa.chunked_array([[field_text("title", value) for value in titles.to_pylist()]], pa.string())
+    return _present(titles)
+
+
+def _present(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = pc.cast(column, pa.string())
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
 
 
 def take_lists(column: pa.ChunkedArray, items: npt.NDArray[Any]) -> pa.ListArray:

@@ -1,10 +1,10 @@
-"""A column of texts as a sequence of Python strings that are made when they are asked for."""
+"""Texts of fields, and a column of texts as a sequence of Python strings that are made when they are asked for."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,20 @@ import pyarrow.compute as pc
 
 _AT_ONCE = 1 << 13
 _CHUNK_BYTES = 1 << 30
+
+
+def field_text(name: str, value: Any) -> str:
+    """Return the value of an item's field as it reads in the item's text; empty if it is missing."""
+    if value is None or value != value:  # NaN never reaches a text
+        return ""
+    if name == "price" and isinstance(value, (int, float)):
+        return f"${value:.2f}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):  # a path reads "Hair Care > Shampoo", several of them are separated by semicolons
+        nested = any(isinstance(inner, list) for inner in value)
+        return ("; " if nested else " > ").join(filter(None, (field_text(name, inner) for inner in value)))
+    return str(value)
 
 
 class TextColumn(Sequence[str]):

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tiger.core.storage import Folder
+from tiger.data.item_names import display_titles
 from tiger.serving.schemas import Filters
 
 _CATEGORY_COLUMNS = ("categories", "category", "category_leaf")
@@ -57,7 +58,7 @@ class ItemTable:
 
     Attributes:
         source_ids: the catalog's own ids.
-        titles: display titles: the title, else the beginning of the text, else the id.
+        titles: display titles, see `display_titles`.
         index: item index by id.
         prices: float64 [items], NaN without a price; None if the catalog has no prices.
         categories: None if the catalog has no categories.
@@ -87,13 +88,8 @@ class ItemTable:
             fields = [name for name in ("price", *_CATEGORY_COLUMNS) if name in columns]
             wanted = [name for name in ("source_id", "title", "text") if name in columns]
             for batch in file.iter_batches(columns=wanted + fields):
-                own = batch.select(wanted).to_pydict()
-                names += own["source_id"]
-                shown = own.get("title", [None] * len(batch))
-                titles += [
-                    str(title or text[:80] or name)
-                    for name, title, text in zip(own["source_id"], shown, own["text"], strict=True)
-                ]
+                names += batch["source_id"].to_pylist()
+                titles += display_titles(pa.Table.from_batches([batch.select(wanted)])).to_pylist()
                 kept.append(batch.select(fields))
         if not fields:
             return cls(names, titles)
@@ -180,7 +176,7 @@ def _index_categories(columns: Sequence[pa.ChunkedArray]) -> Categories | None:
             values = pc.list_flatten(values)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             there = np.asarray(pc.is_valid(values))
-            names.append(values.drop_null().cast(pa.string()))
+            names.append(values.drop_null().cast(pa.large_string()))  # together they may pass 2 GiB
             rows.append(positions[there])
     found = Categories(pa.concat_arrays(names), np.concatenate(rows).astype(np.int64)) if names else None
     return found if found else None

@@ -18,6 +18,7 @@ from tiger.data.profile import ColumnCounts, Quantiles, count_columns
 from tiger.data.readers.merge import PIECE, clean_batches, fullest_rows, take_rows, texts_array
 from tiger.data.readers.row_counts import RowCounts, listed
 from tiger.data.sources.base import field_name
+from tiger.data.texts import field_text
 
 KEY = "source_id"
 SHOWN = ("title", "categories", "category", "category_leaf", "price")
@@ -183,7 +184,7 @@ def add_texts(items: pa.Table, text_columns: Sequence[str], first_item: int = 0)
         piece = items.slice(begin, PIECE)
         fields = [piece[name].to_pylist() for name in text_columns]
         joined = [
-            ". ".join(filter(None, map(_field_text, text_columns, values))) for values in zip(*fields, strict=True)
+            ". ".join(filter(None, map(field_text, text_columns, values))) for values in zip(*fields, strict=True)
         ]
         texts += texts_array(joined)
         if has_leaf:
@@ -192,19 +193,6 @@ def add_texts(items: pa.Table, text_columns: Sequence[str], first_item: int = 0)
     table = items.add_column(0, "item_id", pa.array(numbers))
     table = table.add_column(2, "text", pa.chunked_array(texts, pa.string()))
     return table.append_column("category_leaf", pa.chunked_array(leaves, pa.string())) if has_leaf else table
-
-
-def _field_text(name: str, value: Any) -> str:
-    if value is None or value != value:  # NaN never reaches a text
-        return ""
-    if name == "price" and isinstance(value, (int, float)):
-        return f"${value:.2f}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):  # a path reads "Hair Care > Shampoo", several of them are separated by semicolons
-        nested = any(isinstance(inner, list) for inner in value)
-        return ("; " if nested else " > ").join(filter(None, (_field_text(name, inner) for inner in value)))
-    return str(value)
 
 
 def _leaf_category(value: Any) -> str | None:
