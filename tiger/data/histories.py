@@ -27,6 +27,9 @@ GROUP_USERS, GROUP_EVENTS = 1 << 16, 1 << 22
 CHUNK_EVENTS = 1 << 30
 """Events per chunk of the lists in histories.parquet; a chunk is limited to 2^31 events."""
 
+_COLUMNS = ["source_id", "items", "train_end", "valid_end"]
+_USER_BYTES = 64  # per user, of the arrays and of an id
+
 _IDS = pa.schema([("source_id", pa.string())])
 
 Split = Literal["valid", "test"]
@@ -158,14 +161,13 @@ def read_histories(folder: Folder) -> Histories:
     """Read histories.parquet from a catalog's folder; arrays of many events are mapped from a file per machine."""
     with folder.open_input(FILE) as stream, pq.ParquetFile(stream) as file:
         metadata = file.metadata
-    events = _num_events(metadata)
-    if 4 * events >= node_cache.MAPPED_BYTES:
-        users = metadata.num_rows
+    size = 4 * _num_events(metadata) + _USER_BYTES * metadata.num_rows
+    if size >= node_cache.MAPPED_BYTES:
         content = json.dumps([folder.uri, folder.files()[FILE], "histories"])
-        path = node_cache.mapped_folder(content, 4 * events + 64 * users, lambda path: _write_mapped(folder, path))
+        path = node_cache.mapped_folder(content, size, lambda path: _write_mapped(folder, path))
         if path is not None:
             return _read_mapped(path)
-    table = folder.read_table(FILE)
+    table = folder.read_table(FILE, _COLUMNS)
     lists = table["items"]
     lengths = np.concatenate([np.empty(0, np.int64), *(np.asarray(pc.list_value_length(c)) for c in lists.chunks)])
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -204,7 +206,7 @@ def _write_mapped(folder: Folder, path: Path) -> None:
         arrays["offsets"][0] = user = event = 0
         with pa.OSFile(str(path / "ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, _IDS) as ids:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, ["source_id", "items", "train_end", "valid_end"]).combine_chunks()
+                table = file.read_row_group(group, _COLUMNS).combine_chunks()
                 items = table["items"].combine_chunks()
                 lengths = np.asarray(pc.list_value_length(items)).astype(np.int64)
                 ends = event + np.cumsum(lengths)
