@@ -24,12 +24,11 @@ from tiger.core import tracking
 from tiger.core.config import load
 from tiger.core.resources import Resources
 from tiger.core.storage import Folder
+from tiger.data.prepare.build import ITEM_ROW_GROUP
 from tiger.embedding.encoder import BUNDLED, EmbedShard, TextEncoder, model_path
 from tiger.on_ray.map import map_shards
 from tiger.pipeline.prepare import prepare
 from tiger.run import CONFIGS, RunConfig
-
-PART = 512  # texts of a part
 
 
 def direct(texts: list[str], threads: int) -> float:
@@ -60,7 +59,7 @@ def ray_data(texts: list[str], actors: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder, tracking.recording(arrived):
         source = Folder(folder)
         table = pa.table({"item_id": np.arange(len(texts), dtype=np.int32), "text": texts})
-        source.write_table("items.parquet", table, row_group_size=PART)
+        source.write_table("items.parquet", table, row_group_size=ITEM_ROW_GROUP)
         pool = Resources(min_workers=actors, max_workers=actors, cpus=1, gpus=0)
         settings = {"storage_dtype": "float32"}
         begin = time.perf_counter()
