@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import safetensors.torch
+import torch
 
 from tiger.core import local_files
 from tiger.core.artifacts import Artifact, Draft, build, newest, open_artifact
@@ -280,3 +282,20 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (100_000, 9, 99_999):
         folder.write_table(f"lists/part-{number:05d}.parquet", pa.table({"x": [number]}))
     assert folder.read_table("lists")["x"].to_pylist() == [9, 99_999, 100_000]
+
+
+def test_tensors_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(5, 4, generator=generator)
+    tensors = {"b": matrix, "a/é": torch.arange(5), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 7)}
+    floats, integers = ("float64", "bfloat16", "float16"), ("int32", "int16", "int8", "uint8", "bool")
+    tensors |= {name: (matrix * 9).to(getattr(torch, name)) for name in floats + integers}
+    tensors |= {"parameter": torch.nn.Parameter(matrix.clone()), "transposed": matrix.t()}
+    folder = Folder(str(tmp_path))
+    for own in (tensors, {}, {"b": matrix}):
+        folder.write_tensors("x.safetensors", own)
+        written = {name: tensor.detach().clone().contiguous() for name, tensor in own.items()}
+        assert folder.read_bytes("x.safetensors") == safetensors.torch.save(written)
+    (tmp_path / "one").write_bytes(b"abc")
+    folder.write_bytes("pieces", [b"a", memoryview(b"bc")])
+    assert folder.read_bytes("pieces") == b"abc"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def sha256(content: bytes | Iterable[bytes]) -> str:
+def sha256(content: bytes | Iterable[bytes | memoryview]) -> str:
     """Return the sha256 of bytes, or of pieces of bytes one after another, as hexadecimal digits."""
     digest = hashlib.sha256()
     for piece in (content,) if isinstance(content, bytes) else content:

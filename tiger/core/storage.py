@@ -154,22 +154,28 @@ class Folder:
             self._require(name, sha256(content), self._expected[name])
         return content
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | list[bytes | memoryview]) -> None:
         """Write a file atomically and durably; on a local disk with a temporary file, fsync and rename.
+
+        Args:
+            name: the file.
+            data: its content, or pieces of it, which are not joined in memory.
 
         Raises:
             StorageError: the disk is full, or the write fails.
         """
-        path = self.join(name)
+        path, pieces = self.join(name), data if isinstance(data, list) else [data]
         with in_one_line(f"{self.uri}/{name}"):
             if self.is_local:
-                with create(path, size=len(data)) as file:
-                    file.write(data)
+                with create(path, size=sum(map(len, pieces))) as file:
+                    for piece in pieces:
+                        file.write(piece)
                 return
             for may_retry in (True, False):
                 try:
                     with self._open_output(path) as stream:
-                        stream.write(data)
+                        for piece in pieces:
+                            stream.write(piece)
                     return
                 except OSError as error:  # a store that was restarted may have lost a multipart upload
                     if not may_retry:
@@ -299,9 +305,9 @@ class Folder:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write named tensors as safetensors; see `write_bytes`."""
-        from safetensors.torch import save
+        from tiger.core.tensors import safetensors_pieces
 
-        self.write_bytes(name, save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}))
+        self.write_bytes(name, safetensors_pieces(tensors))
 
     def delete(self, name: str = "") -> None:
         """Remove the folder `name` inside this one (or this folder) if it exists."""

@@ -90,7 +90,7 @@ class Histories:
             counts = _add_counts(counts, block.training_targets())
         return counts
 
-    def blocks(self, events: int = 1 << 24) -> Iterator[Histories]:
+    def blocks(self, events: int = 1 << 22) -> Iterator[Histories]:
         """Yield all users in blocks of about so many events, so that arrays of a block take little memory."""
         first = 0
         while first < len(self):

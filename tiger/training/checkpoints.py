@@ -16,7 +16,6 @@ from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +24,7 @@ from tiger.core.config import flat
 from tiger.core.errors import ArtifactError, ConfigError, TigerError
 from tiger.core.hashing import sha256
 from tiger.core.storage import Folder
+from tiger.core.tensors import safetensors_pieces
 from tiger.training.loop import all_reduce_sum, rank, world_size
 
 log = logging.getLogger(__name__)
@@ -112,9 +112,9 @@ class CheckpointStore:
 
     def _write(self, own: Folder, step: int, tensors: dict[str, Tensor], rest: bytes) -> None:
         number = rank()
-        contents = {_part(_TENSORS, number): safetensors.torch.save(tensors)}
+        contents = {_part(_TENSORS, number): safetensors_pieces(tensors)}
         if number == 0:
-            contents[_REST] = rest
+            contents[_REST] = [rest]
         for name, content in contents.items():
             own.write_bytes(name, content)
         record: dict[str, Any] = {"sha256": {name: sha256(content) for name, content in contents.items()}}
