@@ -38,6 +38,7 @@ from whole_path import watched
 
 from tiger.core.artifacts import Artifact, newest
 from tiger.embedding.vectors import vector_column
+from tiger.on_ray.cluster import cores
 from tiger.run import RunConfig, load_config
 
 STAGES = (
@@ -111,12 +112,13 @@ def run_stage(stage: str, root: str, given: list[str], dim: int) -> None:
 
 
 def write_timeline(path: Path, begin: float) -> None:
-    """Write when the stage began and ended, and Ray's events of all its tasks, for strong_scaling.py."""
+    """Write when the stage began and ended, the cores, and Ray's events of all its tasks, for strong_scaling.py."""
     end, events = time.time(), []
     if ray.is_initialized():
         time.sleep(3)  # workers send their events once a second
         events = ray.timeline()
-    path.write_text(json.dumps({"begin": begin, "end": end, "events": events}), encoding="utf-8")
+    written = {"begin": begin, "end": end, "cores": cores(), "events": events}
+    path.write_text(json.dumps(written), encoding="utf-8")
 
 
 def use_model(stage: str, run: RunConfig, catalog: Artifact) -> None:

@@ -6,8 +6,9 @@
         [batch_size=65536] [parameters=5e6] [gigabytes_per_second=10] [gpu_hour=3]
 
 `scale.py` leaves Ray's timeline of every stage: when each task ran, and for how long. Here the tasks are scheduled
-again, in the order in which they began, on other numbers of cores. Tasks that overlapped then may overlap now; what ran
-between two groups of tasks, on the driver, takes as long as it did on any number of cores. For a larger catalog there
+again, in the order in which they began, on other numbers of cores. Where more tasks ran than the machine had cores, a
+task counts for its share of them. Tasks that overlapped then may overlap now; what ran between two groups of tasks, on
+the driver, takes as long as it did on any number of cores. For a larger catalog there
 are proportionally more tasks of the same lengths, and the driver's time grows in proportion, but for the start of Ray:
 an upper bound, because a part of it does not depend on the catalog. Evaluation and recommendations are for as many
 users as were measured.
@@ -26,6 +27,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from scale import STAGES
 
 DEFAULTS = {
@@ -40,7 +42,8 @@ class Timeline:
     """The tasks of a stage.
 
     Attributes:
-        groups: seconds of the tasks, in the order of their starts; no task of a group overlapped one of the next.
+        groups: seconds of the tasks on a core of their own, in the order of their starts; no task of a group overlapped
+            one of the next.
         start: seconds before the first task.
         driver: seconds after it in which no task ran.
     """
@@ -62,11 +65,11 @@ class Timeline:
         first = last_end = tasks[0][0]
         groups: list[list[float]] = []
         idle = 0.0
-        for at, seconds in tasks:
+        for (at, seconds), work in zip(tasks, core_seconds(tasks, written["cores"]), strict=True):
             if at >= last_end:
                 groups.append([])
                 idle += at - last_end
-            groups[-1].append(seconds)
+            groups[-1].append(work)
             last_end = max(last_end, at + seconds)
         return cls(groups, first - begin, idle + max(0.0, end - last_end))
 
@@ -84,6 +87,18 @@ class Timeline:
     def serial(self, growth: float = 1.0) -> float:
         """Return the seconds that no number of cores makes fewer."""
         return self.start + (self.driver + sum(group[0] for group in self.groups if len(group) == 1)) * growth
+
+
+def core_seconds(tasks: list[tuple[float, float]], cores: int) -> list[float]:
+    """Return how long each task (start, seconds) had a core, if those that ran at the same time shared all evenly."""
+    starts, seconds = np.array(tasks).T
+    ends = starts + seconds
+    times = np.unique(np.append(starts, ends))
+    running = np.searchsorted(np.sort(starts), times, "right") - np.searchsorted(np.sort(ends), times, "right")
+    shares = np.minimum(1.0, cores / np.maximum(running[:-1], 1))
+    spent = np.append(0.0, np.cumsum(shares * np.diff(times)))
+    found: list[float] = (np.interp(ends, times, spent) - np.interp(starts, times, spent)).tolist()
+    return found
 
 
 def makespan(seconds: list[float], cores: int) -> float:
