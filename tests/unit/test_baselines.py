@@ -77,6 +77,7 @@ def test_against_scores_of_all_items(
 ) -> None:
     """Rankings from sparse rows and in blocks of items equal those of a dense table of scores."""
     monkeypatch.setattr("tiger.models.nearest_neighbors._BLOCK_ITEMS", 7)
+    monkeypatch.setattr("tiger.models.nearest_neighbors._MERGED", 0 if filtered else 8)  # all blocks; the first one
     rng = np.random.default_rng(2)
     items = 30
     past = toy_histories(rng, 40, items)

@@ -17,6 +17,7 @@ from tiger.models.recommender import Recommender, Rows, Search
 from tiger.models.scoring import CountingRecommender, top_items
 
 _BLOCK_ITEMS = 1 << 16
+_MERGED = 8  # candidates of a block for each result
 
 
 class Config(ModelConfig):
@@ -54,12 +55,8 @@ class NearestNeighbors(CountingRecommender):
             scores = np.zeros((len(last), 0), np.float32)
             for begin in range(0, self.num_items, _BLOCK_ITEMS):
                 block = self._similarity(histories, last, begin, allowed_items, exclude_seen)
-                top = top_items(block, num_results)
-                items = np.concatenate([items, top + begin], axis=1)
-                scores = np.concatenate([scores, np.take_along_axis(block, top, axis=1)], axis=1)
-                best = np.argsort(-scores, axis=1, kind="stable")[:, :num_results]  # earlier items come first in ties
-                items = np.take_along_axis(items, best, axis=1)
-                scores = np.take_along_axis(scores, best, axis=1)
+                rows, columns = _candidates(block, scores, num_results)
+                items, scores = _merge(items, scores, rows, columns + begin, block[rows, columns], num_results)
             return torch.from_numpy(np.where(np.isneginf(scores), -1, items)), torch.from_numpy(scores)
 
         return search
@@ -81,6 +78,50 @@ class NearestNeighbors(CountingRecommender):
             excluded = history if exclude_seen else history[-1:]
             similarity[row, excluded[(excluded >= begin) & (excluded < end)] - begin] = -np.inf
         return similarity
+
+
+def _candidates(
+    block: npt.NDArray[np.float32], best: npt.NDArray[np.float32], width: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return rows and columns of scores [B, N] among which are those that belong to the best `width` of each row.
+
+    Args:
+        block: scores of the next items.
+        best: the best scores so far, [B, at most `width`], highest first; an equal score of a later item is not better.
+        width: number of scores to keep.
+    """
+    if best.shape[1] == width:
+        found = np.flatnonzero(block > best[:, -1:])
+        if len(found) <= _MERGED * best.size:  # as a rule few: finding the best of all takes five times as long
+            rows, columns = np.divmod(found, block.shape[1])
+            return rows, columns
+    columns = top_items(block, width)
+    return np.repeat(np.arange(len(block)), columns.shape[1]), columns.ravel()
+
+
+def _merge(
+    items: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    more_items: npt.NDArray[np.int64],
+    more_scores: npt.NDArray[np.float32],
+    width: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the best items of each row, and their scores, [B, at most `width`]; of equal scores the first item.
+
+    Args:
+        items, scores: those so far, [B, k].
+        rows, more_items, more_scores: those to merge, in any order; every row has as many or more than it lacks.
+        width: number of items to keep.
+    """
+    held = items.shape[1]
+    row = np.concatenate([np.repeat(np.arange(len(items)), held), rows])
+    item, score = np.append(items, more_items), np.append(scores, more_scores)
+    order = np.lexsort((item, -score, row))
+    counts = np.bincount(row, minlength=len(items))
+    kept = min(width, int(counts.min(initial=width)))
+    best = order[(np.cumsum(counts) - counts)[:, None] + np.arange(kept)]
+    return item[best], score[best]
 
 
 def recommender(module: nn.Module, config: Config, data: ModelData, device: torch.device) -> Recommender:
