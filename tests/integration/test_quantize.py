@@ -71,3 +71,18 @@ def test_embeddings_from_anywhere_become_semantic_ids(streamed: bool, megabytes:
         other = build(RunConfig, values | {"root": str(tmp_path / "other"), "scale": {"in_process_megabytes": 512}})
         again = build_semantic_ids(other, ensure_item_vectors(other))
         assert again.manifest["files"] == artifact.manifest["files"]
+
+
+def test_one_more_code_for_many_prefixes_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tiger.pipeline.semantic_ids._MANY", 500)
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"item_id": [f"{n:04d}" for n in range(900)], "vector": vectors().tolist()}), path)
+    values = {"root": str(tmp_path / "runs"), "embedding": {"import_path": str(path)}}
+    for policy, is_told in (("nearest_free", False), ("extra_code", True)):
+        own = {"tokenizer": {"kind": "rkmeans", "codebook_size": 32}, "semantic_ids": {"collision_policy": policy}}
+        run = build(RunConfig, values | own)
+        caplog.clear()
+        artifact = build_semantic_ids(run, ensure_item_vectors(run))
+        assert ("items share their codes" in caplog.text) == is_told, artifact.metrics

@@ -36,6 +36,7 @@ from tiger.training.weights import write_weights
 
 log = logging.getLogger(__name__)
 
+_MANY = 1_000_000  # prefixes, each a row of several tables of the model
 _FEW_ITEMS = 4  # per code of the first level
 _HEALTH_SAMPLE = 20_000  # maximum number of latents for the health checks
 
@@ -122,6 +123,13 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
         **code_metrics(assigned, config.codebook_size),
         **kept,
     }
+    if len(ids.level_sizes) > ids.levels and (prefixes := round(draft.metrics["unique_ratio"] * len(ids))) > _MANY:
+        log.warning(
+            "%s items share their codes, so that IDs have one more code, and the model holds a learned vector and a "
+            "mean text for each of %s prefixes: a larger tokenizer.codebook_size avoids both",
+            f"{int((ids.collisions > 0).sum()):,}",
+            f"{prefixes:,}",
+        )
     draft.health = require(check_semantic_ids(ids.collisions))
 
 
