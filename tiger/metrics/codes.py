@@ -34,14 +34,27 @@ def code_metrics(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) ->
         codebook_size: number of codes of all levels, or of each.
     """
     sizes = [codebook_size] * codes.shape[1] if isinstance(codebook_size, int) else codebook_size
-    figures = {"unique_ratio": len(np.unique(packed(codes))) / len(codes)}
+    distinct = _distinct_prefixes(codes)
+    figures = {"unique_ratio": distinct[-1] / len(codes)}
     for level, size in enumerate(sizes):
-        figures[f"unique@{level + 1}"] = len(np.unique(packed(codes[:, : level + 1]))) / len(codes)
+        figures[f"unique@{level + 1}"] = distinct[level] / len(codes)
         counts = np.bincount(codes[:, level], minlength=size)
         share = counts[counts > 0] / len(codes)
         figures[f"usage@{level + 1}"] = float((counts > 0).sum() / size)
         figures[f"perplexity@{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
     return figures
+
+
+def _distinct_prefixes(codes: npt.NDArray[Any]) -> list[int]:
+    """Return the numbers of distinct prefixes of 1 to L codes, with one sort and 9 bytes per item."""
+    sizes = tuple(int(column.max(initial=0)) + 1 for column in codes.T)
+    keys = packed(codes, sizes)
+    keys.sort()
+    found = []
+    for size in reversed(sizes):
+        found.append(int(np.count_nonzero(keys[1:] != keys[:-1])) + min(1, len(keys)))
+        keys //= size
+    return found[::-1]
 
 
 def nearest_neighbors(

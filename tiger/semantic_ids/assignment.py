@@ -118,8 +118,11 @@ class SemanticIds:
     @cached_property
     def unique_before(self) -> npt.NDArray[np.bool_]:
         """Whether each item's codes are unique without the collision level, bool [N]."""
-        _, inverse, counts = np.unique(packed(self.codes[:, : self.levels]), return_inverse=True, return_counts=True)
-        unique: npt.NDArray[np.bool_] = counts[inverse] == 1
+        keys, order = self._sorted
+        prefixes = keys // math.prod(self.level_sizes[self.levels :])
+        is_same = prefixes[1:] == prefixes[:-1]
+        unique = np.empty(len(keys), bool)
+        unique[order] = ~(np.append(False, is_same) | np.append(is_same, False))
         return unique
 
     @property
