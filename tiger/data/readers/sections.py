@@ -24,16 +24,16 @@ class QuoteUse:
     """How a file uses its quote character, if the first quote opens a field, the second closes it, and so on.
 
     Attributes:
-        neighbors: the bytes before opening and after closing quotes; a line end for the beginning and end of the file.
+        neighbors: the bytes before opening and after closing quotes, but for line ends and quotes.
         has_line_breaks: whether there is a line break between an opening and a closing quote, or one is not closed.
     """
 
     neighbors: bytes
     has_line_breaks: bool
 
-    def is_regular(self, separator: bytes, quote: bytes) -> bool:
+    def is_regular(self, separator: bytes) -> bool:
         """Return whether each quote encloses a field, or is doubled in one, and each line is a record."""
-        return not self.has_line_breaks and set(self.neighbors) <= {*separator, *quote, *b"\r\n"}
+        return not self.has_line_breaks and set(self.neighbors) <= {*separator}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def scan(file: RawFile, quote: bytes = b"") -> Scan:
 
 
 class _QuoteScan:
-    """Finds the `QuoteUse` of a text that comes in chunks."""
+    """Finds the `QuoteUse` of a text that comes in chunks; the rest of an irregular one is passed over."""
 
     def __init__(self, quote: bytes) -> None:
         self.quote = quote
@@ -97,9 +97,16 @@ class _QuoteScan:
         self.has_line_breaks = False
         self.before = b"\n"
 
+    @property
+    def other_neighbors(self) -> bytes:
+        """The neighbors that are neither line ends nor quotes: a regular text has one at most, its separator."""
+        found = np.flatnonzero(self.neighbors).astype(np.uint8).tobytes()
+        return bytes(byte for byte in found if byte not in b"\r\n" + self.quote)
+
     def add(self, chunk: bytes) -> None:
-        """Add the next bytes; no more is found out once a field has a line break."""
-        if not self.quote or not chunk or self.has_line_breaks or (not self.count and self.quote not in chunk):
+        """Add the next bytes."""
+        is_irregular = self.has_line_breaks or len(self.other_neighbors) > 1
+        if not self.quote or not chunk or is_irregular or (not self.count and self.quote not in chunk):
             self.before = chunk[-1:] or self.before
             return
         if self.count % 2 == 0 and self.before == self.quote:  # closed by the last byte of the chunk before
@@ -116,10 +123,8 @@ class _QuoteScan:
         self.before = chunk[-1:]
 
     def result(self) -> QuoteUse | None:
-        if not self.count:
-            return None
-        found = np.flatnonzero(self.neighbors).astype(np.uint8).tobytes()
-        return QuoteUse(found, self.has_line_breaks or self.count % 2 == 1)
+        """Return what was found; None without a quote."""
+        return QuoteUse(self.other_neighbors, self.has_line_breaks or self.count % 2 == 1) if self.count else None
 
 
 def _line_ends(text: bytes) -> int:

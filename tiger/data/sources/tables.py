@@ -271,7 +271,7 @@ def _cut(config: Config, role: Role, file: RawFile, scanned: Scan) -> list[RawFi
     table, _ = _open(config, role, file, {})
     if isinstance(table, DelimitedTable):  # only reading from the beginning tells which line breaks are in fields
         separator, quotes = table.separator.encode(), scanned.quotes
-        is_cut = quotes is None or (len(separator) == 1 and quotes.is_regular(separator, wanted.quote.encode()))
+        is_cut = quotes is None or (len(separator) == 1 and quotes.is_regular(separator))
         return text_sections(file, scanned) if is_cut else [file]
     cannot = not isinstance(table, JsonTable) or table.document or not table.has_needed()
     return [file] if cannot else text_sections(file, scanned)
