@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.fuzz.plain_reader import HIGH, LOW, UNITS, plain_csv, plain_id, plain_time
+from tests.section_reading import read_parts
 from tiger.core.config import load_plugin
 from tiger.core.runner import InProcess
 from tiger.data.prepare import sources
@@ -285,20 +286,6 @@ def check_sections(seed: int, config: Any, files: Files, random: random.Random) 
     for role in ("items", "interactions"):
         of_whole = read_parts(whole, role)
         assert read_parts(data, role) == of_whole, f"seed {seed}: {role}, {[str(file) for _, file in files.roles()]}"
-
-
-def read_parts(data: sources.SourceData, role: Any) -> tuple[list[Any], dict[str, Any], list[str]]:
-    rows, counts, names = [], RowCounts(role), dict[str, None]()
-    for part in range(data.num_parts(role)):
-        batches, of_part = data.read(role, part, ("item_id", "user_id"))
-        shift = counts.in_order
-        for batch in batches:
-            names |= dict.fromkeys(batch.schema.names)
-            own = batch.to_pylist()
-            own = [row | {"time": row["time"] + shift} if of_part.in_order else row for row in own]
-            rows += map(repr, own)  # NaN does not equal itself
-        counts.add(of_part)
-    return rows, counts.record(), list(names)
 
 
 def test_random_tables_read_like_plain_python(tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_names_are_titles_else_texts_else_ids(tmp_path: Path) -> None:
     assert ItemNames(folder).titles.to_pylist() == ["T", "y" * 80, "c", "d"]
     folder.write_table("items.parquet", pa.table({"source_id": ["a"], "text": ["words"]}))
     assert ItemNames(folder).titles.to_pylist() == ["words"]
+    folder.write_table("items.parquet", pa.table({"source_id": ["z", "a"]}))
+    assert ItemNames(folder).titles.to_pylist() == ["z", "a"]
+    folder.write_table("items.parquet", pa.table({"source_id": ["a"], "text": ["words"]}))
     assert ItemNames(folder).indices(pa.array(["z", "a", None])).to_pylist() == [None, 0, None]
 
 

@@ -8,27 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.section_reading import read_parts
 from tiger.core.runner import InProcess
 from tiger.data.prepare import sources
 from tiger.data.readers import sections
-from tiger.data.readers.row_counts import RowCounts
 from tiger.data.sources.base import DatasetConfig, Files, raw_file
 
 HEADER = "user_id,item_id,timestamp\n"
 ROWS = "".join(f'"u{n % 7}","i{n}",{1_500_000_000 + n}\n' for n in range(40))
-
-
-def read(data: sources.SourceData) -> tuple[list[Any], dict[str, Any]]:
-    """Return the rows of all parts, and their counts, with examples of the lines that were skipped."""
-    rows, counts = [], RowCounts("interactions")
-    for part in range(data.num_parts("interactions")):
-        batches, of_part = data.read("interactions", part, None)
-        shift = counts.in_order
-        for batch in batches:
-            own = batch.to_pylist()
-            rows += [row | {"time": row["time"] + shift} if of_part.in_order else row for row in own]
-        counts.add(of_part)
-    return rows, counts.record()
 
 
 def cut(path: Path, section: int, chunk: int, **options: Any) -> tuple[sources.SourceData, sources.SourceData]:
@@ -64,8 +51,8 @@ def test_quoted_tables_are_cut_where_lines_are_records(tmp_path: Path, text: str
     path.write_bytes(text.encode())
     parts, whole = cut(path, 100, chunk, separator="::") if "::" in text else cut(path, 100, chunk)
     assert (parts.num_parts("interactions") > 1) == is_cut
-    found = read(parts)
-    assert found == read(whole)
+    found = read_parts(parts, "interactions")
+    assert found == read_parts(whole, "interactions")
     assert found[1]["read"] >= 38
 
 
@@ -81,5 +68,5 @@ def test_random_quotes_are_read_alike(tmp_path: Path) -> None:
         path.write_bytes((HEADER + "\n".join(lines) + rng.choice(["", "\n"])).encode())
         parts, whole = cut(path, 20, rng.choice([1, 5, 16]))
         num_cut += parts.num_parts("interactions") > 1
-        assert read(parts) == read(whole), path.read_text()
+        assert read_parts(parts, "interactions") == read_parts(whole, "interactions"), path.read_text()
     assert num_cut > 100

@@ -62,16 +62,17 @@ def display_titles(items: pa.Table) -> pa.ChunkedArray:
     """Return the title of each item, else the beginning of its text, else its original id, text [items].
 
     Args:
-        items: columns `source_id`, `text`, and `title` if the catalog has titles. A title that is a list reads as it
-            does in the item's text.
+        items: columns `source_id`, and of `title` and `text` those that exist. A title that is a list reads as it does
+            in the item's text.
     """
-    beginning = pc.utf8_slice_codeunits(_present(items["text"]), 0, _TITLE_CHARACTERS)
-    titles = _titles(items)
-    return pc.coalesce(*([] if titles is None else [titles]), beginning, items["source_id"])
+    found = [titles] if (titles := _titles(items)) is not None else []
+    if "text" in items.column_names:
+        found.append(pc.utf8_slice_codeunits(_present(items["text"]), 0, _TITLE_CHARACTERS))
+    return pc.coalesce(*found, items["source_id"])
 
 
 def _titles(items: pa.Table) -> pa.ChunkedArray | None:
-    """Return the titles as text, null if one is empty; None if there is no such column."""
+    """Return the titles as text, null where they are empty; None without that column."""
     if "title" not in items.column_names:
         return None
     titles = items["title"]

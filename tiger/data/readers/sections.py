@@ -24,7 +24,7 @@ class QuoteUse:
     """How a file uses its quote character, if the first quote opens a field, the second closes it, and so on.
 
     Attributes:
-        neighbors: the bytes before opening and after closing quotes, but for line ends and quotes.
+        neighbors: the bytes before opening and after closing quotes, without line ends and quotes.
         has_line_breaks: whether there is a line break between an opening and a closing quote, or one is not closed.
     """
 
