@@ -113,8 +113,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def browser() -> Iterator[Page]:
-    """A Chromium of our own, with one tab."""
+def _chromium() -> Iterator[str | None]:
+    """A Chromium of our own: the port of its DevTools, or None where it does not listen within a minute."""
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
@@ -124,14 +124,22 @@ def browser() -> Iterator[Page]:
         try:
             found = Path(folder) / "DevToolsActivePort"
             deadline = time.monotonic() + 60
-            while not (found.exists() and found.read_text().count("\n")):
-                assert process.poll() is None and time.monotonic() < deadline, "Chromium does not start"
+            while not (listens := found.exists() and found.read_text().count("\n")) and time.monotonic() < deadline:
+                assert process.poll() is None, "Chromium does not start"
                 time.sleep(0.1)
-            port = found.read_text().split()[0]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
-                tabs = [each for each in json.load(answer) if each["type"] == "page"]
-            with connect(tabs[0]["webSocketDebuggerUrl"], max_size=None) as socket:
-                yield Page(socket)
+            yield found.read_text().split()[0] if listens else None
         finally:
-            process.terminate()
-            process.wait(20)
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Page]:
+    """A Chromium with one tab. Starts another one where the first hangs, as it may on a machine under load."""
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(_chromium()) or stack.enter_context(_chromium())
+        assert port is not None, "Chromium did not listen within a minute, twice"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+            tabs = [each for each in json.load(answer) if each["type"] == "page"]
+        with connect(tabs[0]["webSocketDebuggerUrl"], max_size=None) as socket:
+            yield Page(socket)

@@ -137,6 +137,48 @@ def test_filters_errors_and_keys(page: Page, url: str, service: ToyService) -> N
     page.wait("!document.querySelector('#token-form').hidden && document.querySelector('#main').hidden")
 
 
+@needs_chromium
+def test_only_the_last_answer_counts(page: Page, url: str) -> None:
+    """Answers and errors that a later request of the same kind has overtaken neither draw nor hide its error."""
+    page.open(url, 1280)
+    page.run("sessionStorage.clear()")
+    page.open(url, 1280)
+    enter_token(page)
+    page.run("""(() => {
+        const send = window.fetch;
+        window.held = [];
+        window.fetch = (path, options) => {
+            if (path !== 'recommend') return send(path, options);
+            return new Promise((done) => held.push(() => send(path, options).then(done)));
+        };
+    })()""")
+    shown = page.texts("#results .open")
+    for category in ("", "kinds 1", "", "Kind 1"):  # of these, the service refuses the second
+        page.run(f"document.querySelector('[name=category]').value = '{category}'")
+        page.run("document.querySelector('#options').requestSubmit()")
+    page.wait("held.length === 4")
+
+    def answer(number: int) -> None:
+        page.run(f"held[{number}]()")
+        page.run("new Promise((done) => setTimeout(done, 200))")  # nothing shows that an answer was left unused
+
+    answer(1)
+    assert page.run("document.querySelector('#error').hidden")
+    answer(2)
+    assert page.texts("#results .open") == shown
+    answer(3)
+    page.wait("[...document.querySelectorAll('#results .open')].every((each) => each.innerText.startsWith('blue'))")
+
+    page.run("document.querySelector('[name=category]').value = 'kinds 1'")
+    page.run("document.querySelector('#options').requestSubmit()")
+    page.wait("held.length === 5")
+    answer(4)
+    page.wait("!document.querySelector('#error').hidden")
+    answer(0)
+    assert "no item is in 'kinds 1'" in page.texts("#error")[0]
+    assert all(title.startswith("blue") for title in page.texts("#results .open"))
+
+
 def luminance(color: str) -> float:
     digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
     parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]

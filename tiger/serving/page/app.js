@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const TOKEN = "tiger-token";
-const state = { history: [], model: null, status: null, prefix: [], item: null, searches: 0, requests: 0, failed: null };
+const state = { history: [], model: null, status: null, prefix: [], item: null, failed: null };
 
 // --- requests ----------------------------------------------------------------------------------------------------
 
@@ -56,13 +56,19 @@ function show(error) {
   $("error").hidden = false;
 }
 
-// Reports an error of an action until the same action succeeds; others leave the message alone.
+// Reports an error of an action until the same action succeeds; others leave the message alone. Where calls overlap,
+// only the last one counts: an earlier call shows no error and hides none, whenever its answer comes. The action gets a
+// function that tells whether it is still the last one, to ask before it draws.
 function attempt(action) {
+  let calls = 0;
   return async (...given) => {
+    const call = ++calls;
+    const latest = () => call === calls;
     try {
-      await action(...given);
-      if (state.failed === action) $("error").hidden = true;
+      await action(latest, ...given);
+      if (latest() && state.failed === action) $("error").hidden = true;
     } catch (error) {
+      if (!latest()) return;
       state.failed = action;
       show(error);
     }
@@ -123,16 +129,15 @@ function meter(score) {
 
 // --- history -----------------------------------------------------------------------------------------------------
 
-const search = attempt(async () => {
+const search = attempt(async (latest) => {
   const query = $("query").value.trim();
   if (!query) {
     $("found").replaceChildren();
     $("found-note").textContent = "";
     return;
   }
-  const asked = ++state.searches;
   const { items } = await ask(`search?limit=8&q=${encodeURIComponent(query)}`);
-  if (asked !== state.searches) return;  // an answer that a later one has overtaken
+  if (!latest()) return;
   $("found-note").textContent = items.length ? `${items.length === 8 ? "The first 8" : items.length} found` : "No title has these words.";
   $("found").replaceChildren(...items.map((item) => itemRow(item, {
     facts: [make("span", {}, item.item)],
@@ -175,10 +180,9 @@ function request() {
   return body;
 }
 
-const recommend = attempt(async () => {
-  const asked = ++state.requests;
+const recommend = attempt(async (latest) => {
   const answer = await ask("recommend", request());
-  if (asked !== state.requests) return;
+  if (!latest()) return;
   const notes = [];
   if (answer.by_popularity) notes.push("The most popular items, the same for everyone without a known history.");
   if (!answer.items.length) notes.push("No item passes the filters.");
@@ -227,8 +231,9 @@ function showBeam(answer) {
 
 // --- one item ----------------------------------------------------------------------------------------------------
 
-const openItem = attempt(async (id) => {
+const openItem = attempt(async (latest, id) => {
   const item = await ask(`items/${encodeURIComponent(id)}?neighbors=8`);
+  if (!latest()) return;
   state.item = item;
   $("item-title").textContent = item.title;
   const facts = [["Item id", item.item], ["Seen in training", item.seen_in_training ? `${item.seen_in_training} times` : "never: a new item"]];
@@ -252,14 +257,15 @@ function closeItem() {
 // --- prefixes ----------------------------------------------------------------------------------------------------
 
 // The longest prefix of an ID that other items have too.
-const browseTo = attempt(async (id) => {
+const browseTo = attempt(async (latest, id) => {
   let prefix = id.slice(0, -1);
   while (prefix.length > 1 && (await ask(`prefix?limit=1&codes=${prefix.join(",")}`)).num_items === 1) prefix = prefix.slice(0, -1);
-  await browse(prefix, { jump: true });
+  if (latest()) await browse(prefix, { jump: true });
 });
 
-const browse = attempt(async (prefix, { jump = false, limit = 24 } = {}) => {
+const browse = attempt(async (latest, prefix, { jump = false, limit = 24 } = {}) => {
   const found = await ask(`prefix?limit=${limit}&codes=${prefix.join(",")}`);
+  if (!latest()) return;
   state.prefix = found.prefix;
   const crumb = (codes, label) => make("li", {}, codes.length === prefix.length
     ? make("span", { class: "code", "aria-current": "location" }, label)
@@ -310,8 +316,9 @@ async function refreshStatus() {
   $("tree-part").hidden = !status.has_semantic_ids;
 }
 
-const begin = attempt(async () => {
+const begin = attempt(async (latest) => {
   await refreshStatus();  // fails without a token
+  if (!latest()) return;
   $("token-form").hidden = true;
   $("main").hidden = false;
   $("token-change").hidden = !sessionStorage.getItem(TOKEN);
