@@ -14,6 +14,7 @@ import logging
 import os
 import pkgutil
 import re
+import select
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -53,10 +54,25 @@ TOOLS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the verb given by the first argument, and exit with its code.
 
+    Where the reader of stdout ends before the output does, as in `tiger train --help | head`, exit with code 1 and
+    without a message.
+
     Args:
         arguments: command-line arguments without the program's name; None: those of the process.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run_verb(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # no error or hangup: it was another pipe or connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at its exit
+        sys.exit(1)
+
+
+def _run_verb(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -226,6 +228,16 @@ def test_help_prints_every_key(job: str, monkeypatch: pytest.MonkeyPatch, capsys
         assert f'kind = "{kind}":' in printed
     for key, *_ in describe(TuningConfig):
         assert (f"  tuning.{key} = " in printed) == (job == "tune")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--help"], ["check", "--help"]])
+def test_a_reader_that_ends_early_is_no_error(arguments: list[str]) -> None:
+    """As `head` does."""
+    end, start = os.pipe()
+    os.close(end)
+    with os.fdopen(start, "w") as output:
+        found = subprocess.run([sys.executable, "-m", "tiger", *arguments], stdout=output, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (1, b"")
 
 
 def test_none_as_the_help_prints_it_can_be_given() -> None:
