@@ -37,9 +37,11 @@ from torch import nn
 from tiger.core.artifacts import newest
 from tiger.core.config import load
 from tiger.core.errors import ConfigError
+from tiger.core.row_groups import read_row_groups
 from tiger.core.storage import Folder
 from tiger.data.catalog import Catalog
 from tiger.data.histories import EvalSplit, Histories, Split, sample_users
+from tiger.data.item_names import ITEMS
 from tiger.embedding.collaborative import fit_fusion
 from tiger.embedding.vectors import load_embeddings, vector_shards
 from tiger.metrics.ranking import confidence, ranking, target_ranks
@@ -172,7 +174,7 @@ def make_ids(
         return SemanticIds.read(folder), folder.read_tensors("codes.safetensors")["codes"].numpy()
     ids, codes = rebuild_ids(run, source.embeddings, histories)
     if folder is not None:
-        ids.write(folder, source.catalog.artifact.folder.read_table("items.parquet", ["source_id"])["source_id"])
+        ids.write(folder, read_row_groups(source.catalog.artifact.folder, ITEMS, ["source_id"]))
         folder.write_tensors("codes.safetensors", {"codes": torch.from_numpy(codes)})
         folder.write_json("ids.json", settings)
     return ids, codes

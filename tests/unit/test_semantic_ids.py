@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiger.core import row_groups
 from tiger.core.errors import ArtifactError, DataError
+from tiger.core.row_groups import read_row_groups
 from tiger.core.storage import Folder
-from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign, separate
+from tiger.metrics.codes import code_metrics, unique_ratio
+from tiger.semantic_ids import assignment
+from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, assign, packed, separate, sorted_keys
 
 
 @settings(max_examples=200, deadline=None)
@@ -46,16 +51,59 @@ def test_written_ids_come_back(tmp_path: Path) -> None:
     ids = assign(
         np.array([[0, 1], [0, 1], [2, 2]]), 3, SemanticIdsConfig(collision_policy="extra_code", collision_codes=5)
     )
-    ids.write(Folder(str(tmp_path)), pa.chunked_array([["a", "b", "c"]]))
+    ids.write(Folder(str(tmp_path)), [pa.table({"source_id": ["a", "b"]}), pa.table({"source_id": ["c"]})])
     again = SemanticIds.read(Folder(str(tmp_path)))
     assert np.array_equal(again.codes, ids.codes)
     assert again.level_sizes == (3, 3, 5)
 
 
-@pytest.mark.parametrize("codes", [[[0, 1], [0, 1]], [[0, 3], [0, 1]], [[0, -1], [0, 1]]])
-def test_doubled_or_impossible_ids_are_refused(codes: list[list[int]]) -> None:
-    with pytest.raises(ArtifactError):
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([[2, 2], [0, 1], [1, 1], [0, 1]], r"items 1 and 3 share the semantic ID \[0, 1\]"),
+        ([[0, 3], [0, 1]], r"of item 0, \[0, 3\], is out of range"),
+        ([[0, 2], [0, -1]], r"of item 1, \[0, -1\], is out of range"),
+        ([[0, 1, 1]], "have 3 codes, and sizes of 2 levels"),
+    ],
+)
+def test_doubled_or_impossible_ids_are_refused(codes: list[list[int]], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
         SemanticIds(np.array(codes, np.int16), (3, 3))
+
+
+@pytest.mark.parametrize("size", [3, 2_000])  # keys of 4 and of 8 bytes
+def test_what_is_said_of_codes_equals_plain_python(size: int) -> None:
+    codes = np.random.default_rng(0).integers(0, size, (5_000, 3)).astype(np.int16)
+    codes[2_000:4_000] = codes[:2_000]
+    kind = np.int32 if size == 3 else np.int64
+    assert sorted_keys(codes, (size,) * 3).dtype == kind
+    assert sorted_keys(codes, (size,) * 3).tolist() == sorted(packed(codes, (size,) * 3).tolist())
+    rows = [tuple(row) for row in codes.tolist()]
+    found = code_metrics(codes, size)
+    for level in range(3):
+        assert found[f"unique@{level + 1}"] == len({row[: level + 1] for row in rows}) / 5_000
+        assert found[f"usage@{level + 1}"] == len({row[level] for row in rows}) / size
+    assert found["unique_ratio"] == unique_ratio(codes) == len(set(rows)) / 5_000
+
+
+@pytest.mark.parametrize("level_sizes", [(50, 50, 300), (4, 4, 300)])
+def test_ids_of_any_number_of_row_groups_are_one_file(
+    level_sizes: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = np.random.default_rng(0).integers(0, level_sizes[0], (2_000, 2))
+    ids = assign(codes, level_sizes[0], SemanticIdsConfig(collision_policy="extra_code", collision_codes=300))
+    counts = Counter(map(tuple, codes.tolist()))
+    names = pa.table({"source_id": [f"item-{number}" for number in range(2_000)]})
+    folder = Folder(str(tmp_path))
+    folder.write_table("items.parquet", names, row_group_size=7)
+    monkeypatch.setattr(assignment, "_GROUP_ROWS", 300)
+    monkeypatch.setattr(row_groups, "_GROUPS_AT_ONCE", 10)
+    ids.write(folder, read_row_groups(folder, "items.parquet", ["source_id"]))
+    table = folder.read_table("ids.parquet")
+    assert table["source_id"].to_pylist() == names["source_id"].to_pylist()
+    assert table["unique"].to_pylist() == [counts[tuple(row)] == 1 for row in codes.tolist()]
+    assert [row[:2] for row in table["codes"].to_pylist()] == codes.tolist()
+    assert pq.ParquetFile(tmp_path / "ids.parquet").num_row_groups == 7
 
 
 def costs_of(table: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

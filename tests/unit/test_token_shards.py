@@ -144,6 +144,7 @@ def test_ids_of_shards_equal_those_in_memory(
                 return
     assert np.array_equal(assigned.ids.codes, expected.codes)
     assert assigned.ids.level_sizes == expected.level_sizes
+    assert assigned.moved == (expected.codes[:, :levels] != codes).any(axis=1).sum()
     own = torch.from_numpy(assigned.ids.codes[:, :levels].astype(np.int64))
     assert assigned.error == pytest.approx(
         float(tokenizer.errors(vectors, own).double().mean()) / 6, rel=1e-5, abs=1e-9

@@ -58,7 +58,8 @@ def lineage(root: Path) -> dict[str, Artifact]:
 
     publish("catalog", Config(), [], catalog)
     publish("embeddings", Config(), ["catalog"], embeddings)
-    publish("semantic_ids", Config(), ["embeddings"], lambda draft: ids.write(draft.folder, pa.array(range(ITEMS))))
+    names = pa.table({"source_id": list(map(str, range(ITEMS)))})
+    publish("semantic_ids", Config(), ["embeddings"], lambda draft: ids.write(draft.folder, [names]))
     config = build_config(TigerConfig, SMALL)
     publish("model", config, ["catalog", "semantic_ids"], lambda draft: write_weights(model, draft.folder))
     return made

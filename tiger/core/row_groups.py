@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tiger.core.storage import Folder
+from tiger.core.storage import Folder, in_one_line
+
+_GROUPS_AT_ONCE = 1024
 
 
 def write_row_groups(folder: Folder, name: str, groups: Iterable[pa.Table]) -> None:
@@ -21,6 +23,19 @@ def write_row_groups(folder: Folder, name: str, groups: Iterable[pa.Table]) -> N
             writer.write_table(group, row_group_size=max(1, len(group)))
         assert writer is not None, f"{name}: no row group"
         writer.close()
+
+
+def read_row_groups(folder: Folder, name: str, columns: list[str]) -> Iterator[pa.Table]:
+    """Yield columns of a Parquet file, the rows of 1,024 row groups at a time, in their order.
+
+    Raises:
+        StorageError: the file does not exist, or cannot be read.
+    """
+    with folder.open_input(name) as stream, in_one_line(f"{folder.uri}/{name}"):
+        file = pq.ParquetFile(stream, pre_buffer=True)  # few reads of a remote store, whatever the size of the groups
+        groups = range(file.num_row_groups)
+        for first in groups[::_GROUPS_AT_ONCE]:
+            yield file.read_row_groups(groups[first : first + _GROUPS_AT_ONCE], columns=columns)
 
 
 def regroup(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiger.semantic_ids.assignment import packed
+from tiger.semantic_ids.assignment import packed, sorted_keys, used_codes
 
 _SAMPLE_PAIRS = 20_000
 _ROWS_AT_ONCE = 1024
+_CODES_AT_ONCE = 1 << 20
 
 
 def pairwise_distance(vectors: npt.NDArray[np.float32], seed: int = 0) -> float:
@@ -38,20 +39,31 @@ def code_metrics(codes: npt.NDArray[Any], codebook_size: int | Sequence[int]) ->
     figures = {"unique_ratio": distinct[-1] / len(codes)}
     for level, size in enumerate(sizes):
         figures[f"unique@{level + 1}"] = distinct[level] / len(codes)
-        counts = np.bincount(codes[:, level], minlength=size)
+        counts = _counts(codes[:, level], size)
         share = counts[counts > 0] / len(codes)
         figures[f"usage@{level + 1}"] = float((counts > 0).sum() / size)
         figures[f"perplexity@{level + 1}"] = float(np.exp(-(share * np.log(share)).sum()))
     return figures
 
 
+def unique_ratio(codes: npt.NDArray[Any]) -> float:
+    """Return the number of distinct tuples divided by the number of items, of codes [N, L]."""
+    return _distinct_prefixes(codes)[-1] / len(codes)
+
+
+def _counts(codes: npt.NDArray[Any], size: int) -> npt.NDArray[np.int64]:
+    """Return how many items have each code, int64 [size], of the codes [N] of one level, without a copy of all."""
+    counts = np.zeros(size, np.int64)
+    for begin in range(0, len(codes), _CODES_AT_ONCE):
+        counts += np.bincount(codes[begin : begin + _CODES_AT_ONCE], minlength=size)
+    return counts
+
+
 def _distinct_prefixes(codes: npt.NDArray[Any]) -> list[int]:
-    """Return the numbers of distinct prefixes of 1 to L codes, with one sort and 9 bytes per item."""
-    sizes = tuple(int(column.max(initial=0)) + 1 for column in codes.T)
-    keys = packed(codes, sizes)
-    keys.sort()
+    """Return the numbers of distinct prefixes of 1 to L codes, with one sort and 5 or 9 bytes per item."""
+    keys = sorted_keys(codes)
     found = []
-    for size in reversed(sizes):
+    for size in reversed(used_codes(codes)):
         found.append(int(np.count_nonzero(keys[1:] != keys[:-1])) + min(1, len(keys)))
         keys //= size
     return found[::-1]

@@ -136,7 +136,7 @@ def append_items(draft: Draft, run: RunConfig, model: Artifact, base: Artifact, 
     text = load_embeddings(draft.folder) if len(new) else torch.zeros(0, text_embeddings(trained).metrics["dimension"])
     numbered = number_items(base, trained, text)
     ids, moved = numbered.growth.ids, numbered.growth.moved
-    ids.write(draft.folder, merged.items["source_id"])
+    ids.write(draft.folder, [merged.items.select(["source_id"])])
     _write_deleted(draft, base, merged, given.deleted)
     metrics = drift_metrics(
         ids, trained.metrics["items"], before, moved, trained.metrics["moved_items"] / trained.metrics["items"],

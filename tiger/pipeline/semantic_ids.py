@@ -7,18 +7,22 @@ texts.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tiger.core.artifacts import Artifact, Draft, stage
 from tiger.core.errors import ConfigError
 from tiger.core.external_sort import FolderStore
+from tiger.core.row_groups import read_row_groups
 from tiger.core.storage import SCRATCH, Folder
+from tiger.data.item_names import ITEMS
 from tiger.embedding.vectors import load_embeddings, sample_embeddings
 from tiger.evaluation.health import check_semantic_ids, check_tokenizer, require
-from tiger.metrics.codes import code_metrics
+from tiger.metrics.codes import code_metrics, unique_ratio
 from tiger.models.warm_start import WarmStart
 from tiger.on_ray.tasks import RayTasks
 from tiger.on_ray.train import train
@@ -106,21 +110,21 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
     trained = load_tokenizer(config, tokenizer.folder, embeddings.metrics["dimension"])
     kept: dict[str, float] = {}
     if start is not None:
-        nearest, ids, error, kept = _align(run, start, trained, embeddings.folder)
+        assigned, kept = _align(run, start, trained, embeddings.folder)
     elif _fits_memory(run, embeddings):
-        nearest, ids, error = _assign_in_memory(run, trained, embeddings.folder)
+        assigned = _assign_in_memory(run, trained, embeddings.folder)
     else:
-        nearest, ids, error = _assign_on_ray(run, trained, embeddings.folder, draft)
-    ids.write(draft.folder, embeddings.folder.read_table("items.parquet", ["source_id"])["source_id"])
-    assigned = ids.codes[:, : ids.levels]
+        assigned = _assign_on_ray(run, trained, embeddings.folder, draft)
+    ids = assigned.ids
+    ids.write(draft.folder, read_row_groups(embeddings.folder, ITEMS, ["source_id"]))
     draft.metrics = {
         "items": len(ids),
         "codes_per_item": len(ids.level_sizes),
-        "moved_items": int((assigned != nearest).any(axis=1).sum()),
+        "moved_items": assigned.moved,
         "largest_group": int(ids.collisions.max()) + 1,
-        "unique_ratio_of_nearest_codes": code_metrics(nearest, config.codebook_size)["unique_ratio"],
-        "reconstruction_error": error,
-        **code_metrics(assigned, config.codebook_size),
+        "unique_ratio_of_nearest_codes": assigned.unique_ratio_of_nearest_codes,
+        "reconstruction_error": assigned.error,
+        **code_metrics(ids.codes[:, : ids.levels], config.codebook_size),
         **kept,
     }
     if len(ids.level_sizes) > ids.levels and (prefixes := round(draft.metrics["unique_ratio"] * len(ids))) > _MANY:
@@ -133,21 +137,40 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
     draft.health = require(check_semantic_ids(ids.collisions))
 
 
-def _assign_in_memory(
-    run: RunConfig, tokenizer: Tokenizer, embeddings: Folder
-) -> tuple[npt.NDArray[np.integer], SemanticIds, float]:
-    """Return the nearest codes [N, L], unique IDs, and the reconstruction error of these."""
+@dataclass(frozen=True)
+class _Assigned:
+    """Unique IDs, and how they differ from the codes nearest to the vectors.
+
+    Attributes:
+        ids: the IDs.
+        error: normalized mean squared reconstruction error of their codes.
+        moved: number of items whose codes are not the nearest ones.
+        unique_ratio_of_nearest_codes: see `tiger.metrics.codes.unique_ratio`.
+    """
+
+    ids: SemanticIds
+    error: float
+    moved: int
+    unique_ratio_of_nearest_codes: float
+
+    @classmethod
+    def of(cls, ids: SemanticIds, nearest: npt.NDArray[np.integer], tokenizer: Tokenizer, vectors: Tensor) -> _Assigned:
+        """Compare IDs with the nearest codes [N, L] of vectors [N, d]."""
+        codes = ids.codes[:, : ids.levels]
+        assigned = torch.from_numpy(codes.astype(np.int64))
+        error = reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
+        return cls(ids, error, int((codes != nearest).any(axis=1).sum()), unique_ratio(nearest))
+
+
+def _assign_in_memory(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder) -> _Assigned:
     vectors = load_embeddings(embeddings)
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
     costs = tokenizer.assignment_costs(vectors)
     ids = assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
-    assigned = torch.from_numpy(ids.codes[:, : ids.levels].astype(np.int64))
-    return codes, ids, reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
+    return _Assigned.of(ids, codes, tokenizer, vectors)
 
 
-def _assign_on_ray(
-    run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, draft: Draft
-) -> tuple[npt.NDArray[np.integer], SemanticIds, float]:
+def _assign_on_ray(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, draft: Draft) -> _Assigned:
     """Return what `_assign_in_memory` returns, by tasks that hold the vectors of some items each."""
     runner = RayTasks(draft.folder)
     scratch = draft.folder.child(f"{SCRATCH}/codes")
@@ -155,13 +178,14 @@ def _assign_on_ray(
     with_vectors = run.semantic_ids.collision_policy == "nearest_free"
     store = FolderStore(scratch)
     encoded = encode_shards(tokenizer, embeddings, runner, store, with_vectors)
+    ratio = unique_ratio(encoded.codes)
     assigned = assign_shards(tokenizer, encoded, run.semantic_ids, runner, store)
-    return encoded.codes, assigned.ids, assigned.error
+    return _Assigned(assigned.ids, assigned.error, assigned.moved, ratio)
 
 
 def _align(
     run: RunConfig, start: WarmStart, tokenizer: Tokenizer, embeddings: Folder
-) -> tuple[npt.NDArray[np.integer], SemanticIds, float, dict[str, float]]:
+) -> tuple[_Assigned, dict[str, float]]:
     """Return what `_assign_in_memory` returns, of IDs of which published ones stay as far as they fit, and how many."""
     vectors = load_embeddings(embeddings)
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
@@ -177,9 +201,7 @@ def _align(
         same = (ids.codes[known] == published.codes[before[known]]).all(axis=1)
     kept = float(same.mean()) if len(known) else 0.0
     log.info("semantic_ids: %.1f %% of the %s published IDs stay", 100 * kept, f"{len(known):,}")
-    assigned = torch.from_numpy(ids.codes[:, : ids.levels].astype(np.int64))
-    error = reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
-    return codes, ids, error, {"published_items": len(known), "kept_ids": kept}
+    return _Assigned.of(ids, codes, tokenizer, vectors), {"published_items": len(known), "kept_ids": kept}
 
 
 def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:

@@ -9,10 +9,10 @@ deterministic given the codes, regardless of how they were computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from pydantic import Field
 from tiger.core.artifacts import Artifact, open_artifact
 from tiger.core.config import Config
 from tiger.core.errors import ArtifactError, DataError
-from tiger.core.row_groups import write_row_groups
+from tiger.core.row_groups import groups_of, regroup, write_row_groups
 from tiger.core.storage import Folder
 
 Costs = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.floating]]
@@ -57,10 +57,28 @@ def packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None)
     Raises:
         DataError: the levels have 2**63 tuples or more.
     """
-    sizes = sizes or tuple(int(column.max(initial=0)) + 1 for column in codes.T)
+    return _packed(codes, sizes or used_codes(codes), np.zeros(len(codes), np.int64))
+
+
+def used_codes(codes: npt.NDArray[np.integer]) -> tuple[int, ...]:
+    """Return the maximum of each column of codes [N, L], plus 1."""
+    return tuple(int(column.max(initial=0)) + 1 for column in codes.T)
+
+
+def sorted_keys(
+    codes: npt.NDArray[np.integer], sizes: tuple[int, ...] | None = None
+) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+    """Return `packed(codes, sizes)` in ascending order, in 4 bytes per row where these suffice, else in 8."""
+    sizes = sizes or used_codes(codes)
+    keys = _packed(codes, sizes, np.zeros(len(codes), np.int32 if math.prod(sizes) < 2**31 else np.int64))
+    keys.sort()
+    return keys
+
+
+def _packed(codes: npt.NDArray[np.integer], sizes: tuple[int, ...], keys: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Fill `keys`, zeros [N], in place."""
     if math.prod(sizes) >= 2**63:
         raise DataError(f"levels of {sizes} codes have 2**63 tuples or more; use fewer or smaller levels")
-    keys = np.zeros(len(codes), np.int64)
     for column, size in zip(codes.T, sizes, strict=True):
         keys *= size
         keys += column
@@ -87,17 +105,18 @@ class SemanticIds:
         Raises:
             ArtifactError: two items share an ID, or a code is outside its level.
         """
-        sizes = np.array(level_sizes)
-        outside = ((codes < 0) | (codes >= sizes)).any(axis=1)
-        if outside.any():
-            item = int(outside.argmax())
+        if codes.shape[1] != len(level_sizes):
+            raise ArtifactError(f"semantic IDs have {codes.shape[1]} codes, and sizes of {len(level_sizes)} levels")
+        used = used_codes(codes)
+        if codes.min(initial=0) < 0 or any(own > size for own, size in zip(used, level_sizes, strict=True)):
+            item = int(((codes < 0) | (codes >= np.array(level_sizes))).any(axis=1).argmax())
             raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is out of range {level_sizes}")
         self.codes, self.level_sizes = codes, tuple(level_sizes)
         self.levels = len(level_sizes) - 1 if levels is None else levels
-        sorted_keys = self._sorted[0]
-        same = np.flatnonzero(np.diff(sorted_keys) == 0)
-        if len(same):
-            first, second = self._sorted[1][same[0] : same[0] + 2]
+        keys = sorted_keys(codes)
+        same = keys[1:] == keys[:-1]
+        if same.any():
+            first, second = self.sorted_items[same.argmax() :][:2]
             raise ArtifactError(f"items {first} and {second} share the semantic ID {codes[first].tolist()}")
 
     def __len__(self) -> int:
@@ -118,12 +137,14 @@ class SemanticIds:
     @cached_property
     def unique_before(self) -> npt.NDArray[np.bool_]:
         """Whether each item's codes are unique without the collision level, bool [N]."""
-        keys, order = self._sorted
-        prefixes = keys // math.prod(self.level_sizes[self.levels :])
-        is_same = prefixes[1:] == prefixes[:-1]
-        unique = np.empty(len(keys), bool)
-        unique[order] = ~(np.append(False, is_same) | np.append(is_same, False))
-        return unique
+        sizes = self.level_sizes[: self.levels]
+        if sizes == self.level_sizes:
+            return np.ones(len(self), bool)
+        keys = sorted_keys(self.codes[:, : self.levels], sizes)
+        shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
+        del keys
+        parts = (self.codes[begin : begin + _GROUP_ROWS, : self.levels] for begin in range(0, len(self), _GROUP_ROWS))
+        return np.concatenate([np.zeros(0, bool), *(~np.isin(packed(part, sizes), shared) for part in parts)])
 
     @property
     def collisions(self) -> npt.NDArray[np.int16]:
@@ -156,33 +177,40 @@ class SemanticIds:
         Raises:
             ArtifactError: the codes are not lists of integers, the item ids are not in order, or the IDs are invalid.
         """
-        table = folder.read_table("ids.parquet").combine_chunks()
+        table = folder.read_table("ids.parquet", ["item_id", "codes"]).combine_chunks()
         kind = table.schema.field("codes").type if "codes" in table.column_names else pa.null()
         if not (isinstance(kind, pa.ListType | pa.FixedSizeListType) and pa.types.is_integer(kind.value_type)):
             raise ArtifactError(f"{folder.uri}/ids.parquet: codes are not lists of integers")
         lists = table["codes"].combine_chunks()
         codes = np.asarray(lists.flatten()).reshape(len(lists), -1)
         items = np.asarray(table["item_id"])
-        if not np.array_equal(items, np.arange(len(items))):
+        if not np.array_equal(items, np.arange(len(items), dtype=np.int32)):
             raise ArtifactError(f"{folder.uri}/ids.parquet: item_id is not 0 .. {len(items) - 1} in order")
         levels = folder.read_json("levels.json")
         return cls(codes, tuple(levels["level_sizes"]), levels["levels"])
 
-    def _row_groups(self, source_ids: pa.ChunkedArray) -> Iterator[pa.Table]:
-        width, unique = self.codes.shape[1], self.unique_before
-        for begin in range(0, len(self), _GROUP_ROWS):
-            end = min(begin + _GROUP_ROWS, len(self))
+    def _row_groups(self, items: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        width, unique, begin = self.codes.shape[1], self.unique_before, 0
+        for names in regroup(items, groups_of(_GROUP_ROWS)):
+            end = begin + len(names)
             columns = {
                 "item_id": np.arange(begin, end, dtype=np.int32),
-                "source_id": source_ids.slice(begin, end - begin),
+                "source_id": names["source_id"],
                 "codes": pa.FixedSizeListArray.from_arrays(pa.array(self.codes[begin:end].ravel()), width),
                 "unique": unique[begin:end],
             }
             yield pa.table(columns)
+            begin = end
+        assert begin == len(self), f"{len(self)} semantic IDs, {begin} items"
 
-    def write(self, folder: Folder, source_ids: pa.ChunkedArray) -> None:
-        """Write ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json."""
-        write_row_groups(folder, "ids.parquet", self._row_groups(source_ids))
+    def write(self, folder: Folder, items: Iterable[pa.Table]) -> None:
+        """Write ids.parquet (item_id int32, source_id, codes int16 [L or L+1], unique bool) and levels.json.
+
+        Args:
+            folder: the folder.
+            items: tables with the column `source_id`, of all items in their order.
+        """
+        write_row_groups(folder, "ids.parquet", self._row_groups(items))
         folder.write_json("levels.json", {"level_sizes": list(self.level_sizes), "levels": self.levels})
 
 
@@ -270,7 +298,7 @@ def resolve(
 
 def make_ids(
     codes: npt.NDArray[np.int16],
-    collisions: npt.NDArray[np.int32],
+    collisions: npt.NDArray[np.integer],
     sharing: Sequence[Sharing],
     codebook_size: int,
     config: SemanticIdsConfig,
@@ -304,7 +332,7 @@ def make_ids(
     level_sizes = (codebook_size,) * codes.shape[1]
     if config.collision_policy != "extra_code" and largest.largest == 1:
         return SemanticIds(codes, level_sizes, codes.shape[1])
-    unique = np.concatenate([codes, collisions.astype(np.int16)[:, None]], axis=1)
+    unique = np.concatenate([codes, collisions.astype(np.int16, copy=False)[:, None]], axis=1)
     return SemanticIds(unique, (*level_sizes, config.collision_codes), codes.shape[1])
 
 
