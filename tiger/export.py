@@ -28,6 +28,7 @@ from tiger.core.config import dump_toml
 from tiger.core.errors import ConfigError, ResourceError, TigerError
 from tiger.core.storage import MANIFEST, Folder
 from tiger.data.catalog import Catalog
+from tiger.data.histories import most_popular
 from tiger.evaluation.evaluator import EvaluationResult
 from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.exported import CONFIG, FORMAT, ITEMS, VECTORS
@@ -105,7 +106,7 @@ def model_card(model: Artifact, evaluation: EvaluationResult | None) -> str:
     counts, data = catalog.artifact.metrics, catalog.artifact.manifest["config"]["data"]
     name = data.get("category") or data["kind"]
     counts_of = catalog.histories.training_counts(catalog.n_items)  # no user's own history becomes the example
-    example = json.dumps([catalog.source_ids[item] for item in np.argsort(-counts_of, kind="stable")[:2]])
+    example = json.dumps([catalog.source_ids[item] for item in most_popular(counts_of, 2)])
     kind = model.manifest["config"]["kind"]
     lines = [
         "---", "library_name: tiger-on-ray", "tags: [recommendation, generative-retrieval, semantic-ids, tiger]", "---",

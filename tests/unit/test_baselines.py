@@ -6,8 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.factories import toy_histories
+from tiger.data.histories import add_counts, most_popular
 from tiger.models.base import InMemoryData, ModelConfig, load_family
 from tiger.models.markov_chain import MarkovChain
 from tiger.models.nearest_neighbors import NearestNeighbors
@@ -25,6 +28,19 @@ def test_popularity_counts_training_items_only() -> None:
     assert popularity.training_counts().tolist() == counts.tolist()
     assert popularity.recommend([[3]], k=10, exclude_seen=False).items[0].tolist() == expected[:10]
     assert popularity.recommend([[]], k=10).items[0].tolist() == expected[:10]
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), max_size=30), k=st.integers(1, 40))
+def test_most_popular_items_are_the_first_of_all_sorted(counts: list[int], k: int) -> None:
+    truth = sorted(range(len(counts)), key=lambda item: (-counts[item], item))[:k]
+    assert most_popular(np.array(counts, np.int64), k).tolist() == truth
+
+
+def test_counts_grow_with_the_items() -> None:
+    counts = add_counts(np.array([1, 0]), np.array([1, 1, 4], np.int32))
+    assert counts.tolist() == [1, 2, 0, 0, 1]
+    assert add_counts(counts, np.zeros(0, np.int32)).tolist() == [1, 2, 0, 0, 1]
 
 
 def test_markov_chain_against_counting_pairs() -> None:

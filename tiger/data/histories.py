@@ -79,15 +79,18 @@ class Histories:
         """Return how often the training parts hold each item, int64 [num_items]."""
         counts = np.zeros(num_items, np.int64)
         for block in self.blocks():
-            items = block.items[block.offsets[0] : block.offsets[-1]]
-            counts = _add_counts(counts, items[block._in_training()])
+            counts = add_counts(counts, block.training_items())
         return counts
+
+    def training_items(self) -> npt.NDArray[np.int32]:
+        """Return the items of the training parts, int32."""
+        return self.items[self.offsets[0] : self.offsets[-1]][self._in_training()]
 
     def training_target_counts(self, num_items: int) -> npt.NDArray[np.int64]:
         """Return how often each item is a target of training, int64 [num_items]."""
         counts = np.zeros(num_items, np.int64)
         for block in self.blocks():
-            counts = _add_counts(counts, block.training_targets())
+            counts = add_counts(counts, block.training_targets())
         return counts
 
     def blocks(self, events: int = 1 << 22) -> Iterator[Histories]:
@@ -150,11 +153,29 @@ def sample_users(users: EvalSplit, maximum: int | None, seed: int) -> EvalSplit:
     return users.take(np.sort(np.random.default_rng(seed).permutation(len(users))[:maximum]))
 
 
-def _add_counts(counts: npt.NDArray[np.int64], items: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    more = np.bincount(items, minlength=len(counts))
-    if len(more) > len(counts):
-        counts = np.append(counts, np.zeros(len(more) - len(counts), np.int64))
-    return counts + more
+def add_counts(counts: npt.NDArray[np.int64], items: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Add how often each of `items` occurs to counts [N], in place; return them, longer if an item is N or more."""
+    missing = int(items.max(initial=-1)) + 1 - len(counts)
+    if missing > 0:
+        counts = np.append(counts, np.zeros(missing, np.int64))
+    np.add.at(counts, items, 1)
+    return counts
+
+
+def most_popular(counts: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """Return the `k` items with the highest counts, int64 [min(k, N)]; of equals the lower index first.
+
+    Memory is 9 bytes per item at most, where sorting takes 20.
+
+    Args:
+        counts: [N], not negative.
+        k: number of items, 1 or more.
+    """
+    at_least = np.cumsum(np.bincount(counts, minlength=1)[::-1])[::-1]  # items with a count of 0, 1, ... or more
+    edge = int(np.flatnonzero(at_least >= min(k, len(counts)))[-1])
+    above, tied = np.flatnonzero(counts > edge), np.flatnonzero(counts == edge)
+    found = np.concatenate([above, tied[: k - len(above)]])
+    return found[np.argsort(-counts[found], kind="stable")]
 
 
 def read_histories(folder: Folder) -> Histories:

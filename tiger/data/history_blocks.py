@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tiger.core.storage import Folder, in_one_line
-from tiger.data.histories import Histories, Split
+from tiger.data.histories import Histories, Split, add_counts
 
 HISTORIES = "histories.parquet"
 
@@ -70,7 +70,7 @@ def training_counts(blocks: Iterable[Histories], num_items: int) -> npt.NDArray[
     """Return how often the training parts hold each item, int64 [num_items]."""
     counts = np.zeros(num_items, np.int64)
     for block in blocks:
-        counts += block.training_counts(num_items)
+        counts = add_counts(counts, block.training_items())
     return counts
 
 

@@ -132,11 +132,13 @@ def _factors(
     begins = [0 if key.begin is None else key.begin for key in keys]
     ranges = [_Rows(index, *ends) for index, ends in enumerate(itertools.pairwise([*begins, num_items]))]
     tasks: list[tuple[Any, ...]] = [(store, runs, key, rows) for key, rows in zip(keys, ranges, strict=True)]
-    sums = np.concatenate(list(runner.map(_merge, tasks, what="co-occurrence")))
+    sums = np.zeros(num_items)
+    for rows, own in zip(ranges, runner.map(_merge, tasks, what="co-occurrence"), strict=True):
+        sums[rows.begin : rows.end] = own
     store.delete(run.name for run in runs)
-    context = sums**0.75
-    context /= context.sum()
-    measured = runner.share(_pair, sums, context)
+    measured = runner.share(_with_context, sums)
+    known = sums > 0
+    del sums
     list(runner.map(_inform, [(store, rows, measured) for rows in ranges], what="co-occurrence"))
     store.delete(map(_sums_name, ranges))
     rank = min(config.rank, num_items - 1)
@@ -157,7 +159,6 @@ def _factors(
     order = np.argsort(-squares)[:rank]
     left = vectors[:, order] * np.sign(vectors[np.abs(vectors[:, order]).argmax(0), order])
     scales = np.maximum(squares[order], 0) ** 0.25  # the square root of the singular values
-    known = sums > 0
     return runner.share(_unit_factors, basis, (left * scales).astype(np.float32), known), int(known.sum()), len(order)
 
 
@@ -203,6 +204,13 @@ def _merge(store: TableStore, runs: Sequence[Run], keys: KeyRange, rows: _Rows) 
     store.write(_sums_name(rows), pa.table({_KEY: row, "column": entries.astype(np.int32), "value": summed}))
     sums: npt.NDArray[np.float64] = np.bincount(row - rows.begin, summed, rows.end - rows.begin).astype(np.float64)
     return sums
+
+
+def _with_context(sums: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return sums [items] and the smoothed probability of each item as a context; see `collaborative`."""
+    context = sums**0.75
+    context /= context.sum()
+    return sums, context
 
 
 def _inform(store: TableStore, rows: _Rows, measured: tuple[Any, Any]) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tiger.core.artifacts import Artifact, newest, open_artifact
 from tiger.core.errors import ArtifactError, HealthError, TigerError
 from tiger.core.storage import MANIFEST, Folder
-from tiger.data.histories import Histories, sample_users
+from tiger.data.histories import Histories, most_popular, sample_users
 from tiger.metrics.codes import code_metrics, pairwise_distance
 from tiger.metrics.lists import ListSums
 
@@ -154,7 +154,7 @@ def popularity_recall(
         cutoff: number of most popular items in training.
     """
     users = sample_users(histories.evaluation("valid"), validation_users, seed)
-    popular = np.argsort(-histories.training_counts(0), kind="stable")[:cutoff]
+    popular = most_popular(histories.training_counts(0), cutoff)
     return float(np.isin(users.targets, popular).mean()), len(users)
 
 

@@ -22,6 +22,7 @@ from tiger.core.errors import ArtifactError, ConfigError, DataError
 from tiger.core.storage import MANIFEST, Folder
 from tiger.data.catalog import Catalog
 from tiger.data.grown_catalog import available_items, chain, require_chain
+from tiger.data.histories import most_popular
 from tiger.data.item_names import shortened
 from tiger.models.base import ModelConfig, StoredData, load_family
 from tiger.models.decoding import DecodingConfig
@@ -291,8 +292,11 @@ class Recommender(ABC):
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return the `k` items that training has seen most, and the logarithms of their frequencies."""
         counts = self.training_counts()
-        candidates = np.arange(len(counts)) if allowed is None else np.flatnonzero(allowed)
-        items = candidates[np.argsort(-counts[candidates], kind="stable")][:k]
+        if allowed is None:
+            items = most_popular(counts, k)
+        else:
+            candidates = np.flatnonzero(allowed)
+            items = candidates[most_popular(counts[candidates], k)]
         return items, np.log((counts[items] + 1) / (counts.sum() + len(counts))).astype(np.float32)
 
     def _filter(
