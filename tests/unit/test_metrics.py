@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from tiger.metrics import lists
 from tiger.metrics.lists import ListSums, coverage, distinct_items, popular_item_fraction, sum_lists
 from tiger.metrics.ranking import by_group, confidence, paired_difference, ranking, target_ranks
 
@@ -93,7 +94,9 @@ def test_the_share_of_popular_items() -> None:
     assert popular_item_fraction(shown, counts, share=0.2) == 1
 
 
-def test_sums_of_lists_add_up_over_shards() -> None:
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_sums_of_lists_add_up_over_shards(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "_ROWS_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     items = rng.integers(-1, 21, (500, 12))  # 20 is not an item
     whole, parts = ListSums(20, 5), ListSums(20, 5)
@@ -105,6 +108,7 @@ def test_sums_of_lists_add_up_over_shards() -> None:
         assert getattr(whole, name) == getattr(parts, name)
     top = items[:, :5].tolist()
     assert whole.shown.tolist() == [sum(row.count(item) for row in top) for item in range(20)]
+    assert whole.distinct == parts.distinct == len({item for row in top for item in row if 0 <= item < 20})
     assert whole.lists == 500
     assert whole.invalid == int((items == 20).sum())
     assert whole.invalid_top == sum(row.count(20) for row in top)

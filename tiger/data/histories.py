@@ -162,7 +162,7 @@ def add_counts(counts: npt.NDArray[np.int64], items: npt.NDArray[np.int32]) -> n
     return counts
 
 
-def most_popular(counts: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+def most_popular(counts: npt.NDArray[np.integer], k: int) -> npt.NDArray[np.int64]:
     """Return the `k` items with the highest counts, int64 [min(k, N)]; of equals the lower index first.
 
     Memory is 9 bytes per item at most, where sorting takes 20.

@@ -213,9 +213,7 @@ def evaluate(
                 metrics=ranking.ranking(found.all_items, metrics=metrics),
                 ci95=ranking.confidence(found.all_items, seed=config.seed, metrics=metrics),
                 exclude_seen=ranking.ranking(found.unseen_items, metrics=metrics),
-                lists={
-                    f"{metric}@{_CUTOFF}": value(found.sums.shown, counts) for metric, value in LIST_METRICS.items()
-                },
+                lists=_list_metrics(found.sums, counts),
                 by_history_length=_groups(found.all_items, users.lengths, _LENGTHS),
                 by_target_popularity=_groups(found.all_items, users.target_counts, _POPULARITIES),
             )
@@ -228,6 +226,11 @@ def evaluate(
             for name in others
         },
     )
+
+
+def _list_metrics(sums: ListSums, counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    shown = sums.shown
+    return {f"{metric}@{_CUTOFF}": value(shown, counts) for metric, value in LIST_METRICS.items()}
 
 
 def _groups(ranks: npt.NDArray[np.integer], values: npt.NDArray[Any], edges: tuple[int, ...]) -> dict[str, GroupResult]:

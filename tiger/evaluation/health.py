@@ -205,8 +205,10 @@ def check_recommendations(
     if not filtered:
         checks.append(Check("recommendations", f"filled positions{suffix}", filled, 0.99, "the beam is too narrow"))
     if personalized and not filtered and sums.lists >= _MANY_LISTS:
-        needed, distinct = min(cutoff + 1, num_items), int((sums.shown > 0).sum())
-        checks.append(Check("recommendations", f"distinct items{suffix}", distinct, needed, "all users get one list"))
+        needed = min(cutoff + 1, num_items)
+        checks.append(
+            Check("recommendations", f"distinct items{suffix}", sums.distinct, needed, "all users get one list")
+        )
     return checks
 
 

@@ -9,16 +9,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiger.data.histories import most_popular
+
 _SHOWN = "shown"
+_ROWS_AT_ONCE = 1 << 20
 
 
 class ListSums:
     """Sums over lists of recommendations: how often each item is shown, and what is wrong.
 
+    Memory grows with the items that are shown, not with the catalog.
+
     Attributes:
         num_items: items of the catalog.
         cutoff: positions per list that count as shown.
-        shown: int32 [items], lists that show each item in their top `cutoff`.
         lists: number of lists.
         invalid: positions, of whole lists, with a value that is neither an item nor -1.
         invalid_top, filled, repeated: positions of the top `cutoff` with such a value, with any item, with an item that
@@ -27,7 +31,8 @@ class ListSums:
 
     def __init__(self, num_items: int, cutoff: int = 10) -> None:
         self.num_items, self.cutoff = num_items, cutoff
-        self.shown = np.zeros(num_items, np.int32)
+        self._items, self._counts = np.zeros(0, np.int32), np.zeros(0, np.int32)  # shown items, in their order
+        self._more: list[pa.Table] = []  # counts that are not in these yet
         self.lists = self.invalid = self.invalid_top = self.filled = self.repeated = 0
 
     @classmethod
@@ -40,10 +45,32 @@ class ListSums:
     def add(self, table: pa.Table) -> None:
         """Add the sums of further lists, as `sum_lists` returns them."""
         is_shown = pc.equal(table["name"], _SHOWN)
-        shown = table.filter(is_shown)
-        np.add.at(self.shown, np.asarray(shown["item"]), np.asarray(shown["count"]).astype(np.int32))
+        self._more.append(table.filter(is_shown).select(["item", "count"]))
+        if sum(map(len, self._more)) > max(_ROWS_AT_ONCE, len(self._items)):
+            self._merge()
         for row in table.filter(pc.invert(is_shown)).to_pylist():
             setattr(self, row["name"], getattr(self, row["name"]) + row["count"])
+
+    def _merge(self) -> None:
+        items = np.concatenate([self._items, *(np.asarray(part["item"]) for part in self._more)])
+        counts = np.concatenate([self._counts, *(np.asarray(part["count"]) for part in self._more)])
+        self._items, place = np.unique(items, return_inverse=True)
+        self._counts = np.bincount(place, counts, len(self._items)).astype(np.int32)
+        self._more = []
+
+    @property
+    def distinct(self) -> int:
+        """Number of items that are shown."""
+        self._merge()
+        return len(self._items)
+
+    @property
+    def shown(self) -> npt.NDArray[np.int32]:
+        """Lists that show each item in their top `cutoff`, int32 [items]."""
+        self._merge()
+        shown = np.zeros(self.num_items, np.int32)
+        shown[self._items] = self._counts
+        return shown
 
 
 def sum_lists(items: npt.NDArray[np.integer], num_items: int, cutoff: int = 10) -> pa.Table:
@@ -96,8 +123,7 @@ def popular_item_fraction(shown: npt.NDArray[np.integer], counts: npt.NDArray[np
         counts: [N] interactions of each item in training.
         share: fraction of the catalog that is considered popular; ties are broken by item id.
     """
-    order = np.lexsort((np.arange(len(counts)), -counts))
-    popular = order[: max(1, round(share * len(counts)))]
+    popular = most_popular(counts, max(1, round(share * len(counts))))
     total = int(shown.sum())
     return float(shown[popular].sum() / total) if total else float("nan")
 

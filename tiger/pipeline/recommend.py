@@ -16,7 +16,7 @@ from tiger.core.artifacts import SCRATCH, Artifact, Draft, Folder, stage
 from tiger.core.config import Config, fingerprint, load_plugin
 from tiger.core.errors import DataError
 from tiger.data.catalog import CatalogConfig
-from tiger.data.grown_catalog import items_folder, open_append
+from tiger.data.grown_catalog import items_folder, open_append, open_catalog
 from tiger.data.history_blocks import read_blocks
 from tiger.data.history_files import HistoryFiles
 from tiger.data.item_names import ItemNames, shortened
@@ -84,10 +84,10 @@ def write_recommendations(
         fields=list(run.recommend.fields), json_lines=run.recommend.json_lines, allowed_items=_filter(allowed, names),
         semantic_ids=ids,
     )  # fmt: skip
-    sums = ListSums(len(names.ids), options.k)
+    sums = ListSums(open_catalog(catalog, ids).n_items, options.k)
     for file in shard_files(draft.folder.child(TABLE)):
         sums.add(draft.folder.read_table(f"{SUMS}/{file}"))
-    draft.metrics = counts | {"k": options.k, "items_shown": int((sums.shown > 0).sum())}
+    draft.metrics = counts | {"k": options.k, "items_shown": sums.distinct}
     personalized = ModelConfig.resolve(model.manifest["config"]).personalized
     draft.health = require(check_recommendations(sums, personalized, filtered=allowed is not None))
 
