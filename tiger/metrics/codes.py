@@ -61,9 +61,10 @@ def _counts(codes: npt.NDArray[Any], size: int) -> npt.NDArray[np.int64]:
 
 def _distinct_prefixes(codes: npt.NDArray[Any]) -> list[int]:
     """Return the numbers of distinct prefixes of 1 to L codes, with one sort and 5 or 9 bytes per item."""
-    keys = sorted_keys(codes)
+    sizes = used_codes(codes)
+    keys = sorted_keys(codes, sizes)
     found = []
-    for size in reversed(used_codes(codes)):
+    for size in reversed(sizes):
         found.append(int(np.count_nonzero(keys[1:] != keys[:-1])) + min(1, len(keys)))
         keys //= size
     return found[::-1]

@@ -113,7 +113,7 @@ class SemanticIds:
             raise ArtifactError(f"semantic ID of item {item}, {codes[item].tolist()}, is out of range {level_sizes}")
         self.codes, self.level_sizes = codes, tuple(level_sizes)
         self.levels = len(level_sizes) - 1 if levels is None else levels
-        keys = sorted_keys(codes)
+        keys = sorted_keys(codes, used)
         same = keys[1:] == keys[:-1]
         if same.any():
             first, second = self.sorted_items[same.argmax() :][:2]
