@@ -76,7 +76,7 @@ def beam_search(
             items = trie.leaf_items[children]
             exists = exists & ~_are_among(items, excluded_items)
         # A beam may be empty (-inf) if there are too few items.
-        candidates = (scores[..., None] + log_probs).masked_fill(~exists, -torch.inf).flatten(1)
+        candidates = log_probs.add_(scores[..., None]).masked_fill_(~exists, -torch.inf).flatten(1)
         width = min(beam if level < trie.depth - 1 else num_results, candidates.shape[1])
         scores, chosen = candidates.topk(width, dim=1)
         nodes = children.flatten(1).gather(1, chosen)

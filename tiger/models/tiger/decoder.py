@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.encoder import EncodedHistory
 from tiger.models.tiger.items import ItemEmbedding
-from tiger.models.tiger.layers import DecoderLayer, KVCache
+from tiger.models.tiger.layers import DecoderLayer, Dropout, KVCache
 
 
 class CodeDecoder(nn.Module):
@@ -22,7 +22,7 @@ class CodeDecoder(nn.Module):
         self.bos_embedding = nn.Parameter(torch.zeros(d_model))
         self.level_embedding = nn.Embedding(num_levels, d_model)
         self.input_norm = nn.RMSNorm(d_model) if config.input_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout or 0.0)
+        self.dropout = Dropout(config.dropout or 0.0)
         layers = (DecoderLayer(*config.layer_args) for _ in range(config.num_layers or 0))
         self.layers: list[DecoderLayer] = cast("Any", nn.ModuleList(layers))
         self.norm = nn.RMSNorm(d_model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiger.models.padding import PAD
 from tiger.models.tiger.config import TigerConfig
 from tiger.models.tiger.items import ItemEmbedding
-from tiger.models.tiger.layers import EncoderLayer
+from tiger.models.tiger.layers import Dropout, EncoderLayer
 from tiger.semantic_ids.trie import Trie
 
 
@@ -56,7 +56,7 @@ class HistoryEncoder(nn.Module):
         self.start_embedding = nn.Parameter(torch.zeros(d_model)) if self.causal else None
         self.user_embedding = nn.Embedding(config.num_user_tokens, d_model) if config.num_user_tokens else None
         self.input_norm = nn.RMSNorm(d_model) if config.input_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout or 0.0)
+        self.dropout = Dropout(config.dropout or 0.0)
         layers = (EncoderLayer(*config.layer_args) for _ in range(config.num_layers or 0))
         self.layers: list[EncoderLayer] = cast("Any", nn.ModuleList(layers))
         self.norm = nn.RMSNorm(d_model)

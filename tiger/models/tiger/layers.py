@@ -47,25 +47,24 @@ class Attention(nn.Module):
         return (key if positions is None else apply_rotary_embedding(key, positions)), value
 
     def project_key_value_step(self, x_BQM: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the key and value [B, Q, H, E] of one decoded position."""
+        """Return the keys and values of codes, each [B, Q, H, E], without rotary embedding."""
         key, value = self.key_value(x_BQM).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return key, value
 
     def attend_to_cache(self, x_BQM: Tensor, cache: KVCache) -> Tensor:
-        """Attend to the cache: every query to its own key and value per position.
-
-        For the few positions of a semantic ID this takes less than half the time of the fused kernel, which would be
-        called with one query per beam and needs all positions in one tensor.
-        """
+        """Attend to the cache: every query to its own key and value per position."""
         query_BQHE = self.query(x_BQM).unflatten(-1, (self.heads, -1))
-        scores_BQHP = (
-            torch.stack([(query_BQHE * key).sum(-1) for key, _ in cache], dim=-1) * query_BQHE.shape[-1] ** -0.5
-        )
-        weights = scores_BQHP.softmax(-1).unsqueeze(-1).unbind(-2)
-        mixed_BQHE = weights[0] * cache[0][1]
-        for weight, (_, value) in zip(weights[1:], cache[1:], strict=True):
-            mixed_BQHE = torch.addcmul(mixed_BQHE, weight, value)
-        return self.out(mixed_BQHE.flatten(2))
+        return self.out(_attend_to_own(query_BQHE, cache).flatten(2))
+
+    def attend_within_target(self, x_TLM: Tensor) -> Tensor:
+        """Attend causally within each of T targets, from each of its L codes to itself and those before."""
+        if x_TLM.device.type != "cpu":
+            return self(x_TLM, self.project_key_value(x_TLM), causal=True)
+        queries = self.query(x_TLM).unflatten(-1, (self.heads, -1)).unbind(1)
+        keys, values = (x.unbind(1) for x in self.project_key_value_step(x_TLM))
+        cache = list(zip(keys, values, strict=True))
+        mixed = [_attend_to_own(query, cache[: level + 1]) for level, query in enumerate(queries)]
+        return self.out(torch.stack(mixed, dim=1).flatten(2))
 
     def forward(
         self,
@@ -95,6 +94,35 @@ def apply_rotary_embedding(x_BHSE: Tensor, positions: Tensor) -> Tensor:
     return torch.cat(rotated, dim=-1)
 
 
+def _attend_to_own(query: Tensor, cache: KVCache) -> Tensor:
+    """Attend from each query [..., H, E] to its own key and value per position, each [..., H, E] or of a shape like it.
+
+    For the few positions of a semantic ID this takes less than half the time of the fused kernel on a CPU, which would
+    be called with one query per beam or target and needs all positions in one tensor.
+    """
+    scores = torch.stack([(query * key).sum(-1) for key, _ in cache]) * query.shape[-1] ** -0.5
+    weights = scores.softmax(0).unsqueeze(-1).unbind()  # over a last dimension of 2 or 3 it takes seven times as long
+    mixed = weights[0] * cache[0][1]
+    for weight, (_, value) in zip(weights[1:], cache[1:], strict=True):
+        mixed = torch.addcmul(mixed, weight, value)
+    return mixed
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose mask takes 16 random bits per element on a CPU; p is then rounded to a multiple of 1 / 65,536.
+
+    PyTorch draws a double per element there, which took a tenth of a training step (LOG.md, 2026-11-29).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # None: to 2^63 - 1
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2^16 numbers
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (kept * (2**16 / (2**16 - dropped))).to(x.dtype)
+
+
 class FeedForward(nn.Sequential):
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__(
@@ -107,7 +135,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
         self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BSM: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         normed = self.attention_norm(x_BSM)
@@ -122,7 +150,7 @@ class DecoderLayer(nn.Module):
         self.self_norm, self.self_attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
         self.cross_norm, self.cross_attention = nn.RMSNorm(d_model), Attention(d_model, heads, head_dim)
         self.feed_forward_norm, self.feed_forward = nn.RMSNorm(d_model), FeedForward(d_model, d_ff)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
@@ -139,7 +167,7 @@ class DecoderLayer(nn.Module):
             positions: positions of the queries, [Q].
         """
         normed = self.self_norm(x_BQM).unflatten(1, (-1, levels)).flatten(0, 1)
-        attended = self.self_attention(normed, self.self_attention.project_key_value(normed), causal=True)
+        attended = self.self_attention.attend_within_target(normed)
         return self._cross_attention_and_mlp(x_BQM + self.dropout(attended.view_as(x_BQM)), memory, mask, positions)
 
     def step(

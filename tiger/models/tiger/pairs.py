@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 with warnings.catch_warnings():  # PyTorch says once per process that the CSR layout is in beta state
@@ -64,25 +65,33 @@ class _PairProducts(torch.autograd.Function):
         if not len(gradient):
             return torch.zeros_like(rows), torch.zeros_like(table), None, None
         if ctx.needs_input_grad[0]:
-            of_rows = _csr(begins, column_of_pair, gradient, len(table)) @ table
+            of_rows = _weighted_sums(begins, column_of_pair, gradient, table)
         if ctx.needs_input_grad[1]:  # rows of the transposed matrix: no sum depends on threads
             order = column_of_pair.argsort(stable=True)
             ends = _begins(column_of_pair, len(table))
-            of_table = _csr(ends, row_of_pair[order], gradient[order], len(rows)) @ rows
+            of_table = _weighted_sums(ends, row_of_pair[order], gradient[order], rows)
         return of_rows, of_table, None, None
 
 
 def _begins(index: Tensor, size: int) -> Tensor:
     """Return where the entries of each index begin once they are sorted, int64 [size + 1]."""
-    return torch.nn.functional.pad(torch.bincount(index, minlength=size).cumsum(0), (1, 0))
+    return F.pad(torch.bincount(index, minlength=size).cumsum(0), (1, 0))
 
 
-def _csr(begins: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    return torch.sparse_csr_tensor(begins, columns, values, (len(begins) - 1, width), check_invariants=False)
+def _weighted_sums(begins: Tensor, columns: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Return sparse rows times a table: row i sums weights x table[columns] from begins[i] to begins[i + 1].
+
+    A fifth of the time of a product of `torch.sparse_csr_tensor` with 384-dimensional rows (LOG.md, 2026-11-29).
+    """
+    sums: Tensor = F.embedding_bag(
+        columns, table, begins, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    return sums
 
 
 def _sampled(rows: Tensor, table: Tensor, begins: Tensor, columns: Tensor) -> Tensor:
     if not len(columns):
         return rows.new_zeros(0)
-    pattern = _csr(begins, columns, rows.new_zeros(len(columns)), len(table))
+    shape, values = (len(begins) - 1, len(table)), rows.new_zeros(len(columns))
+    pattern = torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, rows.contiguous(), table.T, beta=0.0).values()

@@ -255,13 +255,14 @@ class TrieSoftmax(nn.Module):
         below = (encoded.items != PAD)[:, None, :].expand(-1, nodes.shape[1], -1)
         if level:
             below = below & (paths[:, None, :, level - 1] == nodes[:, :, None])
-        slot = torch.where(below, paths[:, None, :, level] - children[..., :1], exists.shape[-1])
+        slot = torch.where(below, paths[:, None, :, level] - children[..., :1], 0)
         num_items = trie.num_items_below(level)[paths[..., level]][:, None]
         repeat_logit = repeat[..., :1] / num_items + float(level < trie.depth - 1) * repeat[..., 1:]
-        logits = F.pad(logits, (0, 1)).scatter_add(2, slot, repeat_logit)[..., :-1]
+        # In place: of beams x children there are many, and a copy takes as long as a softmax.
+        logits.scatter_add_(2, slot, repeat_logit.masked_fill(~below, 0))
         if bonus is not None:
-            logits = logits + bonus[children]
-        return logits.masked_fill(~exists, -torch.inf).log_softmax(-1)
+            logits += bonus[children]
+        return logits.masked_fill_(~exists, -torch.inf).log_softmax(-1)
 
 
 def _cross_entropy_of_pairs(logits: Tensor, among: Siblings, num_targets: int) -> Tensor:
