@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+import tiger.on_ray  # noqa: F401  its defaults for environment variables hold in every job
 from tiger.core.config import build
 from tiger.core.memory import watch_memory
 from tiger.data.histories import Histories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def test_memory_of_this_process_and_of_its_children_is_counted() -> None:
     assert with_child is not None
     assert 55e6 < with_child - with_own < 120e6
     del own
+
+
+def test_large_tensors_of_a_job_lie_in_huge_pages() -> None:
+    """A training with many item vectors spends a third of its time on page faults otherwise."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-m", "tests.scripts.huge_pages"]
+    answer = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(answer.stdout) > 32_000
 
 
 def test_the_peak_outlives_what_was_freed() -> None:
