@@ -7,7 +7,6 @@ texts.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,7 @@ from tiger.semantic_ids.growth import align_ids
 from tiger.tokenizers import rkmeans
 from tiger.tokenizers.append import other_codes, squared_errors
 from tiger.tokenizers.base import Tokenizer, TokenizerConfig, suitable_codebook_size
-from tiger.tokenizers.shards import assign_shards, encode_shards
+from tiger.tokenizers.shards import Assigned, assign_shards, encode_shards
 from tiger.tokenizers.streaming import fit_streamed
 from tiger.tokenizers.train import TokenizerJob, encode_dataset, load_tokenizer, reconstruction_error
 from tiger.training.weights import write_weights
@@ -137,40 +136,23 @@ def write_ids(draft: Draft, run: RunConfig, tokenizer: Artifact, embeddings: Art
     draft.health = require(check_semantic_ids(ids.collisions))
 
 
-@dataclass(frozen=True)
-class _Assigned:
-    """Unique IDs, and how they differ from the codes nearest to the vectors.
-
-    Attributes:
-        ids: the IDs.
-        error: normalized mean squared reconstruction error of their codes.
-        moved: number of items whose codes are not the nearest ones.
-        unique_ratio_of_nearest_codes: see `tiger.metrics.codes.unique_ratio`.
-    """
-
-    ids: SemanticIds
-    error: float
-    moved: int
-    unique_ratio_of_nearest_codes: float
-
-    @classmethod
-    def of(cls, ids: SemanticIds, nearest: npt.NDArray[np.integer], tokenizer: Tokenizer, vectors: Tensor) -> _Assigned:
-        """Compare IDs with the nearest codes [N, L] of vectors [N, d]."""
-        codes = ids.codes[:, : ids.levels]
-        assigned = torch.from_numpy(codes.astype(np.int64))
-        error = reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
-        return cls(ids, error, int((codes != nearest).any(axis=1).sum()), unique_ratio(nearest))
+def _compared(ids: SemanticIds, nearest: npt.NDArray[np.integer], tokenizer: Tokenizer, vectors: Tensor) -> Assigned:
+    """Return IDs and how they differ from the nearest codes [N, L] of vectors [N, d]."""
+    codes = ids.codes[:, : ids.levels]
+    assigned = torch.from_numpy(codes.astype(np.int64))
+    error = reconstruction_error(tokenizer, vectors, assigned, torch.device("cpu"))
+    return Assigned(ids, int((codes != nearest).any(axis=1).sum()), error, unique_ratio(nearest))
 
 
-def _assign_in_memory(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder) -> _Assigned:
+def _assign_in_memory(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder) -> Assigned:
     vectors = load_embeddings(embeddings)
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
     costs = tokenizer.assignment_costs(vectors)
     ids = assign(codes, run.tokenizer.codebook_size, run.semantic_ids, costs)
-    return _Assigned.of(ids, codes, tokenizer, vectors)
+    return _compared(ids, codes, tokenizer, vectors)
 
 
-def _assign_on_ray(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, draft: Draft) -> _Assigned:
+def _assign_on_ray(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, draft: Draft) -> Assigned:
     """Return what `_assign_in_memory` returns, by tasks that hold the vectors of some items each."""
     runner = RayTasks(draft.folder)
     scratch = draft.folder.child(f"{SCRATCH}/codes")
@@ -178,14 +160,12 @@ def _assign_on_ray(run: RunConfig, tokenizer: Tokenizer, embeddings: Folder, dra
     with_vectors = run.semantic_ids.collision_policy == "nearest_free"
     store = FolderStore(scratch)
     encoded = encode_shards(tokenizer, embeddings, runner, store, with_vectors)
-    ratio = unique_ratio(encoded.codes)
-    assigned = assign_shards(tokenizer, encoded, run.semantic_ids, runner, store)
-    return _Assigned(assigned.ids, assigned.error, assigned.moved, ratio)
+    return assign_shards(tokenizer, encoded, run.semantic_ids, runner, store)
 
 
 def _align(
     run: RunConfig, start: WarmStart, tokenizer: Tokenizer, embeddings: Folder
-) -> tuple[_Assigned, dict[str, float]]:
+) -> tuple[Assigned, dict[str, float]]:
     """Return what `_assign_in_memory` returns, of IDs of which published ones stay as far as they fit, and how many."""
     vectors = load_embeddings(embeddings)
     codes = encode_dataset(tokenizer, vectors, torch.device("cpu")).numpy()
@@ -201,7 +181,7 @@ def _align(
         same = (ids.codes[known] == published.codes[before[known]]).all(axis=1)
     kept = float(same.mean()) if len(known) else 0.0
     log.info("semantic_ids: %.1f %% of the %s published IDs stay", 100 * kept, f"{len(known):,}")
-    return _Assigned.of(ids, codes, tokenizer, vectors), {"published_items": len(known), "kept_ids": kept}
+    return _compared(ids, codes, tokenizer, vectors), {"published_items": len(known), "kept_ids": kept}
 
 
 def build_semantic_ids(run: RunConfig, vectors: Artifact) -> Artifact:

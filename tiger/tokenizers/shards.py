@@ -21,6 +21,7 @@ from tiger.core.progress import Progress
 from tiger.core.runner import Runner
 from tiger.core.storage import Folder
 from tiger.embedding.vectors import VectorShard, list_shards, matrix, read_shard, vector_column
+from tiger.metrics.codes import unique_ratio
 from tiger.semantic_ids.assignment import SemanticIds, SemanticIdsConfig, Sharing, make_ids, packed, resolve
 from tiger.tokenizers.base import Tokenizer
 
@@ -137,17 +138,19 @@ def _prefixes(codes: npt.NDArray[np.int16], codebook_size: int) -> npt.NDArray[n
 
 @dataclass(frozen=True)
 class Assigned:
-    """IDs of all items.
+    """Unique IDs of all items, and how they differ from the codes nearest to the vectors.
 
     Attributes:
         ids: the IDs.
         moved: number of items whose codes are not the nearest ones.
-        error: normalized mean squared reconstruction error of the codes from the tokenizer.
+        error: normalized mean squared reconstruction error of the IDs' codes from the tokenizer.
+        unique_ratio_of_nearest_codes: see `tiger.metrics.codes.unique_ratio`.
     """
 
     ids: SemanticIds
     moved: int
     error: float
+    unique_ratio_of_nearest_codes: float
 
 
 def assign_shards(
@@ -166,7 +169,7 @@ def assign_shards(
     Raises:
         DataError: see `assignment.assign`.
     """
-    codes, rows = encoded.codes, len(encoded.codes)
+    codes, rows, ratio = encoded.codes, len(encoded.codes), unique_ratio(encoded.codes)
     collisions = np.empty(rows, np.int16)  # a number that does not fit is of a group that make_ids refuses
     sharing: list[Sharing] = []
     error, moved = 0.0, 0
@@ -186,7 +189,7 @@ def assign_shards(
         error /= rows * tokenizer.dim
     else:
         error = encoded.error
-    return Assigned(make_ids(codes, collisions, sharing, tokenizer.codebook_size, config), moved, error)
+    return Assigned(make_ids(codes, collisions, sharing, tokenizer.codebook_size, config), moved, error, ratio)
 
 
 @torch.no_grad()
