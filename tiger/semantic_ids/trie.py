@@ -114,10 +114,9 @@ class Trie(nn.Module):
         """
         first_child = self.first_child(level)
         begin, end = first_child[nodes], first_child[nodes + 1]
-        children = begin[..., None] + torch.arange(self.max_children[level], device=nodes.device)
-        exists = children < end[..., None]
-        children = torch.where(exists, children, begin[..., None])
-        return children, exists
+        position = torch.arange(self.max_children[level], device=nodes.device)
+        children = torch.minimum(begin[..., None] + position, end[..., None] - 1)
+        return children, position < (end - begin)[..., None]
 
     def allowed_nodes(self, allowed_items: Tensor) -> list[Tensor]:
         """Return which nodes lead to an allowed item: per level bool [nodes].

@@ -70,13 +70,13 @@ def beam_search(
                 model.items, trie, level, state, encoded, nodes, children, exists, node_vectors,
                 None if bonus is None else bonus[level],
             )  # fmt: skip
+        log_probs += scores[..., None]  # in place, as what follows: of beams x children there are many
         if allowed_nodes is not None:
-            exists = exists & allowed_nodes[level][children]
+            log_probs.masked_fill_(~allowed_nodes[level][children], -torch.inf)
         if excluded_items is not None and level == trie.depth - 1:
-            items = trie.leaf_items[children]
-            exists = exists & ~_are_among(items, excluded_items)
+            log_probs.masked_fill_(_are_among(trie.leaf_items[children], excluded_items), -torch.inf)
         # A beam may be empty (-inf) if there are too few items.
-        candidates = log_probs.add_(scores[..., None]).masked_fill_(~exists, -torch.inf).flatten(1)
+        candidates = log_probs.flatten(1)
         width = min(beam if level < trie.depth - 1 else num_results, candidates.shape[1])
         scores, chosen = candidates.topk(width, dim=1)
         nodes = children.flatten(1).gather(1, chosen)

@@ -94,4 +94,4 @@ def _sampled(rows: Tensor, table: Tensor, begins: Tensor, columns: Tensor) -> Te
         return rows.new_zeros(0)
     shape, values = (len(begins) - 1, len(table)), rows.new_zeros(len(columns))
     pattern = torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, rows.contiguous(), table.T, beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, rows.contiguous(), table.T, beta=0.0, out=pattern).values()

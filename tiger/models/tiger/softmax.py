@@ -75,7 +75,7 @@ class CodeSoftmax(nn.Module):
         logits = self._logits(items, trie, x_BQM, level)
         codes = trie.node_codes(level)[children]
         if not self.over_children:
-            return logits.log_softmax(-1).gather(-1, codes)
+            return logits.log_softmax(-1).gather(-1, codes).masked_fill_(~exists, -torch.inf)
         return logits.gather(-1, codes).masked_fill(~exists, -torch.inf).log_softmax(-1)
 
     @staticmethod
