@@ -46,7 +46,7 @@ class Attention(nn.Module):
         key, value = both.permute(2, 0, 3, 1, 4)
         return (key if positions is None else apply_rotary_embedding(key, positions)), value
 
-    def project_key_value_step(self, x_BQM: Tensor) -> tuple[Tensor, Tensor]:
+    def project_code_key_value(self, x_BQM: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of codes, each [B, Q, H, E], without rotary embedding."""
         key, value = self.key_value(x_BQM).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return key, value
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         if x_TLM.device.type != "cpu":
             return self(x_TLM, self.project_key_value(x_TLM), causal=True)
         queries = self.query(x_TLM).unflatten(-1, (self.heads, -1)).unbind(1)
-        keys, values = (x.unbind(1) for x in self.project_key_value_step(x_TLM))
+        keys, values = (x.unbind(1) for x in self.project_code_key_value(x_TLM))
         cache = list(zip(keys, values, strict=True))
         mixed = [_attend_to_own(query, cache[: level + 1]) for level, query in enumerate(queries)]
         return self.out(torch.stack(mixed, dim=1).flatten(2))
@@ -180,7 +180,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, KVCache]:
         """Decode one position for Q beams per user; return the hidden states and the extended cache."""
         normed = self.self_norm(x_BQM)
-        cache = [*cache, self.self_attention.project_key_value_step(normed)]
+        cache = [*cache, self.self_attention.project_code_key_value(normed)]
         x_BQM = x_BQM + self.self_attention.attend_to_cache(normed, cache)
         return self._cross_attention_and_mlp(x_BQM, memory, mask, positions), cache
 
